@@ -1,0 +1,70 @@
+"""The layers on top of an encoder: the MLM head's transform and the ranking (TQR) head."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+from torch import Tensor, nn
+
+from peer_scale.models.config import ModelConfig
+from peer_scale.models.layers import padded_vocab_size
+from peer_scale.parallel.topology import Topology
+
+
+class MaskedLMHead(nn.Module):
+    """Dense + GELU + LayerNorm down to the embedding size, and the bias of the vocabulary: [n, H] -> [n, E].
+
+    The output matrix is the word-embedding table, so it is not here; `vocab_bias` gives the bias that goes with it.
+    """
+
+    def __init__(self, config: ModelConfig, topology: Topology) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.generator.hidden_size, config.embedding_size)
+        self.norm = nn.LayerNorm(config.embedding_size, eps=config.layer_norm_eps)
+        rows = padded_vocab_size(config.vocab_size, topology.size("tp")) // topology.size("tp")
+        self.bias = nn.Parameter(torch.zeros(rows))
+        set_tensor_model_parallel_attributes(self.bias, True, 0, 1)
+        first_row = rows * topology.rank("tp")
+        is_padding = torch.arange(first_row, first_row + rows) >= config.vocab_size
+        self.register_buffer("is_padding", is_padding, persistent=False)
+
+    def forward(self, hidden_nH: Tensor) -> tuple[Tensor, Tensor]:
+        """The transformed states [n, E] and the bias [rows], -inf on padding rows: never sampled, ranked or counted."""
+        return self.norm(F.gelu(self.dense(hidden_nH))), self.bias.masked_fill(self.is_padding, -math.inf)
+
+
+class RankingHead(nn.Module):
+    """ELECTRA's dense + GELU, then one score w.h a token and K-1 increasing thresholds (Eq. 3): [..., H] -> [...].
+
+    The thresholds are built from free numbers so that they increase strictly whatever values an optimizer step gives:
+    xi_{K-1} is the last of them and each lower one lies below its neighbour by softplus of its own, plus a sliver that stays
+    representable in fp32 when the numbers grow large.
+    """
+
+    _INITIAL_GAP = 1.0
+
+    def __init__(self, hidden_size: int, num_levels: int) -> None:
+        super().__init__()
+        assert num_levels >= 2, "a ranker has at least two levels"
+        self.dense = nn.Linear(hidden_size, hidden_size)
+        self.score = nn.Linear(hidden_size, 1, bias=False)
+        free = torch.full((num_levels - 1,), math.log(math.expm1(self._INITIAL_GAP)))
+        free[-1] = 0.0
+        self.free_thresholds = nn.Parameter(free)
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores w.h [...] and thresholds [K-1], both fp32."""
+        transformed = F.gelu(self.dense(hidden))
+        scores = F.linear(transformed.float(), self.score.weight.float()).squeeze(-1)
+        return scores, ordered_thresholds(self.free_thresholds)
+
+
+def ordered_thresholds(free: Tensor) -> Tensor:
+    """xi_1 < ... < xi_{K-1} in fp32 from K-1 free numbers; the last one is xi_{K-1} itself (exported as RTD's bias)."""
+    thresholds = [free[-1].float()]
+    for raw_gap in free[:-1].float().flip(0):
+        above = thresholds[0]
+        sliver = 1e-3 * (1.0 + above.detach().abs())
+        thresholds.insert(0, above - F.softplus(raw_gap) - sliver)
+    return torch.stack(thresholds)

@@ -1,0 +1,119 @@
+"""What a step reports besides its losses, as plain sums that add up over micro-batches and ranks."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from peer_scale.corpus.examples import Batch
+from peer_scale.objectives.tqr import BUFFER_OFFSET, UNKNOWN_LABEL
+
+_MASKED_LM = ("mlm_loss", "mlm_correct", "selected", "tokens")
+_RANKING = ("tqr_loss", "replaced", "rtd_predicted", "rtd_correct", "rank_correct")
+
+
+def possible_labels(num_levels: int) -> list[float]:
+    """-1, the levels 1..K and the buffers above levels 1..K-2, ascending."""
+    buffers = [level + BUFFER_OFFSET for level in range(1, num_levels - 1)]
+    return sorted([UNKNOWN_LABEL, *map(float, range(1, num_levels + 1)), *buffers])
+
+
+class StatisticsLayout:
+    """Order of the sums in the vector that travels between ranks, and the figures made of them."""
+
+    def __init__(self, num_levels: int, *, has_ranker: bool) -> None:
+        self.num_levels = num_levels
+        self.labels = possible_labels(num_levels)
+        ranking = [*_RANKING, *map(label_key, self.labels), *(f"correct_{k}" for k in range(1, num_levels + 1))]
+        self.names = [*_MASKED_LM, *(ranking if has_ranker else [])]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def pack(self, sums: Mapping[str, Tensor]) -> Tensor:
+        """The sums as one fp64 vector, without gradient."""
+        return torch.stack([sums[name].detach().double() for name in self.names])
+
+    def figures(self, vector: list[float], tqr_weight: float) -> dict[str, object]:
+        """Losses and shares of a step, as metrics.jsonl names them; a share of nothing is None."""
+        sums = dict(zip(self.names, vector, strict=True))
+        mlm_loss = sums["mlm_loss"] / sums["selected"]
+        figures: dict[str, object] = {
+            "loss": mlm_loss,
+            "mlm_loss": mlm_loss,
+            "mlm_accuracy": sums["mlm_correct"] / sums["selected"],
+        }
+        if "tqr_loss" in sums:
+            figures |= self._ranking_figures(sums, mlm_loss, tqr_weight)
+        return figures
+
+    def _ranking_figures(self, sums: dict[str, float], mlm_loss: float, tqr_weight: float) -> dict[str, object]:
+        tqr_loss = sums["tqr_loss"] / sums["tokens"]
+        counts = {label: sums[label_key(label)] for label in self.labels}
+        exact = [counts[float(level)] for level in range(1, self.num_levels)]
+        return {
+            "loss": mlm_loss + tqr_weight * tqr_loss,
+            "tqr_loss": tqr_loss,
+            "replaced_fraction": sums["replaced"] / sums["tokens"],
+            "rtd_precision": _share(sums["rtd_correct"], sums["rtd_predicted"]),
+            "rtd_recall": _share(sums["rtd_correct"], sums["replaced"]),
+            "rank_accuracy": _share(sums["rank_correct"], sum(exact)),
+            "rank_majority": _share(max(exact), sum(exact)),
+            "rank_label_fractions": {f"{label:g}": count / sums["selected"] for label, count in counts.items()},
+            "level_accuracy": {
+                str(level): _share(sums[f"correct_{level}"], counts[float(level)])
+                for level in range(1, self.num_levels + 1)
+            },
+        }
+
+
+def label_key(label: float) -> str:
+    """Name of the sum that counts `label`."""
+    return f"label_{label:g}"
+
+
+def masked_lm_statistics(
+    mlm_loss: Tensor, original_rank: Tensor, is_selected: Tensor, is_token: Tensor
+) -> dict[str, Tensor]:
+    """Sums of the generator's pass; the original token is the best guess where its rank is 1."""
+    return {
+        "mlm_loss": mlm_loss,
+        "mlm_correct": ((original_rank == 1) & is_selected).sum(),
+        "selected": is_selected.sum(),
+        "tokens": is_token.sum(),
+    }
+
+
+def ranking_statistics(
+    tqr_loss: Tensor, scores: Tensor, thresholds: Tensor, labels: Tensor, batch: Batch, corrupted_ids: Tensor
+) -> dict[str, Tensor]:
+    """Sums of the ranker's pass: RTD over all tokens; labels and levels at the selected positions.
+
+    `rank_correct` asks only how good a replacement is, given that it is one: level r is passed where
+    P(R <= r) / P(R <= K-1) < 1/2.
+    """
+    num_levels = len(thresholds) + 1
+    is_replaced = corrupted_ids != batch.input_ids
+    flagged = (scores < thresholds[-1]) & batch.is_token
+    sums = {
+        "tqr_loss": tqr_loss,
+        "replaced": is_replaced.sum(),
+        "rtd_predicted": flagged.sum(),
+        "rtd_correct": (flagged & is_replaced).sum(),
+    }
+    scores_BP = scores.gather(1, batch.positions)
+    labels_BP = torch.where(batch.is_selected, labels.gather(1, batch.positions), torch.nan)
+    probabilities = torch.sigmoid(thresholds - scores_BP[..., None])
+    level_if_replaced = 1 + (2 * probabilities[..., :-1] < probabilities[..., -1:]).sum(-1)
+    sums["rank_correct"] = ((labels_BP == level_if_replaced) & (labels_BP < num_levels)).sum()
+    predicted = 1 + (probabilities < 0.5).sum(-1)
+    for label in possible_labels(num_levels):
+        has_label = labels_BP == torch.tensor(label, dtype=labels_BP.dtype)
+        sums[label_key(label)] = has_label.sum()
+        if label >= 1 and label.is_integer():
+            sums[f"correct_{int(label)}"] = (has_label & (predicted == label)).sum()
+    return sums
+
+
+def _share(part: float, whole: float) -> float | None:
+    return part / whole if whole else None

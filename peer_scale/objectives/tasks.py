@@ -1,0 +1,90 @@
+"""The forward pass of one micro-batch: corrupt, rank, and add up the losses and what is worth watching.
+
+This is the module that the training engine wraps; `PretrainingModel` beneath it is architecture only.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from peer_scale.corpus.examples import Batch
+from peer_scale.models.config import ModelConfig
+from peer_scale.models.networks import PretrainingModel
+from peer_scale.objectives.config import ObjectiveConfig
+from peer_scale.objectives.statistics import StatisticsLayout, masked_lm_statistics, ranking_statistics
+from peer_scale.objectives.tqr import rank_labels, token_losses
+from peer_scale.parallel.topology import Topology
+from peer_scale.parallel.vocab import GeneratorOutput, generator_head
+
+
+class GlobalCounts(NamedTuple):
+    """Normalisers of one optimizer step, summed over all its micro-batches on all ranks (0-dim fp32 tensors)."""
+
+    selected: Tensor
+    tokens: Tensor
+
+
+class PretrainingTask(nn.Module):
+    """MLM for the generator and, unless the model is BERT, token quality ranking for the ranker (Section 3)."""
+
+    def __init__(self, config: ModelConfig, objective: ObjectiveConfig, topology: Topology) -> None:
+        super().__init__()
+        self.objective = objective
+        self.tensor_group = topology.group("tp")
+        self.model = PretrainingModel(config, objective.num_levels, topology)
+        self.statistics = StatisticsLayout(objective.num_levels, has_ranker=config.ranker is not None)
+
+    def forward(self, batch: Batch, counts: GlobalCounts, warmup: bool = False) -> tuple[Tensor, Tensor]:
+        """This micro-batch's share of the global loss (a scalar) and its statistics [len(self.statistics)]."""
+        generated = self._generate(batch)
+        selected = batch.is_selected.flatten()
+        mlm_loss = torch.where(selected, generated.loss, 0.0).sum()
+        loss = mlm_loss / counts.selected
+        statistics = masked_lm_statistics(mlm_loss, generated.original_rank, selected, batch.is_token)
+        if self.model.config.ranker is not None:
+            tqr_loss, ranking = self._rank(batch, generated, warmup)
+            loss = loss + self.objective.tqr_weight * tqr_loss / counts.tokens
+            statistics |= ranking
+        return loss, self.statistics.pack(statistics)
+
+    def _generate(self, batch: Batch) -> GeneratorOutput:
+        """The generator's pass over the masked text; all [B*P]."""
+        model = self.model
+        hidden = model.encode(model.generator, batch.masked_ids, batch.token_types, batch.is_token)
+        states, bias = model.generate(hidden, batch.positions)
+        targets = batch.input_ids.gather(1, batch.positions).flatten()
+        word_embeddings = model.embeddings.word.weight
+        return generator_head(
+            states, word_embeddings, bias, targets, batch.uniforms.flatten(), group=self.tensor_group
+        )
+
+    def _rank(self, batch: Batch, generated: GeneratorOutput, warmup: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """The ranker's pass over the corrupted text: summed TQR loss and statistics. Samples carry no gradient."""
+        model, objective = self.model, self.objective
+        corrupted_ids, labels = corrupt(batch, generated, objective)
+        hidden = model.encode(model.ranker, corrupted_ids, batch.token_types, batch.is_token)
+        scores_SB, thresholds = model.ranking_head(hidden)
+        scores = scores_SB.transpose(0, 1)
+        losses = token_losses(scores, thresholds, labels, gamma=objective.gammas, warmup=warmup)
+        tqr_loss = torch.where(batch.is_token, losses, 0.0).sum()
+        return tqr_loss, ranking_statistics(tqr_loss, scores.detach(), thresholds.detach(), labels, batch, corrupted_ids)
+
+
+def corrupt(batch: Batch, generated: GeneratorOutput, objective: ObjectiveConfig) -> tuple[Tensor, Tensor]:
+    """Put the sampled tokens in place: corrupted ids and rank labels, [B, S] each (originals have label K)."""
+    originals = batch.input_ids.gather(1, batch.positions)
+    # slots that only fill up point at position 0 and write back what is there
+    sampled = torch.where(batch.is_selected, generated.sampled_ids.view_as(originals), originals)
+    labels = rank_labels(
+        sampled == originals,
+        generated.original_logit.view_as(batch.uniforms),
+        generated.sampled_logit.view_as(batch.uniforms),
+        generated.original_rank.view_as(originals),
+        num_levels=objective.num_levels,
+        taus=objective.taus,
+        top_t=objective.top_t,
+        delta=objective.delta,
+    )
+    all_labels = torch.full(batch.input_ids.shape, float(objective.num_levels), device=labels.device)
+    return batch.input_ids.scatter(1, batch.positions, sampled), all_labels.scatter(1, batch.positions, labels)

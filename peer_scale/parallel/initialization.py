@@ -1,0 +1,41 @@
+"""Initial weights that depend on the seed and a parameter's name alone, not on how the model is split."""
+
+import hashlib
+
+import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from torch import nn
+
+from peer_scale.parallel.topology import Topology
+
+_DENSE = (nn.Linear, nn.Embedding, ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)
+
+
+def stream_seed(seed: int, *names: object) -> int:
+    """A 63-bit seed of its own for each (seed, names...)."""
+    digest = hashlib.sha256(repr((seed, *names)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+@torch.no_grad()
+def initialize_weights(model: nn.Module, *, seed: int, std: float, vocab_size: int, topology: Topology) -> None:
+    """Truncated normal (two standard deviations) for matrices and tables, zero biases; LayerNorms as they come.
+
+    A split parameter is drawn whole and then sliced; rows that only pad the vocabulary are zero.
+    """
+    for module_name, module in model.named_modules():
+        if not isinstance(module, _DENSE):
+            continue
+        weight = module.weight
+        shape = list(weight.shape)
+        split_dim = getattr(weight, "partition_dim", -1)
+        if split_dim >= 0:
+            shape[split_dim] *= topology.size("tp")
+        logical = [vocab_size, shape[1]] if isinstance(module, VocabParallelEmbedding) else shape
+        generator = torch.Generator().manual_seed(stream_seed(seed, "init", module_name))
+        whole = torch.zeros(shape)
+        drawn = whole[: logical[0]]
+        nn.init.trunc_normal_(drawn, std=std, a=-2 * std, b=2 * std, generator=generator)
+        weight.copy_(whole.chunk(topology.size("tp"), split_dim)[topology.rank("tp")] if split_dim >= 0 else whole)
+        if getattr(module, "bias", None) is not None:
+            module.bias.zero_()

@@ -1,0 +1,149 @@
+"""Reading a DeepSpeed configuration: unknown keys, contradictions with flags, and what "auto" stands for."""
+
+import difflib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from peer_scale.errors import UserError
+
+AUTO = "auto"
+_MISSING = object()
+
+_OPTIMIZER_PARAMS = ("lr", "betas", "eps", "weight_decay", "bias_correction", "torch_adam", "adam_w_mode")
+_SCHEDULER_PARAMS = ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps", "warmup_type")
+_TOP_LEVEL = (
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+    *("optimizer", "scheduler", "fp16", "bf16", "zero_optimization", "data_types", "communication_data_type"),
+    *("prescale_gradients", "gradient_predivide_factor", "zero_allow_untested_optimizer", "dump_state"),
+    *("zero_force_ds_cpu_optimizer", "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "comms_logger"),
+    *("flops_profiler", "tensorboard", "wandb", "csv_monitor", "comet", "aio", "checkpoint", "disable_allgather"),
+)
+DEFAULT_DS_CONFIG: dict[str, Any] = {"zero_optimization": {"stage": 2}}
+
+
+def read_ds_config(path: Path | None) -> dict[str, Any]:
+    """The file's content with its keys checked; UserError where it is missing, not JSON, or has an unknown key."""
+    if path is None:
+        return json.loads(json.dumps(DEFAULT_DS_CONFIG))
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"--deepspeed_config {path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--deepspeed_config {path}: cannot be read: {error}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: must hold a JSON object, not {type(config).__name__}")
+    _check_keys(config, path)
+    return config
+
+
+def _check_keys(config: dict[str, Any], path: Path) -> None:
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    _known(config, _TOP_LEVEL, path, "")
+    models = {"zero_optimization": DeepSpeedZeroConfig, "fp16": DeepSpeedFP16Config, "bf16": DeepSpeedBF16Config}
+    for section, model in models.items():
+        fields = [name for key, field in model.model_fields.items() for name in (key, field.alias) if name]
+        if section == "fp16":
+            fields.append("initial_scale_power")
+        _known(_section(config, section, path), fields, path, section)
+    for section, known in (("optimizer", _OPTIMIZER_PARAMS), ("scheduler", _SCHEDULER_PARAMS)):
+        block = _section(config, section, path)
+        _known(block, ("type", "params"), path, section)
+        _known(_section(block, "params", path), known, path, f"{section}.params")
+    _check_type(config, "optimizer", ("Adam", "AdamW"), path)
+    _check_type(config, "scheduler", ("WarmupDecayLR",), path)
+    stage = _section(config, "zero_optimization", path).get("stage", 0)
+    if stage not in (1, 2, 3):
+        raise UserError(f"{path}: zero_optimization.stage is {stage!r}; it must be 1, 2 or 3")
+
+
+def _section(config: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
+    block = config.get(key, {})
+    if not isinstance(block, dict):
+        raise UserError(f"{path}: {key} must be a JSON object, not {block!r}")
+    return block
+
+
+def _known(block: dict[str, Any], known: Iterable[str], path: Path, where: str) -> None:
+    names = list(known)
+    for key in block:
+        if key not in names:
+            near = difflib.get_close_matches(key, names, n=1, cutoff=0.0)
+            full = f"{where}.{key}" if where else key
+            raise UserError(f"{path}: unknown key {full}; did you mean {near[0]}?")
+
+
+def _check_type(config: dict[str, Any], section: str, known: tuple[str, ...], path: Path) -> None:
+    kind = config.get(section, {}).get("type", known[0])
+    if kind not in known:
+        raise UserError(f"{path}: {section}.type is {kind!r}; it must be {' or '.join(known)}")
+
+
+def look_up(config: dict[str, Any], dotted: str) -> Any:
+    """Value at a dotted key; None where it is absent or "auto"."""
+    value: Any = config
+    for part in dotted.split("."):
+        value = value.get(part, _MISSING) if isinstance(value, dict) else _MISSING
+    return None if value is _MISSING or value == AUTO else value
+
+
+def reconcile(config: dict[str, Any], dotted: str, flag: str, flag_value: Any) -> Any:
+    """What the flag and the ds_config say together: the one that is set, or UserError naming both if they differ."""
+    value = look_up(config, dotted)
+    if value is None or flag_value is None:
+        return flag_value if value is None else value
+    if value != flag_value:
+        raise UserError(
+            f"{flag} {flag_value} contradicts the ds_config's {dotted} {value}: "
+            f'give one of them, or "auto" in the ds_config'
+        )
+    return value
+
+
+def precision_of(config: dict[str, Any]) -> str | None:
+    """What the fp16 and bf16 blocks ask for; None where they leave it open."""
+    fp16, bf16 = look_up(config, "fp16.enabled"), look_up(config, "bf16.enabled")
+    if fp16 and bf16:
+        raise UserError("the ds_config enables both fp16.enabled and bf16.enabled: choose one")
+    if fp16 or bf16:
+        return "fp16" if fp16 else "bf16"
+    said_no = [block for block, value in (("fp16", fp16), ("bf16", bf16)) if value is False]
+    left_open = [block for block in ("fp16", "bf16") if look_up(config, f"{block}.enabled") is None and block in config]
+    return "fp32" if said_no and not left_open else None
+
+
+def resolved_ds_config(config: dict[str, Any], values: dict[str, Any], *, hidden_size: int) -> dict[str, Any]:
+    """A copy for DeepSpeed: `values` filled in, optimizer and schedule taken out (we build them), "auto" sizes set."""
+    resolved = json.loads(json.dumps({k: v for k, v in config.items() if k not in ("optimizer", "scheduler")}))
+    precision = values.pop("precision")
+    for block in ("fp16", "bf16"):
+        resolved.setdefault(block, {})["enabled"] = precision == block
+    if precision == "bf16":
+        resolved.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    resolved.update(values)
+    sizes = {
+        "reduce_bucket_size": max(hidden_size * hidden_size, 1 << 20),
+        "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+    }
+    zero = resolved["zero_optimization"]
+    zero.update({key: size for key, size in sizes.items() if zero.get(key) == AUTO})
+    resolved.setdefault("steps_per_print", 2**62)
+    resolved["zero_allow_untested_optimizer"] = True
+    resolved["zero_force_ds_cpu_optimizer"] = False
+    _no_auto_left(resolved, "")
+    return resolved
+
+
+def _no_auto_left(block: dict[str, Any], where: str) -> None:
+    for key, value in block.items():
+        if value == AUTO:
+            raise UserError(f'the ds_config\'s {where}{key} is "auto", which has no meaning there: give a value')
+        if isinstance(value, dict):
+            _no_auto_left(value, f"{where}{key}.")
