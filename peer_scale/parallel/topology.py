@@ -1,7 +1,10 @@
 """Where a rank stands: its place in the pipeline x data x tensor grid, the groups it talks to, its device."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -9,7 +12,9 @@ from megatron.core import ModelParallelConfig
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from peer_scale.errors import UserError
-from peer_scale.parallel.environment import ProcessEnvironment
+
+if TYPE_CHECKING:
+    from peer_scale.parallel.environment import ProcessEnvironment
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,388 @@
+"""From raw text to a Megatron `.bin/.idx` pair, in parallel and resumable, and from `--data-path` to an open store."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from peer_scale.corpus.builtin import builtin_identity
+from peer_scale.corpus.parts import Part, Task, merge_bin, merge_index, read_part, token_dtype, write_part
+from peer_scale.corpus.progress import Progress, open_progress
+from peer_scale.corpus.readers import BUILTIN, Slice, Stream, find_sources, iter_documents, iter_stream, slice_file
+from peer_scale.corpus.store import (
+    MANIFEST_FORMAT,
+    MANIFEST_VERSION,
+    TokenStore,
+    check_vocab,
+    inspect_pair,
+    pair_fingerprint,
+    read_manifest,
+)
+from peer_scale.corpus.wordpiece import WordPiece, load_wordpiece, train_wordpiece
+from peer_scale.corpus.worker_pool import worker_pool
+from peer_scale.errors import UserError
+from peer_scale.storage import write_atomically
+
+PART_BYTES = 1 << 25  # of text a part: large against the start of a task, small against a worker's memory
+_TRAINING_CHARS = 200_000_000
+_PARTS_VERSION = 1
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # file systems without locks
+
+
+def preprocess(
+    inputs: Sequence[str],
+    tokenizer: WordPiece,
+    output_prefix: str,
+    *,
+    text_key: str = "text",
+    workers: int = 1,
+    show_progress: bool = False,
+) -> None:
+    """Tokenises raw text into `<prefix>.bin`, `.idx`, `.tokenizer.json` and, last, the manifest `.json`.
+
+    The bytes depend on inputs and tokenizer only. Interrupted and called again it goes on from the finished parts; done
+    already it returns at once. Memory does not grow with the input.
+
+    Args:
+        inputs: as `readers.iter_documents`.
+        tokenizer: the tokenizer to apply.
+        output_prefix: path without ending; its folder is made if need be.
+        text_key: key or column of the text.
+        workers: number of processes.
+        show_progress: reports on stderr.
+
+    Raises:
+        UserError: an input is bad, the output cannot be written, or it would overwrite files not made here.
+    """
+    with _as_user_errors(output_prefix):
+        sources = find_sources(inputs)
+        os.makedirs(os.path.dirname(os.path.abspath(output_prefix)), exist_ok=True)
+        with _locked(f"{output_prefix}.lock"):
+            _preprocess(inputs, sources, tokenizer, output_prefix, text_key, workers, show_progress)
+
+
+def train_on_inputs(inputs: Sequence[str], vocab_size: int, text_key: str = "text") -> WordPiece:
+    """Trains a WordPiece on the first 200 million characters of the inputs, in a process of its own.
+
+    Raises:
+        UserError: as `readers.iter_documents` and `wordpiece.train_wordpiece`.
+    """
+    # The trainer's threads would make every later fork of this process print a warning.
+    with _as_user_errors(", ".join(inputs)), worker_pool(1) as pool:
+        return pool.submit(_train, tuple(inputs), vocab_size, text_key).result()
+
+
+def open_corpus(
+    data_path: Sequence[str],
+    tokenizer: str | None,
+    *,
+    vocab_size: int,
+    text_key: str,
+    cache_dir: Path,
+    workers: int,
+    show_progress: bool = False,
+) -> tuple[TokenStore, WordPiece]:
+    """Opens `.bin/.idx` pairs as they are, or raw text after tokenising it once into the cache.
+
+    Args:
+        data_path: prefixes of pairs (`.bin` or `.idx` may be appended), or raw text as `readers.iter_documents`.
+        tokenizer: path or id as `wordpiece.load_wordpiece`; by default a pair's own, or one trained on the raw text.
+        vocab_size: size of the vocabulary where one is trained.
+        text_key: key or column of the text.
+        cache_dir: where tokenised raw text is kept; several processes may use it at once.
+        workers: number of processes that tokenise.
+        show_progress: reports on stderr.
+
+    Raises:
+        UserError: data or tokenizer are missing, bad, or do not fit together; the cache cannot be written.
+    """
+    prefixes = [prefix for prefix in map(_as_prefix, data_path) if prefix is not None]
+    if not prefixes:
+        wordpiece = load_wordpiece(tokenizer) if tokenizer else None
+        prefix = _cached(data_path, wordpiece, vocab_size, text_key, cache_dir, workers, show_progress)
+        return _open_pairs([prefix], wordpiece)
+    if len(prefixes) < len(data_path):
+        raise UserError(f"{', '.join(data_path)}: either prefixes of .bin/.idx pairs or raw text, not both")
+    return _open_pairs(prefixes, load_wordpiece(tokenizer) if tokenizer else None)
+
+
+def _open_pairs(prefixes: Sequence[str], wordpiece: WordPiece | None) -> tuple[TokenStore, WordPiece]:
+    store = TokenStore.open(prefixes)
+    if wordpiece is None:
+        path = f"{prefixes[0]}.tokenizer.json"
+        if not os.path.exists(path):
+            raise UserError(f"{path}: no such file; name the tokenizer that made {prefixes[0]}.bin by --tokenizer")
+        wordpiece = load_wordpiece(path)
+    for prefix in prefixes:
+        manifest = read_manifest(prefix)
+        if manifest and manifest["tokenizer_digest"] != wordpiece.digest:
+            raise UserError(
+                f"{prefix}.bin: made with another tokenizer than the one given; it is {prefix}.tokenizer.json"
+            )
+    check_vocab(store, wordpiece)
+    return store, wordpiece
+
+
+def _as_prefix(path: str) -> str | None:
+    base, ending = os.path.splitext(path)
+    if ending in (".bin", ".idx"):
+        return base
+    present = sum(os.path.exists(path + ending) for ending in (".bin", ".idx"))
+    return path if present == 2 or (present == 1 and not os.path.exists(path)) else None
+
+
+def _cached(
+    data_path: Sequence[str],
+    wordpiece: WordPiece | None,
+    vocab_size: int,
+    text_key: str,
+    cache_dir: Path,
+    workers: int,
+    show_progress: bool,
+) -> str:
+    """Returns the prefix of the pair in the cache, made where it is not there yet."""
+    with _as_user_errors(str(cache_dir)):
+        sources = find_sources(data_path)
+        made_with = wordpiece.digest if wordpiece else f"trained {vocab_size}"
+        folder = Path(cache_dir, _digest(*_identities(sources, text_key), made_with)[:32])
+        prefix = str(folder / "corpus")
+        if _is_finished(prefix, None):
+            return prefix  # without the lock, so that a complete cache may be read-only
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(f"{prefix}.lock"):
+            if wordpiece is None:
+                wordpiece = _trained_once(data_path, vocab_size, text_key, f"{prefix}.tokenizer.json")
+            _preprocess(data_path, sources, wordpiece, prefix, text_key, workers, show_progress)
+    return prefix
+
+
+def _trained_once(inputs: Sequence[str], vocab_size: int, text_key: str, path: str) -> WordPiece:
+    if os.path.exists(path):
+        return load_wordpiece(path)
+    wordpiece = train_on_inputs(inputs, vocab_size, text_key)
+    write_atomically(Path(path), wordpiece.to_json().encode())
+    return wordpiece
+
+
+def _train(inputs: tuple[str, ...], vocab_size: int, text_key: str) -> WordPiece:
+    documents, size = [], 0
+    for document in iter_documents(inputs, text_key):
+        documents.append(document[: _TRAINING_CHARS - size])
+        size += len(documents[-1])
+        if size >= _TRAINING_CHARS:
+            break
+    return train_wordpiece(documents, vocab_size)
+
+
+def _preprocess(
+    inputs: Sequence[str],
+    sources: Sequence[str | Stream],
+    tokenizer: WordPiece,
+    prefix: str,
+    text_key: str,
+    workers: int,
+    show_progress: bool,
+) -> None:
+    key = _digest(*_identities(sources, text_key), tokenizer.digest, str(_PARTS_VERSION), str(PART_BYTES))
+    if _is_finished(prefix, key):
+        return
+    _refuse_to_overwrite(prefix, sources)
+    folder = Path(f"{prefix}.parts")
+    if folder.is_dir():
+        for other in folder.iterdir():
+            if other.name != key[:32]:
+                shutil.rmtree(other)
+    parts_folder = folder / key[:32]
+    parts_folder.mkdir(parents=True, exist_ok=True)
+    total = None if any(isinstance(source, Stream) for source in sources) else sum(map(_size, sources))
+    with open_progress(show_progress, total) as progress:
+        parts = _write_parts(_tasks(sources, text_key), tokenizer, str(parts_folder), text_key, workers, progress)
+    if not any(part.num_documents for part in parts):
+        raise UserError(f"{', '.join(inputs)}: no document in it")
+    _merge(parts, inputs, tokenizer, prefix, key)
+    shutil.rmtree(folder)
+
+
+def _size(source: str | Stream) -> int:
+    return 0 if isinstance(source, Stream) else os.path.getsize(source)
+
+
+def _tasks(sources: Sequence[str | Stream], text_key: str) -> Iterator[Task]:
+    """Cuts the sources, in order, into tasks of about PART_BYTES; small files share one."""
+    number = 0
+    slices: list[Slice] = []
+    for source in [*sources, None]:
+        for part in slice_file(source, PART_BYTES) if isinstance(source, str) else ():
+            slices.append(part)
+            if sum(part.num_bytes for part in slices) >= PART_BYTES:
+                yield _file_task(number, slices)
+                number, slices = number + 1, []
+        if not isinstance(source, str) and slices:
+            yield _file_task(number, slices)
+            number, slices = number + 1, []
+        for texts in _stream_blocks(source, text_key) if isinstance(source, Stream) else ():
+            # The content is part of the name, because what a hub serves under a name may change.
+            name = f"{number:08d}-{_digest(*texts)[:32]}"
+            yield Task(name, texts=texts, num_bytes=sum(map(len, texts)))
+            number += 1
+
+
+def _file_task(number: int, slices: list[Slice]) -> Task:
+    return Task(f"{number:08d}", slices=tuple(slices), num_bytes=sum(part.num_bytes for part in slices))
+
+
+def _stream_blocks(stream: Stream, text_key: str) -> Iterator[tuple[str, ...]]:
+    block: list[str] = []
+    size = 0
+    for text in iter_stream(stream, text_key):
+        block.append(text)
+        size += len(text)
+        if size >= PART_BYTES // 8:  # these travel to the workers through a pipe
+            yield tuple(block)
+            block, size = [], 0
+    if block:
+        yield tuple(block)
+
+
+def _write_parts(
+    tasks: Iterator[Task], tokenizer: WordPiece, folder: str, text_key: str, workers: int, progress: Progress
+) -> list[Part]:
+    """Returns the parts of all tasks in order, those that lie there finished taken as they are."""
+    dtype = token_dtype(tokenizer.vocab_size)
+    parts: dict[int, Part] = {}
+    pending: dict[Future[Part], tuple[int, int]] = {}
+
+    def collect() -> None:
+        for future in wait(pending, return_when=FIRST_COMPLETED).done:
+            number, num_bytes = pending.pop(future)
+            parts[number] = future.result()
+            progress.advance(parts[number].num_documents, num_bytes)
+
+    with worker_pool(workers) as pool:
+        for number, task in enumerate(tasks):
+            path = os.path.join(folder, task.name)
+            finished = read_part(path, dtype)
+            if finished:
+                parts[number] = finished
+                progress.advance(finished.num_documents, task.num_bytes)
+                continue
+            pending[pool.submit(write_part, task, path, tokenizer, text_key)] = (number, task.num_bytes)
+            if len(pending) >= 2 * workers:
+                collect()
+        while pending:
+            collect()
+    return [parts[number] for number in sorted(parts)]
+
+
+def _merge(parts: Sequence[Part], inputs: Sequence[str], tokenizer: WordPiece, prefix: str, key: str) -> None:
+    # What lies there goes first: at no time may old and new files pass for a pair.
+    for ending in ("json", "idx", "bin"):
+        Path(f"{prefix}.{ending}").unlink(missing_ok=True)
+    dtype = token_dtype(tokenizer.vocab_size)
+    data = merge_bin(parts, f"{prefix}.bin", dtype)
+    index = merge_index(parts, f"{prefix}.idx", dtype)
+    write_atomically(Path(f"{prefix}.tokenizer.json"), tokenizer.to_json().encode())
+    manifest = {
+        "format": MANIFEST_FORMAT,
+        "version": MANIFEST_VERSION,
+        "key": key,
+        "tokenizer_digest": tokenizer.digest,
+        "vocab_size": tokenizer.vocab_size,
+        "num_documents": sum(part.num_documents for part in parts),
+        "num_tokens": sum(part.num_tokens for part in parts),
+        "bin_bytes": data.num_bytes,
+        "bin_sha256": data.sha256,
+        "idx_bytes": index.num_bytes,
+        "idx_sha256": index.sha256,
+        "fingerprint": pair_fingerprint(prefix),
+        "inputs": [_described(name) for name in inputs],
+    }
+    write_atomically(Path(f"{prefix}.json"), (json.dumps(manifest, indent=2) + "\n").encode())
+
+
+def _described(name: str) -> dict[str, str | int]:
+    files = [source for source in find_sources([name]) if isinstance(source, str)]
+    return {"path": name, "files": len(files), "bytes": sum(map(_size, files))}
+
+
+def _is_finished(prefix: str, key: str | None) -> bool:
+    """Says whether a whole and undamaged pair lies there, made from what the key stands for."""
+    manifest = read_manifest(prefix)
+    if manifest is None or key not in (None, manifest["key"]):
+        return False
+    try:
+        inspect_pair(prefix)
+    except UserError:
+        return False
+    return os.path.exists(f"{prefix}.tokenizer.json")
+
+
+def _refuse_to_overwrite(prefix: str, sources: Sequence[str | Stream]) -> None:
+    outputs = [f"{prefix}.{ending}" for ending in ("json", "bin", "idx", "tokenizer.json")]
+    read = {os.path.realpath(source) for source in sources if isinstance(source, str)}
+    for output in outputs:
+        if os.path.realpath(output) in read:
+            raise UserError(f"{output}: is an input and would be overwritten; choose another output prefix")
+    # Parts are the mark of an interrupted run of our own.
+    if read_manifest(prefix) is None and not os.path.isdir(f"{prefix}.parts"):
+        for output in outputs[:3]:
+            if os.path.exists(output):
+                raise UserError(f"{output}: exists and was not made here; delete it or choose another output prefix")
+
+
+def _identities(sources: Sequence[str | Stream], text_key: str) -> Iterator[str]:
+    yield text_key
+    for source in sources:
+        if isinstance(source, str):
+            status = os.stat(source)
+            yield f"{os.path.abspath(source)} {status.st_size} {status.st_mtime_ns}"
+        elif source.name == BUILTIN:
+            yield from builtin_identity()
+        else:
+            yield f"hub {source.name}"
+
+
+def _digest(*texts: str) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        data = text.encode("utf-8", "surrogateescape")  # file names need not be UTF-8
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _as_user_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or name}: {error.strerror or error}") from error
+    except BrokenProcessPool as error:
+        raise UserError(f"{name}: a worker process was killed (out of memory?); use fewer workers") from error
+
+
+@contextlib.contextmanager
+def _locked(path: str) -> Iterator[None]:
+    """Waits until no other process holds the lock; a process that dies gives it back."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                break
+        os.close(descriptor)  # the one before us has deleted this file, and another may hold the new one
+    try:
+        yield
+    finally:
+        os.unlink(path)
+        os.close(descriptor)

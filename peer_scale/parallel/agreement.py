@@ -1,0 +1,55 @@
+"""What one rank finds out, all know: results and user errors are shared, so that no rank is left waiting."""
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from peer_scale.errors import UserError
+
+T = TypeVar("T")
+
+
+class Agreement:
+    """Talks over a gloo group of its own with a patient timeout: the first rank may tokenise a corpus for hours."""
+
+    def __init__(self) -> None:
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(days=2))
+
+    def first_rank(self, action: Callable[[], T]) -> T:
+        """Run `action` on global rank 0 only; all ranks get its (picklable) result or its UserError."""
+        outcome: list = [None, None]
+        if dist.get_rank(self._group) == 0:
+            outcome = list(_attempt(action))
+        dist.broadcast_object_list(outcome, src=0, group=self._group)
+        if outcome[1] is not None:
+            raise UserError(outcome[1])
+        return outcome[0]
+
+    def everyone(self, action: Callable[[], T]) -> T:
+        """Run `action` on all ranks; if any raises UserError, all raise the one of the lowest such rank."""
+        value, error = _attempt(action)
+        errors: list = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(errors, error, group=self._group)
+        for message in errors:
+            if message is not None:
+                raise UserError(message)
+        return value
+
+    def one_by_one(self, action: Callable[[], T]) -> T:
+        """Rank 0 first, then all others at once: for what the first one prepares and the rest find done."""
+        is_first = dist.get_rank(self._group) == 0
+        value, error = _attempt(action) if is_first else (None, None)
+        outcome = [error]
+        dist.broadcast_object_list(outcome, src=0, group=self._group)
+        if outcome[0] is not None:
+            raise UserError(outcome[0])
+        return self.everyone((lambda: value) if is_first else action)  # type: ignore[return-value]
+
+
+def _attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:
+    try:
+        return action(), None
+    except UserError as error:
+        return None, str(error)

@@ -1,0 +1,41 @@
+"""Loss on the held-out documents."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from peer_scale.corpus.loader import BatchPlan, ExampleDataset, micro_batches
+from peer_scale.training.callbacks import Callback
+
+if TYPE_CHECKING:
+    from peer_scale.training.trainer import StepRecord, Trainer
+
+
+class Validation(Callback):
+    """Every `interval` steps the same `iters` global batches of held-out text, without dropout."""
+
+    def __init__(self, dataset: ExampleDataset, plan: BatchPlan, interval: int, iters: int) -> None:
+        self._dataset, self._plan, self._interval, self._iters = dataset, plan, interval, iters
+
+    def on_step_end(self, trainer: Trainer, record: StepRecord) -> None:
+        if record.step % self._interval == 0 or record.step == trainer.run.training.train_iters:
+            record.extra |= self._evaluate(trainer, warmup=record.step <= trainer.warmup_steps)
+
+    @torch.no_grad()
+    def _evaluate(self, trainer: Trainer, *, warmup: bool) -> dict[str, object]:
+        engine, layout = trainer.engine, trainer.engine.module.statistics
+        sums = torch.zeros(len(layout), dtype=torch.float64, device=trainer.topology.device)
+        engine.eval()
+        for step in micro_batches(self._dataset, self._plan, first_step=0, last_step=self._iters, num_workers=0):
+            batches = [batch.to(trainer.topology.device) for batch in step]
+            counts = trainer.global_counts(batches)
+            for batch in batches:
+                sums += engine(batch, counts, warmup)[1]
+        engine.train()
+        dist.all_reduce(sums, group=trainer.topology.group("dp"))
+        figures = layout.figures(sums.tolist(), trainer.run.objective.tqr_weight)
+        names = ("loss", "mlm_loss", "tqr_loss", "mlm_accuracy", "rank_accuracy")
+        return {f"validation_{name}": figures[name] for name in names if name in figures}

@@ -1,0 +1,87 @@
+"""The one place that builds a DeepSpeed engine and knows what of DeepSpeed has to be worked around."""
+
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+
+from peer_scale.errors import UserError
+from peer_scale.models.layers import TransformerLayer
+from peer_scale.parallel.topology import ModelParallelUnit, Topology
+from peer_scale.settings.run import RunConfig
+from peer_scale.training.optimizer import build_optimizer
+
+MONITOR_BLOCKS = ("tensorboard", "wandb", "csv_monitor", "comet")
+
+
+def build_engine(task: nn.Module, run: RunConfig, topology: Topology) -> Any:
+    """Wrap `task` under the run's ZeRO stage and precision; UserError for a precision the device does not have."""
+    check_precision(run.training.precision)
+    _leave_out_shared_memory_op()
+    if run.training.activation_checkpointing:
+        apply_activation_checkpointing(task, check_fn=lambda module: isinstance(module, TransformerLayer))
+    config = {key: value for key, value in run.deepspeed.items() if key not in MONITOR_BLOCKS}
+    task.to(topology.device)
+    engine, *_ = deepspeed.initialize(
+        model=task,
+        optimizer=build_optimizer(task, run.training),
+        config=config,
+        mpu=ModelParallelUnit(topology),
+        dist_init_required=False,
+    )
+    engine.checkpoint_engine = CarefulCheckpointEngine(engine.checkpoint_engine)
+    return engine
+
+
+def check_precision(precision: str) -> None:
+    """Raise UserError where this device lacks the number format."""
+    accelerator = get_accelerator()
+    supported = {"fp32": True, "bf16": accelerator.is_bf16_supported(), "fp16": accelerator.is_fp16_supported()}
+    if not supported[precision]:
+        raise UserError(f"{precision} is not supported by DeepSpeed on this device ({accelerator.device_name()}): use bf16 or fp32")
+
+
+class CarefulCheckpointEngine(TorchCheckpointEngine):
+    """Writes as DeepSpeed does, but keeps a failed write's error for `take_error` instead of raising it.
+
+    DeepSpeed meets at barriers while it saves: a rank that raised on a full disk would leave the others waiting there.
+    """
+
+    def __init__(self, original: TorchCheckpointEngine) -> None:
+        self.name = original.name
+        self.zipfile_serialization = original.zipfile_serialization
+        self._error: Exception | None = None
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Write one file unless an earlier one failed."""
+        if self._error is not None:
+            return
+        try:
+            super().save(state_dict, path)
+        except (OSError, RuntimeError) as error:
+            self._error = error
+
+    def take_error(self) -> Exception | None:
+        """The first failure since the last call."""
+        error, self._error = self._error, None
+        return error
+
+
+def loss_scale(engine: Any) -> float:
+    """Current fp16 loss scale, 1 in other precisions."""
+    return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0
+
+
+def autocast_dtype(precision: str) -> torch.dtype:
+    """Number format of the matrix products."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def _leave_out_shared_memory_op() -> None:
+    """DeepSpeed compiles a CPU kernel at first use that only its inference all-reduce calls; spare the user that wait."""
+    compatible = getattr(deepspeed.ops, "__compatible_ops__", {})
+    compatible["deepspeed_shm_comm"] = False

@@ -1,0 +1,196 @@
+"""One training run from its command line to its last step: everything around the loop."""
+
+import argparse
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from peer_scale.corpus.examples import ExampleBuilder
+from peer_scale.corpus.loader import BatchPlan, ExampleDataset, micro_batches
+from peer_scale.corpus.prepare import open_corpus
+from peer_scale.corpus.store import TokenStore, check_vocab
+from peer_scale.corpus.examples import NUM_SPECIAL_TOKENS
+from peer_scale.corpus.windows import Windows, split_documents
+from peer_scale.corpus.wordpiece import WordPiece
+from peer_scale.objectives.tasks import PretrainingTask
+from peer_scale.parallel.agreement import Agreement
+from peer_scale.parallel.environment import ProcessEnvironment, default_num_threads
+from peer_scale.parallel.initialization import initialize_weights
+from peer_scale.parallel.topology import Topology, build_topology, check_parallel_sizes, init_process_group
+from peer_scale.settings.resolve import resolve
+from peer_scale.settings.run import RunConfig
+from peer_scale.storage import require_writable_folder, write_atomically
+from peer_scale.training import checkpoint
+from peer_scale.training.callbacks import Callback
+from peer_scale.training.callbacks.checkpointing import Checkpointing
+from peer_scale.training.callbacks.console import ProgressLine
+from peer_scale.training.callbacks.reporting import MetricsFile, MonitorEvents
+from peer_scale.training.callbacks.stopping import StopAfter, StopOnSignal
+from peer_scale.training.callbacks.validation import Validation
+from peer_scale.training.engine import autocast_dtype, build_engine
+from peer_scale.training.metering import Meter, device_peak
+from peer_scale.training.progress import Progress
+from peer_scale.training.summary import resolved_configuration, startup_summary
+from peer_scale.training.trainer import Trainer
+
+_VALIDATION_STREAM = 2**32  # added to the seed, which lies below
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The text of a run, cut into samples."""
+
+    store: TokenStore
+    tokenizer: WordPiece
+    training: ExampleDataset
+    validation: ExampleDataset | None
+
+
+def run_job(args: argparse.Namespace, environment: ProcessEnvironment) -> None:
+    """Train as the flags say; raises UserError (on all ranks alike) for bad input."""
+    data_parallel = check_parallel_sizes(
+        environment.world_size, args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    )
+    run = resolve(args, data_parallel)
+    num_threads = args.num_threads or default_num_threads(environment, os.environ)
+    if num_threads:
+        torch.set_num_threads(num_threads)
+    device = init_process_group(environment)
+    try:
+        train(run, build_topology(device), Agreement())
+    finally:
+        dist.destroy_process_group()
+
+
+def train(run: RunConfig, topology: Topology, agreement: Agreement) -> None:
+    """Train in the process groups that are there; UserError and TrainingError come on all ranks alike."""
+    say: Callable[[str], None] = print if topology.is_first_rank else _say_nothing
+    agreement.first_rank(lambda: _check_folders(run))
+    corpus = agreement.one_by_one(lambda: _open(run, show_progress=topology.is_first_rank))
+    run = replace(run, model=replace(run.model, vocab_size=corpus.tokenizer.vocab_size))
+    identity = checkpoint.identity(
+        run,
+        data_fingerprint=corpus.store.fingerprint,
+        tokenizer_digest=corpus.tokenizer.digest,
+        data_parallel=topology.size("dp"),
+    )
+    found = agreement.first_rank(lambda: _find_checkpoint(run, identity, say))
+
+    task = PretrainingTask(run.model, run.objective, topology)
+    initialize_weights(
+        task, seed=run.seed, std=run.model.init_std, vocab_size=run.model.vocab_size, topology=topology
+    )
+    num_parameters = sum(parameter.numel() for parameter in task.parameters())
+    engine = build_engine(task, run, topology)
+    progress = checkpoint.load(engine, *found) if found else Progress()
+    peak = device_peak(topology.device, autocast_dtype(run.training.precision))
+    say(startup_summary(run, topology, corpus, num_parameters, peak))
+
+    plan = BatchPlan(
+        run.training.micro_batch_size, run.training.global_batch_size, topology.rank("dp"), topology.size("dp")
+    )
+    trainer = Trainer(
+        run,
+        topology,
+        engine,
+        Meter(run, dist.get_world_size(), peak),
+        _callbacks(run, topology, agreement, corpus, plan, identity, progress),
+        progress=progress,
+        warmup_steps=_warmup_steps(run, len(corpus.training)),
+    )
+    steps = micro_batches(
+        corpus.training,
+        plan,
+        first_step=progress.step,
+        last_step=run.training.train_iters,
+        num_workers=run.data.num_workers,
+    )
+    trainer.fit(steps)
+
+
+def _callbacks(
+    run: RunConfig,
+    topology: Topology,
+    agreement: Agreement,
+    corpus: Corpus,
+    plan: BatchPlan,
+    identity: dict,
+    progress: Progress,
+) -> list[Callback]:
+    output = run.output
+    callbacks: list[Callback] = []
+    if output.eval_interval is not None and corpus.validation is not None:
+        callbacks.append(Validation(corpus.validation, plan, output.eval_interval, output.eval_iters))
+    if topology.is_first_rank:
+        callbacks.append(ProgressLine(progress.step, run.training.train_iters, output.log_interval))
+        callbacks.append(MonitorEvents(output.log_dir, run.deepspeed))
+        if output.log_dir is not None:
+            callbacks.append(MetricsFile(output.log_dir / "metrics.jsonl", progress.step))
+            write_atomically(output.log_dir / "run.yaml", resolved_configuration(run).encode())
+    if output.exit_duration_in_mins is not None:
+        callbacks.append(StopAfter(output.exit_duration_in_mins))
+    if output.exit_signal_handler:
+        callbacks.append(StopOnSignal())
+    if output.save is not None:
+        folder = checkpoint.CheckpointFolder(output.save, agreement, identity, output.keep_last)
+        callbacks.append(Checkpointing(folder, output.save_interval))
+    return callbacks
+
+
+def _open(run: RunConfig, *, show_progress: bool) -> Corpus:
+    store, tokenizer = open_corpus(
+        run.data.data_path,
+        run.data.tokenizer,
+        vocab_size=run.model.vocab_size,
+        text_key=run.data.text_key,
+        cache_dir=run.data.cache_dir,
+        workers=len(os.sched_getaffinity(0)),
+        show_progress=show_progress,
+    )
+    check_vocab(store, tokenizer)
+    held_out = split_documents(store.num_documents, run.data.validation_fraction)
+    training = _samples(run, store, tokenizer, first=0, last=held_out, seed=run.seed)
+    if held_out == store.num_documents:
+        return Corpus(store, tokenizer, training, None)
+    seed = run.seed + _VALIDATION_STREAM
+    validation = _samples(run, store, tokenizer, first=held_out, last=store.num_documents, seed=seed)
+    return Corpus(store, tokenizer, training, validation)
+
+
+def _samples(
+    run: RunConfig, store: TokenStore, tokenizer: WordPiece, *, first: int, last: int, seed: int
+) -> ExampleDataset:
+    seq_length = run.training.seq_length
+    windows = Windows(store, width=seq_length - NUM_SPECIAL_TOKENS, first=first, last=last)
+    return ExampleDataset(windows, ExampleBuilder(tokenizer, run.objective, seq_length, seed))
+
+
+def _check_folders(run: RunConfig) -> None:
+    for folder, flag in ((run.output.save, "--save"), (run.output.log_dir, "--log-dir")):
+        if folder is not None:
+            require_writable_folder(folder, flag)
+
+
+def _find_checkpoint(run: RunConfig, identity: dict, say: Callable[[str], None]) -> tuple[Path, dict] | None:
+    if run.output.load is None:
+        return None
+    found = checkpoint.newest(run.output.load)
+    if found is None:
+        say(f"--load {run.output.load}: no committed checkpoint there; starting fresh")
+        return None
+    checkpoint.check_identity(*found, identity)
+    say(f"resuming from {found[0]} after step {found[1]['progress']['step']}")
+    return found
+
+
+def _warmup_steps(run: RunConfig, samples_an_epoch: int) -> int:
+    """Steps for which the ranker learns the first term only: those that begin before the warm-up's share of an epoch."""
+    return -(-round(run.objective.warmup_epochs * samples_an_epoch) // run.training.global_batch_size)
+
+
+def _say_nothing(_: str) -> None:
+    pass

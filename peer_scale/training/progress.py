@@ -1,0 +1,12 @@
+"""How far a run has come."""
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Progress:
+    """Cumulative over restarts; saved with every checkpoint."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0

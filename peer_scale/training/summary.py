@@ -1,0 +1,97 @@
+"""What a run says of itself when it starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+
+from peer_scale.models.config import EncoderShape
+from peer_scale.parallel.topology import Topology
+from peer_scale.settings.run import RunConfig
+
+if TYPE_CHECKING:
+    from peer_scale.training.job import Corpus
+
+
+def startup_summary(
+    run: RunConfig, topology: Topology, corpus: Corpus, num_parameters: int, peak: float | None
+) -> str:
+    """A few aligned lines: model, objective, data, batch, layout, device, kernels."""
+    training, model, data_parallel = run.training, run.model, topology.size("dp")
+    accumulation = training.global_batch_size // (training.micro_batch_size * data_parallel)
+    optimizer_offload = run.deepspeed["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
+    lines = {
+        "model": f"{run.name}, {num_parameters / 1e6:.2f} M parameters: {_networks(run)}",
+        "objective": _objective(run),
+        "data": f"{corpus.store.num_documents:,} documents, {corpus.store.num_tokens:,} tokens, "
+        f"{len(corpus.training):,} samples an epoch; vocabulary {model.vocab_size:,}",
+        "batch": f"{training.global_batch_size} x {training.seq_length} tokens "
+        f"({training.micro_batch_size} a micro-batch, {accumulation} accumulated, {data_parallel} ranks); "
+        f"{training.train_iters:,} steps, lr {training.lr:g}",
+        "layout": f"data parallel {data_parallel}, tensor parallel {run.tensor_parallel}, "
+        f"pipeline parallel {run.pipeline_parallel}, ZeRO-{run.zero_stage}, optimizer offload: {optimizer_offload}",
+        "device": f"{_device(topology.device)}, {training.precision}, "
+        + ("peak not known (no MFU)" if peak is None else f"peak {peak / 1e12:.3g} TFLOP/s a rank"),
+        **{f"kernel: {name}": state for name, state in fused_kernels().items()},
+    }
+    width = max(map(len, lines))
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
+
+
+def fused_kernels() -> dict[str, str]:
+    """Which fused kernels run, and why others do not."""
+    return {
+        "attention": "fused (torch scaled_dot_product_attention)",
+        "adam": "fused (torch AdamW)",
+        "layer norm": "torch's; " + apex_state(),
+    }
+
+
+def apex_state() -> str:
+    """Whether NVIDIA Apex is there; PyPI's `apex` is another program of that name."""
+    try:
+        from apex.normalization import FusedLayerNorm  # noqa: F401
+    except ImportError:
+        try:
+            version = importlib.metadata.version("apex")
+        except importlib.metadata.PackageNotFoundError:
+            return "NVIDIA Apex is not installed"
+        return f"the installed apex {version} is not NVIDIA Apex"
+    return "NVIDIA Apex is installed, not used yet"
+
+
+def resolved_configuration(run: RunConfig) -> str:
+    """The whole RunConfig as YAML."""
+    return yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(run), default=str)), sort_keys=False)
+
+
+def _networks(run: RunConfig) -> str:
+    model = run.model
+    if model.ranker is None:
+        return f"encoder {_shape(model.generator)}"
+    shared = f", {model.num_shared_layers} layers shared" if model.num_shared_layers else ""
+    return f"generator {_shape(model.generator)}, ranker {_shape(model.ranker)}{shared}"
+
+
+def _shape(shape: EncoderShape) -> str:
+    return f"{shape.num_layers} x {shape.hidden_size}"
+
+
+def _objective(run: RunConfig) -> str:
+    objective = run.objective
+    if run.model.ranker is None:
+        return f"masked language model, {objective.mask_fraction:.0%} of the tokens"
+    levels = {"taus": list(objective.taus), "top T": objective.top_t, "delta": objective.delta}
+    details = ", ".join(f"{name} {value}" for name, value in levels.items()) if objective.num_levels > 2 else "ELECTRA"
+    return f"{objective.num_levels} levels ({details}), lambda {objective.tqr_weight:g}"
+
+
+def _device(device: torch.device) -> Any:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads a rank"

@@ -1,0 +1,123 @@
+"""The training loop."""
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from peer_scale.corpus.examples import Batch
+from peer_scale.objectives.tasks import GlobalCounts
+from peer_scale.parallel.initialization import stream_seed
+from peer_scale.parallel.topology import Topology
+from peer_scale.settings.run import RunConfig
+from peer_scale.training.callbacks import Callback
+from peer_scale.training.engine import loss_scale
+from peer_scale.training.metering import Meter
+from peer_scale.training.optimizer import set_step
+from peer_scale.training.progress import Progress
+
+
+@dataclass
+class StepRecord:
+    """What is known of a step when it has been launched; `sums` may still be under way on the device."""
+
+    step: int
+    sums: torch.Tensor
+    lr: float
+    grad_norm: Any
+    loss_scale: float
+    skipped_steps: int
+    step_time: float = 0.0
+    data_wait: float = 0.0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Trainer:
+    """Runs optimizer steps and tells the callbacks; everything optional is one of them.
+
+    `wants_stop` is set by callbacks and takes effect together on all ranks, since it travels with the step's sums.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        topology: Topology,
+        engine: Any,
+        meter: Meter,
+        callbacks: Sequence[Callback],
+        *,
+        progress: Progress,
+        warmup_steps: int,
+    ) -> None:
+        self.run, self.topology, self.engine, self.meter = run, topology, engine, meter
+        self.callbacks = callbacks
+        self.progress = progress
+        self.warmup_steps = warmup_steps
+        self.wants_stop = False
+        self.stopping = False
+        self._pending: deque[StepRecord] = deque()
+
+    def fit(self, steps: Iterator[Sequence[Batch]]) -> None:
+        """Train from the step after `progress.step` to the last; `steps` gives this rank's micro-batches of each."""
+        clock = time.perf_counter()
+        for step in range(self.progress.step + 1, self.run.training.train_iters + 1):
+            micro_batches = next(steps)
+            data_wait = time.perf_counter() - clock
+            record = self.train_step(step, micro_batches)
+            record.data_wait, record.step_time = data_wait, time.perf_counter() - clock
+            clock = time.perf_counter()
+            self._pending.append(record)
+            for callback in self.callbacks:
+                callback.on_step_end(self, record)
+            self.report(keep=1)
+            if self.stopping:
+                break
+        self.report(keep=0)
+        for callback in self.callbacks:
+            callback.on_train_end(self)
+
+    def train_step(self, step: int, micro_batches: Sequence[Batch]) -> StepRecord:
+        """One optimizer step: forward and backward of each micro-batch, then the update."""
+        engine, device = self.engine, self.topology.device
+        lr = set_step(engine.optimizer, self.run.training, step, num_updates=step - engine.skipped_steps)
+        batches = [batch.to(device) for batch in micro_batches]
+        counts = self.global_counts(batches)
+        # DeepSpeed averages over micro-batches and data-parallel ranks; our loss is a share of the global sum
+        scale = len(batches) * self.topology.size("dp")
+        sums = torch.zeros(len(engine.module.statistics) + 1, dtype=torch.float64, device=device)
+        for micro, batch in enumerate(batches):
+            self._seed_dropout(step, micro)
+            loss, statistics = engine(batch, counts, step <= self.warmup_steps)
+            engine.backward(loss * scale)
+            engine.step()
+            sums[:-1] += statistics
+        sums[-1] += float(self.wants_stop)
+        dist.all_reduce(sums, group=self.topology.group("dp"))
+        return StepRecord(step, sums, lr, engine.get_global_grad_norm(), loss_scale(engine), engine.skipped_steps)
+
+    def global_counts(self, batches: Sequence[Batch]) -> GlobalCounts:
+        """Selected positions and non-pad tokens of the whole global batch, known before any forward pass."""
+        selected = sum(batch.is_selected.sum() for batch in batches)
+        tokens = sum(batch.is_token.sum() for batch in batches)
+        counts = torch.stack([torch.as_tensor(selected), torch.as_tensor(tokens)]).float()
+        dist.all_reduce(counts, group=self.topology.group("dp"))
+        return GlobalCounts(counts[0], counts[1])
+
+    def report(self, keep: int) -> None:
+        """Read back all but the newest `keep` steps and pass their figures on: the device is never waited for at once."""
+        while len(self._pending) > keep:
+            record = self._pending.popleft()
+            *sums, stop_votes = record.sums.tolist()
+            self.stopping |= stop_votes > 0
+            figures = self.meter.figures(self.engine.module.statistics, sums, record, self.progress)
+            for callback in self.callbacks:
+                callback.on_figures(figures)
+
+    def _seed_dropout(self, step: int, micro: int) -> None:
+        """A dropout stream for each micro-batch, so that a resumed run draws what an uninterrupted one would."""
+        if self.run.model.hidden_dropout or self.run.model.attention_dropout:
+            torch.manual_seed(stream_seed(self.run.seed, "dropout", step, micro, self.topology.rank("dp")))

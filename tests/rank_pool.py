@@ -1,0 +1,126 @@
+"""Real ranks over gloo, started once and given one function after another: starting them costs more than most tests."""
+
+import contextlib
+import importlib
+import multiprocessing
+import os
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+
+class RankFailure(AssertionError):
+    """A rank raised, died or did not answer in time; the message has every rank's log."""
+
+
+class RankPool:
+    """`run` calls a function on all ranks and gives their results in rank order."""
+
+    def __init__(self, world_size: int, threads: int = 1) -> None:
+        self.world_size = world_size
+        self._threads = threads
+        self._processes: list = []
+
+    def __enter__(self) -> "RankPool":
+        self._start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def run(self, function, *args, timeout: float = 300, **kwargs) -> list:
+        if not self._processes:
+            self._start()
+        for pipe in self._pipes:
+            pipe.send((function.__module__, function.__name__, args, kwargs))
+        try:
+            return self._collect(time.monotonic() + timeout)
+        except RankFailure:
+            self._stop()  # the others may wait for the failed one for ever
+            raise
+
+    def _collect(self, deadline: float) -> list:
+        results: list = [None] * self.world_size
+        waiting = set(range(self.world_size))
+        while waiting:
+            for rank in sorted(waiting):
+                if self._pipes[rank].poll(0.02):
+                    try:
+                        ok, value = self._pipes[rank].recv()
+                    except EOFError:
+                        raise self._failure(f"rank {rank} died") from None
+                    if not ok:
+                        raise self._failure(f"rank {rank} raised:\n{value}")
+                    results[rank] = value
+                    waiting.discard(rank)
+                elif not self._processes[rank].is_alive():
+                    raise self._failure(f"rank {rank} died with exit code {self._processes[rank].exitcode}")
+            if time.monotonic() > deadline:
+                raise self._failure(f"no answer from rank(s) {sorted(waiting)} in time")
+        return results
+
+    def _failure(self, what: str) -> RankFailure:
+        logs = "".join(f"\n--- log of rank {r}\n{log.read_text()[-4000:]}" for r, log in enumerate(self._logs))
+        return RankFailure(what + logs)
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        folder = Path(tempfile.mkdtemp(prefix="ranks-"))
+        port = free_port()
+        self._logs = [folder / f"rank{rank}.log" for rank in range(self.world_size)]
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for rank, log in enumerate(self._logs):
+            log.touch()
+            ours, theirs = context.Pipe()
+            settings = (theirs, rank, self.world_size, port, str(log), self._threads)
+            process = context.Process(target=_serve, args=settings)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def _stop(self) -> None:
+        for pipe in self._pipes:
+            with contextlib.suppress(OSError):
+                pipe.send(None)
+        for process in self._processes:
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._processes = []
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _serve(pipe: Connection, rank: int, world_size: int, port: int, log: str, threads: int) -> None:
+    stream = open(log, "w", buffering=1)  # noqa: SIM115 (open as long as the process lives)
+    os.dup2(stream.fileno(), 1)
+    os.dup2(stream.fileno(), 2)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    from peer_scale.quiet import silence_libraries
+
+    silence_libraries()
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(threads)
+    dist.init_process_group("gloo")
+    while (message := pipe.recv()) is not None:
+        module, name, args, kwargs = message
+        try:
+            pipe.send((True, getattr(importlib.import_module(module), name)(*args, **kwargs)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+        sys.stdout.flush()
+    dist.destroy_process_group()

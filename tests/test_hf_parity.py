@@ -1,0 +1,134 @@
+"""Single-process numerics against transformers' ELECTRA with the same random weights: outputs and gradients."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import ElectraForMaskedLM, ElectraForPreTraining, ElectraModel
+
+from peer_scale.conversion.electra import convert, electra_config, generator_entries, ranker_entries
+from peer_scale.models.config import EncoderShape, ModelConfig
+from peer_scale.models.networks import PretrainingModel
+from peer_scale.objectives.tqr import tqr_loss
+from peer_scale.parallel.initialization import initialize_weights
+from peer_scale.parallel.topology import single_process_topology
+from peer_scale.parallel.vocab import generator_head
+
+SHAPE = EncoderShape(num_layers=3, hidden_size=48, ffn_hidden_size=96, num_attention_heads=4)
+MODELS = {
+    "peer": ModelConfig(
+        generator=replace(SHAPE, num_layers=2), ranker=SHAPE, num_shared_layers=1, vocab_size=101, embedding_size=48
+    ),
+    "electra": ModelConfig(
+        generator=EncoderShape(3, 16, 32, 2), ranker=SHAPE, vocab_size=101, embedding_size=24
+    ),
+    "bert": ModelConfig(generator=SHAPE, ranker=None, vocab_size=101, embedding_size=48),
+}
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    config = replace(MODELS[request.param], hidden_dropout=0.0, attention_dropout=0.0, max_position_embeddings=32)
+    topology = single_process_topology()
+    built = PretrainingModel(config, 2, topology)
+    initialize_weights(built, seed=3, std=0.1, vocab_size=config.vocab_size, topology=topology)
+    with torch.no_grad():  # biases and LayerNorms too, so that a swapped pair shows
+        for parameter in built.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return built
+
+
+@pytest.fixture
+def text():
+    torch.manual_seed(0)
+    ids = torch.randint(5, 101, (3, 20))
+    types = (torch.arange(20) > 11).long().expand(3, 20)
+    mask = torch.arange(20) < torch.tensor([[20], [13], [7]])
+    return ids, types, mask
+
+
+def hugging_face(model, kind):
+    entries = generator_entries(model.config) if kind == "generator" else ranker_entries(model.config)
+    shape = model.config.generator if kind == "generator" else model.config.ranker
+    cls = ElectraForMaskedLM if kind == "generator" else ElectraForPreTraining
+    reference = cls(electra_config(model.config, shape, pad_token_id=0)).train()
+    state = convert(model.state_dict(), entries)
+    reference.load_state_dict(state, strict=True)
+    return reference, entries
+
+
+def assert_close(ours, theirs):
+    assert (ours - theirs).abs().max().item() < TOLERANCE
+
+
+def assert_same_gradients(model, reference, entries):
+    gradients = dict(reference.named_parameters())
+    ours = dict(model.named_parameters())
+    compared = 0
+    for entry in entries:
+        if "lm_head.weight" in entry.theirs[0]:
+            continue  # tied: its gradient is in the word embeddings'
+        for name, mine in zip(entry.theirs, entry.convert(ours[entry.ours].grad), strict=True):
+            assert_close(mine, gradients[name].grad)
+            compared += 1
+    assert compared == len(gradients)
+
+
+def test_generator_is_electra_for_masked_lm(model, text):
+    ids, types, mask = text
+    reference, entries = hugging_face(model, "generator")
+    hidden = model.encode(model.generator, ids, types, mask)
+    expected = reference.electra(ids, attention_mask=mask, token_type_ids=types).last_hidden_state
+    assert_close(hidden.transpose(0, 1)[mask], expected[mask])
+
+    positions = torch.tensor([[1, 5, 9], [2, 7, 12], [0, 3, 6]])
+    labels = torch.full_like(ids, -100).scatter(1, positions, ids.gather(1, positions))
+    expected = reference(ids, attention_mask=mask, token_type_ids=types, labels=labels)
+    states, bias = model.generate(hidden, positions)
+    targets = ids.gather(1, positions).flatten()
+    output = generator_head(states, model.embeddings.word.weight, bias, targets, torch.rand(9))
+    assert_close(output.loss.mean(), expected.loss)
+    logits = expected.logits.gather(1, positions[..., None].expand(-1, -1, 101)).flatten(0, 1)
+    assert_close(output.original_logit, logits.gather(1, targets[:, None]).squeeze(1))
+    assert_close(output.sampled_logit, logits.gather(1, output.sampled_ids[:, None]).squeeze(1))
+    output.loss.mean().backward()
+    expected.loss.backward()
+    assert_same_gradients(model, reference, entries)
+
+
+def test_ranker_with_two_levels_is_electra_for_pre_training(model, text):
+    if model.config.ranker is None:
+        pytest.skip("BERT has no ranker")
+    ids, types, mask = text
+    reference, entries = hugging_face(model, "ranker")
+    hidden = model.encode(model.ranker, ids, types, mask)
+    expected = reference.electra(ids, attention_mask=mask, token_type_ids=types).last_hidden_state
+    assert_close(hidden.transpose(0, 1)[mask], expected[mask])
+
+    replaced = torch.rand(ids.shape) < 0.3
+    scores, thresholds = model.ranking_head(hidden)
+    expected = reference(ids, attention_mask=mask, token_type_ids=types, labels=replaced.float())
+    assert_close((thresholds[-1] - scores.transpose(0, 1))[mask], expected.logits[mask])
+    loss = tqr_loss(scores.transpose(0, 1)[mask], thresholds, 2.0 - replaced[mask].float()) / mask.sum()
+    assert_close(loss, expected.loss)
+    loss.backward()
+    expected.loss.backward()
+    assert_same_gradients(model, reference, entries)
+
+
+def test_the_map_covers_every_parameter_once(model):
+    entries = generator_entries(model.config)
+    if model.config.ranker is not None:
+        entries += ranker_entries(model.config)
+    assert {entry.ours for entry in entries} == set(dict(model.named_parameters()))
+
+
+def test_electra_model_opens_the_encoder_alone(model, text):
+    ids, types, mask = text
+    reference, _ = hugging_face(model, "generator")
+    alone = ElectraModel(reference.config)
+    alone.load_state_dict(reference.electra.state_dict(), strict=True)
+    expected = alone(ids, attention_mask=mask, token_type_ids=types).last_hidden_state
+    assert_close(model.encode(model.generator, ids, types, mask).transpose(0, 1)[mask], expected[mask])
