@@ -74,6 +74,7 @@ def slurm_cluster(num_nodes: int = 2, gpus_per_node: int = 0, cpus_per_node: int
             for node in nodes:
                 _start(["slurmd", "-D", "-N", node], environ, folder / f"slurmd-{node}.out.log", stack)
             _wait_until_idle(cluster)
+            _run_once_on_every_node(cluster)
         except BaseException as error:
             raise RuntimeError(f"the Slurm cluster did not start: {error}\n{cluster.logs()}") from error
         yield cluster
@@ -95,11 +96,11 @@ def _free_ports(count: int) -> list[int]:
 
 def _write_configuration(folder: Path, nodes: tuple[str, ...], gpus_per_node: int, cpus_per_node: int) -> None:
     controller_port, *node_ports = _free_ports(1 + len(nodes))
-    host = socket.gethostname()
-    generic_resources = f" Gres=gpu:{gpus_per_node}" if gpus_per_node else ""
+    host, address = socket.gethostname(), "127.0.0.1"
+    gpus = f" Gres=gpu:{gpus_per_node}" if gpus_per_node else ""
     lines = [
         "ClusterName=test",
-        f"SlurmctldHost={host}(127.0.0.1)",
+        f"SlurmctldHost={host}({address})",
         f"SlurmctldPort={controller_port}",
         "SlurmUser=root",
         "AuthType=auth/munge",
@@ -123,7 +124,7 @@ def _write_configuration(folder: Path, nodes: tuple[str, ...], gpus_per_node: in
         f"SlurmctldLogFile={folder}/slurmctld.log",
         f"SlurmdLogFile={folder}/slurmd-%n.log",
         *(
-            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus_per_node}{generic_resources}"
+            f"NodeName={node} NodeHostname={host} NodeAddr={address} Port={port} CPUs={cpus_per_node}{gpus}"
             for node, port in zip(nodes, node_ports, strict=True)
         ),
         f"PartitionName=test Nodes={','.join(nodes)} Default=YES MaxTime=INFINITE State=UP",
@@ -158,8 +159,13 @@ def _start_munged(folder: Path, stack: ExitStack) -> None:
         shutil.chown(path, "munge", "munge")
     files = {"key-file": "key", "socket": "socket", "pid-file": "pid", "seed-file": "seed", "log-file": "munged.log"}
     options = [f"--{option}={home / name}" for option, name in files.items()]
-    _start(["munged", "--foreground", "--num-threads=2", *options], {"PATH": _path()}, folder / "munged.out.log", stack,
-           user="munge")
+    _start(
+        ["munged", "--foreground", "--num-threads=2", *options],
+        {"PATH": _path()},
+        folder / "munged.out.log",
+        stack,
+        user="munge",
+    )
     deadline = time.monotonic() + 20
     while not (home / "socket").exists():
         if time.monotonic() > deadline:
@@ -176,6 +182,13 @@ def _wait_until_idle(cluster: SlurmCluster) -> None:
         if time.monotonic() > deadline:
             raise TimeoutError(f"nodes are {states}, not idle")
         time.sleep(0.1)
+
+
+def _run_once_on_every_node(cluster: SlurmCluster) -> None:
+    """A cluster that says idle may still schedule its first job late."""
+    done = cluster.run("srun", f"--nodes={len(cluster.nodes)}", "--ntasks-per-node=1", "true")
+    if done.returncode:
+        raise RuntimeError(f"srun ended with {done.returncode}: {done.stderr}")
 
 
 def _cancel_all_jobs(cluster: SlurmCluster) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -75,6 +76,7 @@ def check_parallel_sizes(world_size: int, tensor_parallel: int, pipeline_paralle
 
 def init_process_group(environment: ProcessEnvironment, timeout_minutes: float = 30.0) -> torch.device:
     """Join the job's default group (NCCL where there are GPUs, else gloo) and choose this rank's device."""
+    _export(environment)
     use_cuda = torch.cuda.is_available()
     device = torch.device("cuda", environment.local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
@@ -87,6 +89,19 @@ def init_process_group(environment: ProcessEnvironment, timeout_minutes: float =
         timeout=timedelta(minutes=timeout_minutes),
     )
     return device
+
+
+def _export(environment: ProcessEnvironment) -> None:
+    """Tell DeepSpeed, which reads torchrun's variables whatever the launcher was."""
+    values = {
+        "RANK": environment.rank,
+        "WORLD_SIZE": environment.world_size,
+        "LOCAL_RANK": environment.local_rank,
+        "LOCAL_SIZE": environment.local_world_size,
+        "MASTER_ADDR": environment.master_addr,
+        "MASTER_PORT": environment.master_port,
+    }
+    os.environ.update({name: str(value) for name, value in values.items()})
 
 
 def build_topology(device: torch.device, *, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> Topology:

@@ -1,0 +1,54 @@
+"""Training runs for tests: in the rank pool, or as a user starts them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+PROJECT = Path(__file__).resolve().parent.parent
+SMALL = ("--vocab-size", "2000", "--seq-length", "64", "--log-interval", "1000000")
+
+
+def ds_config(folder: Path, zero_stage: int = 2, **blocks: object) -> Path:
+    path = folder / f"zero{zero_stage}-{abs(hash(repr(blocks)))}.json"
+    zero = {"stage": zero_stage}
+    if zero_stage == 3:
+        zero["stage3_param_persistence_threshold"] = 0  # tiny parameters are partitioned too
+    zero |= blocks.pop("zero_optimization", {})
+    path.write_text(json.dumps({"zero_optimization": zero, **blocks}))
+    return path
+
+
+def train_in_pool(flags: list[str]) -> list[dict]:
+    """Run by every rank of a pool: what `pretrain.py` does after it has joined its group; gives the metrics."""
+    import torch
+
+    from peer_scale.parallel.agreement import Agreement
+    from peer_scale.parallel.topology import build_topology
+    from peer_scale.settings.flags import build_parser
+    from peer_scale.settings.resolve import resolve
+    from peer_scale.training.job import train
+
+    args = build_parser().parse_args([*SMALL, *flags])
+    train(resolve(args, dist.get_world_size()), build_topology(torch.device("cpu")), Agreement())
+    return read_metrics(args.log_dir)
+
+
+def read_metrics(log_dir: Path | str) -> list[dict]:
+    return [json.loads(line) for line in (Path(log_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def pretrain(*flags: object, launcher: tuple[str, ...] = (), timeout: float = 240, **environ: str):
+    """Start the trainer as a user does; gives the finished process with its output as text."""
+    command = [sys.executable, *launcher, str(PROJECT / "peer_scale/pretrain.py"), *SMALL, *map(str, flags)]
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, env=environment | environ, cwd=PROJECT, check=False
+    )
+
+
+def torchrun(ranks: int) -> tuple[str, ...]:
+    return ("-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "0")

@@ -1,0 +1,97 @@
+"""Parity is proof: every layout gives the loss curve of one process with the same seed."""
+
+import pytest
+
+from runs import ds_config, train_in_pool
+
+STEPS = 20
+
+
+def curve(pool, tmp_path, text_file, cache, *, stage=2, flags=(), blocks=None):
+    name = f"{pool.world_size}-{stage}-{'-'.join(flags)}".replace("/", "_")[:80]
+    log_dir = tmp_path / name
+    metrics = pool.run(
+        train_in_pool,
+        [
+            *("--data-path", str(text_file), "--cache-dir", str(cache), "--log-dir", str(log_dir)),
+            *("--deepspeed_config", str(ds_config(tmp_path, stage, **(blocks or {})))),
+            *("--train-iters", str(STEPS), "--global-batch-size", "8", "--fp32", "--num-workers", "0"),
+            *("--hidden-dropout", "0", "--attention-dropout", "0", "--warmup-epochs", "0.05"),
+            *flags,
+        ],
+    )[0]
+    assert len(metrics) == STEPS
+    return [(m["loss"], m["grad_norm"], m["rank_label_fractions"] if "rank_label_fractions" in m else None) for m in metrics]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def references(one_rank, tmp_path_factory, text_file, cache):
+    curves = {}
+
+    def reference(model):
+        if model not in curves:
+            folder = tmp_path_factory.mktemp(model)
+            flags = ("--model", model, "--micro-batch-size", "8")
+            curves[model] = curve(one_rank, folder, text_file, cache, stage=1, flags=flags)
+        return curves[model]
+
+    return reference
+
+
+def assert_same(found, reference):
+    for step, ((loss, norm, labels), (expected_loss, expected_norm, expected_labels)) in enumerate(
+        zip(found, reference, strict=True), start=1
+    ):
+        assert loss == pytest.approx(expected_loss, rel=1e-5), f"step {step}"
+        assert norm == pytest.approx(expected_norm, rel=1e-4), f"step {step}"
+        assert labels == expected_labels, f"step {step}"
+
+
+ROWS = [
+    (1, 1, "4", "peer-tiny"),
+    (1, 2, "8", "peer-tiny"),
+    (1, 2, "4", "peer-tiny"),
+    (1, 3, "8", "peer-tiny"),
+    (1, 3, "2", "peer-tiny"),
+    (2, 1, "4", "peer-tiny"),
+    (2, 2, "4", "peer-tiny"),
+    (2, 3, "4", "peer-tiny"),
+    (2, 1, "2", "peer-tiny"),
+    (2, 2, "2", "peer-tiny"),
+    (2, 3, "1", "peer-tiny"),
+    (2, 2, "2", "electra-tiny"),
+    (2, 3, "4", "electra-tiny"),
+    (2, 2, "2", "bert-tiny"),
+    (2, 3, "4", "bert-tiny"),
+]
+
+
+@pytest.mark.parametrize(("ranks", "stage", "micro_batch", "model"), ROWS)
+def test_layouts_agree(ranks, stage, micro_batch, model, references, one_rank, two_ranks, tmp_path, text_file, cache):
+    pool = one_rank if ranks == 1 else two_ranks
+    flags = ("--model", model, "--micro-batch-size", micro_batch)
+    assert_same(curve(pool, tmp_path, text_file, cache, stage=stage, flags=flags), references(model))
+
+
+def test_the_curve_goes_down(references):
+    first, last = references("peer-tiny")[0][0], references("peer-tiny")[-1][0]
+    assert last < 0.9 * first
+
+
+def test_activation_checkpointing_and_offload_change_nothing(references, two_ranks, tmp_path, text_file, cache):
+    flags = ("--micro-batch-size", "4", "--activation-checkpointing")
+    for stage in (2, 3):
+        offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+        found = curve(two_ranks, tmp_path, text_file, cache, stage=stage, flags=flags, blocks=offload)
+        assert_same(found, references("peer-tiny"))
+
+
+def test_the_curve_depends_on_the_seed(references, one_rank, tmp_path, text_file, cache):
+    flags = ("--micro-batch-size", "8", "--seed", "7")
+    other = curve(one_rank, tmp_path, text_file, cache, stage=1, flags=flags)
+    assert other[0][0] != pytest.approx(references("peer-tiny")[0][0], rel=1e-5)
