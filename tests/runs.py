@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from rank_pool import free_port
+
 PROJECT = Path(__file__).resolve().parent.parent
 SMALL = ("--vocab-size", "2000", "--seq-length", "64", "--log-interval", "1000000")
 
@@ -51,4 +53,4 @@ def pretrain(*flags: object, launcher: tuple[str, ...] = (), timeout: float = 24
 
 
 def torchrun(ranks: int) -> tuple[str, ...]:
-    return ("-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "0")
+    return ("-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(free_port()))

@@ -189,6 +189,41 @@ def test_the_checkout_is_named_where_the_script_lies_elsewhere(submitter: Submit
     assert "PEER_VENV is '/nowhere'" in submitter.submit([], [], PEER_VENV="/nowhere").output
 
 
+def test_the_trainer_learns_the_same_on_two_nodes_as_on_one_machine(
+    submitter: Submitter, text_file: Path, tmp_path: Path
+) -> None:
+    sizes = ["--num-layers", "2", "--generator-num-layers", "1", "--hidden-size", "64", "--ffn-hidden-size", "128"]
+    data = [
+        "--data-path",
+        str(text_file),
+        "--vocab-size",
+        "400",
+        "--seq-length",
+        "32",
+        "--cache-dir",
+        str(tmp_path / "c"),
+    ]
+    flags = ["--model", "peer-tiny", *sizes, *data, "--train-iters", "20", "--micro-batch-size", "4", "--fp32"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    trainer = [str(REPOSITORY / "peer_scale" / "pretrain.py")]
+    here = [*launcher, *trainer, *flags, "--log-dir", str(tmp_path / "here")]
+    done = subprocess.run(here, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    real = Submitter(submitter.cluster, REPOSITORY, submitter.folder)
+    job = real.submit(["-N", "2", "--ntasks-per-node", "1"], [*flags, "--log-dir", str(tmp_path / "there")])
+    assert job.exit_code == "0:0", job.output
+    losses = [losses_of(tmp_path / name) for name in ("here", "there")]
+    assert len(losses[0]) == 20
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    refused = real.submit(["-N", "2"], ["--model", "peer-tinny"])
+    assert refused.exit_code == "2:0"
+    assert [line for line in refused.output.splitlines() if line.startswith("error: ")][0].find("peer-tiny") > 0
+
+
+def losses_of(log_dir: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (log_dir / "metrics.jsonl").read_text().splitlines()]
+
+
 def test_outside_a_job_it_says_how_to_run_it() -> None:
     environ = without(os.environ, "SLURM_JOB_ID")
     done = subprocess.run(
