@@ -217,7 +217,7 @@ def test_the_trainer_learns_the_same_on_two_nodes_as_on_one_machine(
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
     refused = real.submit(["-N", "2"], ["--model", "peer-tinny"])
     assert refused.exit_code == "2:0"
-    assert [line for line in refused.output.splitlines() if line.startswith("error: ")][0].find("peer-tiny") > 0
+    assert re.search("^error: .*peer-tinny.*peer-tiny", refused.output, re.MULTILINE), refused.output
 
 
 def losses_of(log_dir: Path) -> list[float]:

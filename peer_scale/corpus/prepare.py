@@ -1,18 +1,19 @@
 """From raw text to a Megatron `.bin/.idx` pair, in parallel and resumable, and from `--data-path` to an open store."""
 
 import contextlib
-import errno
-import fcntl
+import glob
 import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from peer_scale.corpus.builtin import builtin_identity
+from peer_scale.corpus.files import locked
 from peer_scale.corpus.parts import Part, Task, merge_bin, merge_index, read_part, token_dtype, write_part
 from peer_scale.corpus.progress import Progress, open_progress
 from peer_scale.corpus.readers import BUILTIN, Slice, Stream, find_sources, iter_documents, iter_stream, slice_file
@@ -33,7 +34,6 @@ from peer_scale.storage import write_atomically
 PART_BYTES = 1 << 25  # of text a part: large against the start of a task, small against a worker's memory
 _TRAINING_CHARS = 200_000_000
 _PARTS_VERSION = 1
-_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # file systems without locks
 
 
 def preprocess(
@@ -44,6 +44,7 @@ def preprocess(
     text_key: str = "text",
     workers: int = 1,
     show_progress: bool = False,
+    part_bytes: int = PART_BYTES,
 ) -> None:
     """Tokenises raw text into `<prefix>.bin`, `.idx`, `.tokenizer.json` and, last, the manifest `.json`.
 
@@ -57,6 +58,7 @@ def preprocess(
         text_key: key or column of the text.
         workers: number of processes.
         show_progress: reports on stderr.
+        part_bytes: how much text a worker takes at a time, and so an interruption can lose.
 
     Raises:
         UserError: an input is bad, the output cannot be written, or it would overwrite files not made here.
@@ -64,16 +66,20 @@ def preprocess(
     with _as_user_errors(output_prefix):
         sources = find_sources(inputs)
         os.makedirs(os.path.dirname(os.path.abspath(output_prefix)), exist_ok=True)
-        with _locked(f"{output_prefix}.lock"):
-            _preprocess(inputs, sources, tokenizer, output_prefix, text_key, workers, show_progress)
+        with locked(f"{output_prefix}.lock"):
+            _preprocess(inputs, sources, tokenizer, output_prefix, text_key, workers, show_progress, part_bytes)
 
 
-def train_on_inputs(inputs: Sequence[str], vocab_size: int, text_key: str = "text") -> WordPiece:
+def train_on_inputs(
+    inputs: Sequence[str], vocab_size: int, text_key: str = "text", show_progress: bool = False
+) -> WordPiece:
     """Trains a WordPiece on the first 200 million characters of the inputs, in a process of its own.
 
     Raises:
         UserError: as `readers.iter_documents` and `wordpiece.train_wordpiece`.
     """
+    if show_progress:
+        print(f"training a WordPiece tokenizer of {vocab_size} on {', '.join(inputs)}", file=sys.stderr, flush=True)
     # The trainer's threads would make every later fork of this process print a warning.
     with _as_user_errors(", ".join(inputs)), worker_pool(1) as pool:
         return pool.submit(_train, tuple(inputs), vocab_size, text_key).result()
@@ -156,17 +162,17 @@ def _cached(
         if _is_finished(prefix, None):
             return prefix  # without the lock, so that a complete cache may be read-only
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(f"{prefix}.lock"):
+        with locked(f"{prefix}.lock"):
             if wordpiece is None:
-                wordpiece = _trained_once(data_path, vocab_size, text_key, f"{prefix}.tokenizer.json")
-            _preprocess(data_path, sources, wordpiece, prefix, text_key, workers, show_progress)
+                wordpiece = _trained_once(data_path, vocab_size, text_key, f"{prefix}.tokenizer.json", show_progress)
+            _preprocess(data_path, sources, wordpiece, prefix, text_key, workers, show_progress, PART_BYTES)
     return prefix
 
 
-def _trained_once(inputs: Sequence[str], vocab_size: int, text_key: str, path: str) -> WordPiece:
+def _trained_once(inputs: Sequence[str], vocab_size: int, text_key: str, path: str, show_progress: bool) -> WordPiece:
     if os.path.exists(path):
         return load_wordpiece(path)
-    wordpiece = train_on_inputs(inputs, vocab_size, text_key)
+    wordpiece = train_on_inputs(inputs, vocab_size, text_key, show_progress)
     write_atomically(Path(path), wordpiece.to_json().encode())
     return wordpiece
 
@@ -189,8 +195,9 @@ def _preprocess(
     text_key: str,
     workers: int,
     show_progress: bool,
+    part_bytes: int,
 ) -> None:
-    key = _digest(*_identities(sources, text_key), tokenizer.digest, str(_PARTS_VERSION), str(PART_BYTES))
+    key = _digest(*_identities(sources, text_key), tokenizer.digest, str(_PARTS_VERSION), str(part_bytes))
     if _is_finished(prefix, key):
         return
     _refuse_to_overwrite(prefix, sources)
@@ -203,7 +210,9 @@ def _preprocess(
     parts_folder.mkdir(parents=True, exist_ok=True)
     total = None if any(isinstance(source, Stream) for source in sources) else sum(map(_size, sources))
     with open_progress(show_progress, total) as progress:
-        parts = _write_parts(_tasks(sources, text_key), tokenizer, str(parts_folder), text_key, workers, progress)
+        parts = _write_parts(
+            _tasks(sources, text_key, part_bytes), tokenizer, str(parts_folder), text_key, workers, progress
+        )
     if not any(part.num_documents for part in parts):
         raise UserError(f"{', '.join(inputs)}: no document in it")
     _merge(parts, inputs, tokenizer, prefix, key)
@@ -214,20 +223,20 @@ def _size(source: str | Stream) -> int:
     return 0 if isinstance(source, Stream) else os.path.getsize(source)
 
 
-def _tasks(sources: Sequence[str | Stream], text_key: str) -> Iterator[Task]:
-    """Cuts the sources, in order, into tasks of about PART_BYTES; small files share one."""
+def _tasks(sources: Sequence[str | Stream], text_key: str, part_bytes: int) -> Iterator[Task]:
+    """Cuts the sources, in order, into tasks of about `part_bytes`; small files share one."""
     number = 0
     slices: list[Slice] = []
     for source in [*sources, None]:
-        for part in slice_file(source, PART_BYTES) if isinstance(source, str) else ():
+        for part in slice_file(source, part_bytes) if isinstance(source, str) else ():
             slices.append(part)
-            if sum(part.num_bytes for part in slices) >= PART_BYTES:
+            if sum(part.num_bytes for part in slices) >= part_bytes:
                 yield _file_task(number, slices)
                 number, slices = number + 1, []
         if not isinstance(source, str) and slices:
             yield _file_task(number, slices)
             number, slices = number + 1, []
-        for texts in _stream_blocks(source, text_key) if isinstance(source, Stream) else ():
+        for texts in _stream_blocks(source, text_key, part_bytes) if isinstance(source, Stream) else ():
             # The content is part of the name, because what a hub serves under a name may change.
             name = f"{number:08d}-{_digest(*texts)[:32]}"
             yield Task(name, texts=texts, num_bytes=sum(map(len, texts)))
@@ -238,13 +247,13 @@ def _file_task(number: int, slices: list[Slice]) -> Task:
     return Task(f"{number:08d}", slices=tuple(slices), num_bytes=sum(part.num_bytes for part in slices))
 
 
-def _stream_blocks(stream: Stream, text_key: str) -> Iterator[tuple[str, ...]]:
+def _stream_blocks(stream: Stream, text_key: str, part_bytes: int) -> Iterator[tuple[str, ...]]:
     block: list[str] = []
     size = 0
     for text in iter_stream(stream, text_key):
         block.append(text)
         size += len(text)
-        if size >= PART_BYTES // 8:  # these travel to the workers through a pipe
+        if size >= part_bytes // 8:  # these travel to the workers through a pipe
             yield tuple(block)
             block, size = [], 0
     if block:
@@ -284,7 +293,8 @@ def _write_parts(
 def _merge(parts: Sequence[Part], inputs: Sequence[str], tokenizer: WordPiece, prefix: str, key: str) -> None:
     # What lies there goes first: at no time may old and new files pass for a pair.
     for ending in ("json", "idx", "bin"):
-        Path(f"{prefix}.{ending}").unlink(missing_ok=True)
+        for stale in [f"{prefix}.{ending}", *glob.glob(f"{glob.escape(prefix)}.{ending}.*.tmp")]:
+            Path(stale).unlink(missing_ok=True)
     dtype = token_dtype(tokenizer.vocab_size)
     data = merge_bin(parts, f"{prefix}.bin", dtype)
     index = merge_index(parts, f"{prefix}.idx", dtype)
@@ -365,24 +375,3 @@ def _as_user_errors(name: str) -> Iterator[None]:
         raise UserError(f"{error.filename or name}: {error.strerror or error}") from error
     except BrokenProcessPool as error:
         raise UserError(f"{name}: a worker process was killed (out of memory?); use fewer workers") from error
-
-
-@contextlib.contextmanager
-def _locked(path: str) -> Iterator[None]:
-    """Waits until no other process holds the lock; a process that dies gives it back."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                break
-        os.close(descriptor)  # the one before us has deleted this file, and another may hold the new one
-    try:
-        yield
-    finally:
-        os.unlink(path)
-        os.close(descriptor)

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from peer_scale.errors import UserError
 
 AUTO = "auto"
@@ -42,15 +44,9 @@ def read_ds_config(path: Path | None) -> dict[str, Any]:
 
 
 def _check_keys(config: dict[str, Any], path: Path) -> None:
-    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
     _known(config, _TOP_LEVEL, path, "")
-    models = {"zero_optimization": DeepSpeedZeroConfig, "fp16": DeepSpeedFP16Config, "bf16": DeepSpeedBF16Config}
-    for section, model in models.items():
+    for section, model in _deepspeed_models().items():
         fields = [name for key, field in model.model_fields.items() for name in (key, field.alias) if name]
-        if section == "fp16":
-            fields.append("initial_scale_power")
         _known(_section(config, section, path), fields, path, section)
     for section, known in (("optimizer", _OPTIMIZER_PARAMS), ("scheduler", _SCHEDULER_PARAMS)):
         block = _section(config, section, path)
@@ -61,6 +57,24 @@ def _check_keys(config: dict[str, Any], path: Path) -> None:
     stage = _section(config, "zero_optimization", path).get("stage", 0)
     if stage not in (1, 2, 3):
         raise UserError(f"{path}: zero_optimization.stage is {stage!r}; it must be 1, 2 or 3")
+
+
+def _deepspeed_models() -> dict[str, Any]:
+    """DeepSpeed's own descriptions of its blocks: which keys there are, of which type."""
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    return {"zero_optimization": DeepSpeedZeroConfig, "fp16": DeepSpeedFP16Config, "bf16": DeepSpeedBF16Config}
+
+
+def _check_values(config: dict[str, Any]) -> None:
+    for section, model in _deepspeed_models().items():
+        try:
+            model(**config.get(section, {}))
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join([section, *map(str, first["loc"])])
+            raise UserError(f"the ds_config's {key} is {first['input']!r}: {first['msg']}") from None
 
 
 def _section(config: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
@@ -138,6 +152,7 @@ def resolved_ds_config(config: dict[str, Any], values: dict[str, Any], *, hidden
     resolved["zero_allow_untested_optimizer"] = True
     resolved["zero_force_ds_cpu_optimizer"] = False
     _no_auto_left(resolved, "")
+    _check_values(resolved)
     return resolved
 
 

@@ -1,6 +1,7 @@
 """Checkpoints: written by DeepSpeed into a folder aside, committed by a manifest and a rename.
 
     SAVE/step_00000100/peer_scale.json      the manifest: configuration, progress, size of every file; written last
+    SAVE/step_00000100/tokenizer/           what turns text into the model's ids
     SAVE/step_00000100/...                  what DeepSpeed writes
     SAVE/latest                             name of the newest committed folder
     SAVE/.writing_step_00000200/            one that was not finished: never loaded, removed by the next start
@@ -13,6 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from peer_scale.corpus.wordpiece import WordPiece
 from peer_scale.errors import UserError
 from peer_scale.parallel.agreement import Agreement
 from peer_scale.settings.run import RunConfig
@@ -22,6 +24,7 @@ from peer_scale.training.progress import Progress
 FORMAT_VERSION = 1
 MANIFEST = "peer_scale.json"
 LATEST = "latest"
+TOKENIZER = "tokenizer"
 _PREFIX, _ASIDE = "step_", ".writing_"
 
 
@@ -49,11 +52,19 @@ def identity(run: RunConfig, *, data_fingerprint: str, tokenizer_digest: str, da
     }
 
 
-class CheckpointFolder:
-    """The checkpoints of one run."""
+def provenance(run: RunConfig) -> dict[str, Any]:
+    """What is told of a run where its weights go on to, and may differ in a run that resumes it."""
+    return {"model": run.name, "data_path": [str(path) for path in run.data.data_path]}
 
-    def __init__(self, path: Path, agreement: Agreement, run_identity: dict[str, Any], keep_last: int) -> None:
-        self._path, self._agreement, self._identity, self._keep_last = path, agreement, run_identity, keep_last
+
+class CheckpointFolder:
+    """The checkpoints of one run; `sections` are what the manifest says of it: its identity and its provenance."""
+
+    def __init__(
+        self, path: Path, agreement: Agreement, sections: dict[str, Any], tokenizer: WordPiece, keep_last: int
+    ) -> None:
+        self._path, self._agreement, self._keep_last = path, agreement, keep_last
+        self._sections, self._tokenizer = sections, tokenizer
         agreement.first_rank(self._remove_unfinished)
 
     def save(self, engine: Any, progress: Progress) -> None:
@@ -72,12 +83,13 @@ class CheckpointFolder:
 
     def _commit(self, aside: Path, name: str, progress: Progress) -> None:
         try:
+            self._tokenizer.save(aside / TOKENIZER)
             files = sorted(path for path in aside.rglob("*") if path.is_file())
             for path in files:
                 _fsync(path)
             manifest = {
                 "format_version": FORMAT_VERSION,
-                **self._identity,
+                **self._sections,
                 "progress": dataclasses.asdict(progress),
                 "files": {str(path.relative_to(aside)): path.stat().st_size for path in files},
             }

@@ -19,8 +19,7 @@ MONITOR_BLOCKS = ("tensorboard", "wandb", "csv_monitor", "comet")
 
 
 def build_engine(task: nn.Module, run: RunConfig, topology: Topology) -> Any:
-    """Wrap `task` under the run's ZeRO stage and precision; UserError for a precision the device does not have."""
-    check_precision(run.training.precision)
+    """Wrap `task` under the run's ZeRO stage and precision."""
     _leave_out_shared_memory_op()
     if run.training.activation_checkpointing:
         apply_activation_checkpointing(task, check_fn=lambda module: isinstance(module, TransformerLayer))

@@ -31,7 +31,7 @@ from peer_scale.training.callbacks.console import ProgressLine
 from peer_scale.training.callbacks.reporting import MetricsFile, MonitorEvents
 from peer_scale.training.callbacks.stopping import StopAfter, StopOnSignal
 from peer_scale.training.callbacks.validation import Validation
-from peer_scale.training.engine import autocast_dtype, build_engine
+from peer_scale.training.engine import autocast_dtype, build_engine, check_precision
 from peer_scale.training.metering import Meter, device_peak
 from peer_scale.training.progress import Progress
 from peer_scale.training.summary import resolved_configuration, startup_summary
@@ -56,6 +56,7 @@ def run_job(args: argparse.Namespace, environment: ProcessEnvironment) -> None:
         environment.world_size, args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     )
     run = resolve(args, data_parallel)
+    check_precision(run.training.precision)
     num_threads = args.num_threads or default_num_threads(environment, os.environ)
     if num_threads:
         torch.set_num_threads(num_threads)
@@ -136,7 +137,8 @@ def _callbacks(
     if output.exit_signal_handler:
         callbacks.append(StopOnSignal())
     if output.save is not None:
-        folder = checkpoint.CheckpointFolder(output.save, agreement, identity, output.keep_last)
+        sections = {**identity, "provenance": checkpoint.provenance(run)}
+        folder = checkpoint.CheckpointFolder(output.save, agreement, sections, corpus.tokenizer, output.keep_last)
         callbacks.append(Checkpointing(folder, output.save_interval))
     return callbacks
 

@@ -1,0 +1,213 @@
+"""Bad input ends before any training: exit code 2 and one line that names what is wrong."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+from peer_scale.corpus.wordpiece import train_wordpiece
+from peer_scale.pretrain import main
+from runs import SMALL, ds_config, pretrain, torchrun
+
+
+@pytest.fixture
+def refused(capfd, tmp_path, text_file):
+    """Run the trainer on flags that must be refused; gives its one line."""
+
+    def run(*flags, data=True):
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        where = ["--data-path", text_file] if data else []
+        argv = [*SMALL, *where, "--cache-dir", tmp_path / "cache", "--train-iters", 2, "--num-workers", 0, *flags]
+        assert main([str(part) for part in argv]) == 2
+        captured = capfd.readouterr()
+        progress = ("tokenising", "training a WordPiece")
+        lines = [line for line in captured.err.splitlines() if not line.startswith(progress)]
+        assert len(lines) == 1, captured.err
+        assert lines[0].startswith("error: ")
+        assert "step 1/" not in captured.out, "it must end before training"
+        return lines[0]
+
+    return run
+
+
+def write(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def indexed(folder, vocab=100, documents=4):
+    prefix = folder / "corpus"
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for number in range(documents):
+        tokens = np.random.default_rng(number).integers(5, vocab, 300)
+        builder.add_document(tokens, [300])
+    builder.finalize(f"{prefix}.idx")
+    return prefix
+
+
+def tokenizer(folder, vocab_size=200):
+    train_wordpiece(["the quick brown fox jumps over the lazy dog " * 20, "pack my box"], vocab_size).save(folder)
+    return folder
+
+
+def test_data(refused, tmp_path):
+    missing = tmp_path / "missing.txt"
+    assert "missing.txt" in refused("--data-path", missing, data=False)
+    assert "empty.txt" in refused("--data-path", write(tmp_path / "empty.txt", ""), data=False)
+    (tmp_path / "folder").mkdir()
+    assert "folder" in refused("--data-path", tmp_path / "folder", data=False)
+    latin = write(tmp_path / "latin.txt", "caf\xe9 au lait\n".encode("latin-1"))
+    line = refused("--data-path", latin, data=False)
+    assert "latin.txt" in line and "UTF-8" in line
+    broken = write(tmp_path / "broken.jsonl", '{"text": "fine"}\n{"text": \n')
+    assert re.search(r"broken\.jsonl:2|broken\.jsonl.*line 2", refused("--data-path", broken, data=False))
+    keyless = write(tmp_path / "keyless.jsonl", '{"text": "fine"}\n{"body": "no"}\n')
+    line = refused("--data-path", keyless, data=False)
+    assert re.search(r"keyless\.jsonl:2|keyless\.jsonl.*line 2", line) and "text" in line
+
+
+def test_indexed_data(refused, tmp_path):
+    prefix = indexed(tmp_path)
+    vocabulary = tokenizer(tmp_path / "tokenizer")
+    with open(f"{prefix}.bin", "r+b") as file:
+        file.truncate(1000)
+    line = refused("--data-path", prefix, "--tokenizer", vocabulary, data=False)
+    assert "corpus.bin" in line and "1000" in line.replace(",", "")
+
+
+def test_tokenizers(refused, tmp_path):
+    assert "nowhere" in refused("--tokenizer", tmp_path / "nowhere")
+    folder = tokenizer(tmp_path / "tokenizer")
+    words = [w for w in (folder / "vocab.txt").read_text().splitlines() if w != "[MASK]"]
+    line = refused("--tokenizer", write(tmp_path / "vocab.txt", "\n".join(words) + "\n"))
+    assert "[MASK]" in line and "vocab.txt" in line
+    many = write(tmp_path / "many.txt", "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(70_000))]))
+    line = refused("--data-path", indexed(tmp_path), "--tokenizer", many, data=False)
+    assert "uint16" in line and "70005" in line.replace(",", "")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--seq-length", "129"), ("129", "128", "positions")),
+        (("--hidden-size", "130", "--num-attention-heads", "4"), ("130", "4", "divisible")),
+        (("--global-batch-size", "10", "--micro-batch-size", "4"), ("10", "4", "micro-batch")),
+        (("--num-levels", "4", "--taus", "1", "2"), ("tau_1", "delta")),
+        (("--num-levels", "1", "--taus"), ("num_levels", "at least 2")),
+        (("--model", "peer-smal"), ("peer-smal", "did you mean peer-small")),
+        (("--model", "teams-base"), ("TEAMS", "not there yet")),
+        (("--pipeline-model-parallel-size", "2"), ("pipeline", "not there yet")),
+        (("--train-iters", "0"), ("train_iters", "0")),
+        (("--lr", "fast"), ("--lr", "fast")),
+        (("--no-such-flag",), ("--no-such-flag",)),
+        (("--validation-fraction", "1"), ("--validation-fraction", "below 1")),
+        (("--config", "no-such.yaml"), ("no-such.yaml",)),
+        (("--fp16",), ("fp16 is not supported",)),
+        (("--save-interval", "5"), ("--save-interval", "--save")),
+    ],
+)
+def test_flags(refused, flags, said):
+    line = refused(*flags)
+    for part in said:
+        assert part in line
+
+
+def test_ds_config(refused, tmp_path):
+    assert "gone.json" in refused("--deepspeed_config", tmp_path / "gone.json")
+    line = refused("--deepspeed_config", write(tmp_path / "bad.json", '{"zero_optimization": {\n"stage": }}'))
+    assert "bad.json:2" in line and "JSON" in line
+    line = refused("--deepspeed_config", ds_config(tmp_path, gradient_cliping=1.0))
+    assert "gradient_cliping" in line and "gradient_clipping" in line
+    line = refused("--deepspeed_config", ds_config(tmp_path, zero_optimization={"overlapcomm": True}))
+    assert "zero_optimization.overlapcomm" in line and "overlap_comm" in line
+    line = refused("--deepspeed_config", ds_config(tmp_path, zero_optimization={"stage": 4}))
+    assert "stage" in line and "4" in line
+    line = refused("--deepspeed_config", ds_config(tmp_path, train_batch_size=32), "--global-batch-size", 16)
+    assert all(part in line for part in ("--global-batch-size 16", "train_batch_size 32"))
+    optimizer = {"type": "AdamW", "params": {"lr": 1e-4}}
+    line = refused("--deepspeed_config", ds_config(tmp_path, optimizer=optimizer), "--lr", "1e-3")
+    assert "--lr 0.001" in line and "optimizer.params.lr 0.0001" in line
+    line = refused("--deepspeed_config", ds_config(tmp_path, bf16={"enabled": True}), "--fp32")
+    assert "--fp32" in line and "bf16" in line
+    line = refused("--deepspeed_config", ds_config(tmp_path, optimizer={"type": "Lamb"}))
+    assert "Lamb" in line and "AdamW" in line
+    line = refused("--deepspeed_config", ds_config(tmp_path, zero_optimization={"reduce_bucket_size": "large"}))
+    assert "reduce_bucket_size" in line
+
+
+def test_yaml(refused, tmp_path):
+    line = refused("--config", write(tmp_path / "run.yaml", "model:\n  rnaker: {}\n"))
+    assert "rnaker" in line and "run.yaml" in line
+    line = refused("--config", write(tmp_path / "run.yaml", "training:\n  lr: quick\n"))
+    assert "lr" in line and "quick" in line
+
+
+def test_output_folder_that_cannot_be_written(refused, tmp_path):
+    blocker = write(tmp_path / "file", "in the way")
+    assert "--log-dir" in refused("--log-dir", blocker / "logs")
+    assert "--save" in refused("--save", blocker / "save")
+
+
+def test_all_ranks_end_together_and_only_the_first_speaks(tmp_path, text_file):
+    flags = ("--data-path", text_file, "--cache-dir", tmp_path, "--log-dir", write(tmp_path / "file", "x") / "logs")
+    done = pretrain(*flags, launcher=torchrun(2), timeout=120)
+    assert done.returncode != 0
+    assert done.stderr.count("error: --log-dir") == 1
+    assert "exitcode  : 2" in done.stderr
+
+
+@pytest.fixture
+def checkpoint(tmp_path, text_file):
+    save = tmp_path / "save"
+    flags = ("--data-path", text_file, "--cache-dir", tmp_path / "cache", "--train-iters", 2, "--save", save)
+    done = pretrain(*flags)
+    assert done.returncode == 0, done.stderr
+    return save
+
+
+def test_loading_what_does_not_fit(refused, checkpoint):
+    line = refused("--load", checkpoint, "--hidden-size", 64)
+    assert "hidden_size" in line and "128" in line and "64" in line
+    line = refused("--load", checkpoint, "--model", "electra-tiny")
+    assert "num_levels" in line
+    damaged = next((checkpoint / "step_00000002").glob("*optim_states.pt"))
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    line = refused("--load", checkpoint)
+    assert damaged.name in line and "bytes" in line
+    manifest = checkpoint / "step_00000002" / "peer_scale.json"
+    manifest.write_text(manifest.read_text()[:-40])
+    assert "peer_scale.json" in refused("--load", checkpoint)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system with room for one checkpoint, but not for two."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", disk], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small file system here: {mounted.stderr.decode().strip()}")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_disk_full_while_saving(small_disk, tmp_path, text_file):
+    flags = ("--data-path", text_file, "--cache-dir", tmp_path / "cache", "--save", small_disk / "save")
+    done = pretrain(*flags, "--train-iters", 6, "--save-interval", 2, "--keep-last", 9, launcher=torchrun(2))
+    assert done.returncode != 0
+    assert done.stderr.count("error: --save") == 1
+    assert "exitcode  : 2" in done.stderr
+    assert "could not be" in done.stderr and "older ones stay good" in done.stderr
+    kept = sorted((small_disk / "save").glob("step_*"))
+    assert [path.name for path in kept] == ["step_00000002"]
+    shutil.copytree(small_disk / "save", tmp_path / "copy")
+    resumed = pretrain(*flags[:-2], "--load", tmp_path / "copy", "--train-iters", 3, launcher=torchrun(2))
+    assert resumed.returncode == 0, resumed.stderr
+    assert "after step 2" in resumed.stdout
+    assert json.loads((kept[0] / "peer_scale.json").read_text())["progress"]["step"] == 2
