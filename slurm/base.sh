@@ -104,7 +104,8 @@ srun "${tasks[@]}" --kill-on-bad-exit=1 --export=ALL \
 exec {copied_stderr}>&-
 wait "$tee_pid"
 
-# srun answers with the largest code of all ranks, mostly that of ranks it ended itself; the first to fail has the reason.
+# srun answers with the largest code of all ranks, mostly that of ranks it ended itself; the first to fail has the
+# reason.
 if ((status)); then
     first=$(grep -m 1 -oE 'srun: error: [^ ]+: tasks? [0-9,-]+: .*' "$messages" || true)
     if [[ $first =~ Exited\ with\ exit\ code\ ([0-9]+) ]]; then status=${BASH_REMATCH[1]}; fi

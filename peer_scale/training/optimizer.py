@@ -24,7 +24,7 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
     if step <= config.lr_warmup_iters:
         return config.lr * step / config.lr_warmup_iters
     remaining = max(config.train_iters - step + 1, 0)
-    return config.lr * remaining / (config.train_iters - config.lr_warmup_iters + 1)
+    return config.lr * remaining / (config.train_iters - max(config.lr_warmup_iters, 1) + 1)
 
 
 def set_step(optimizer: Any, config: TrainingConfig, step: int, num_updates: int) -> float:
