@@ -1,4 +1,4 @@
-"""Keep the libraries' own chatter off a user's terminal; call before torch, DeepSpeed and megatron-core are imported."""
+"""Keep the libraries' own chatter off a user's terminal; call before they are imported."""
 
 import logging
 import os

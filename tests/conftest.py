@@ -1,5 +1,5 @@
-import inspect
 import importlib
+import inspect
 from pathlib import Path
 
 import pytest
@@ -10,14 +10,34 @@ silence_libraries()
 
 from rank_pool import RankPool  # noqa: E402  (after the libraries have been told to be quiet)
 
-_DOCUMENTED = ("argparse", "logging", "unittest.mock", "typing", "inspect", "subprocess", "pathlib", "datetime", "decimal")
+_DOCUMENTED = (
+    "argparse",
+    "logging",
+    "unittest.mock",
+    "typing",
+    "inspect",
+    "subprocess",
+    "pathlib",
+    "datetime",
+    "decimal",
+)
 
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory) -> Path:
     """Real English: a document of docstrings for each of some standard modules, again and again in slices."""
     documents = []
-    for name in (*_DOCUMENTED, "statistics", "tarfile", "zipfile", "socket", "threading", "difflib", "turtle", "email.message"):
+    for name in (
+        *_DOCUMENTED,
+        "statistics",
+        "tarfile",
+        "zipfile",
+        "socket",
+        "threading",
+        "difflib",
+        "turtle",
+        "email.message",
+    ):
         module = importlib.import_module(name)
         docs = [inspect.getdoc(module) or ""]
         for _, member in sorted(vars(module).items(), key=lambda item: item[0]):

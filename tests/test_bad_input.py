@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from runs import SMALL, ds_config, pretrain, torchrun
 
 from peer_scale.corpus.wordpiece import train_wordpiece
 from peer_scale.pretrain import main
-from runs import SMALL, ds_config, pretrain, torchrun
 
 
 @pytest.fixture
@@ -87,7 +87,9 @@ def test_tokenizers(refused, tmp_path):
     words = [w for w in (folder / "vocab.txt").read_text().splitlines() if w != "[MASK]"]
     line = refused("--tokenizer", write(tmp_path / "vocab.txt", "\n".join(words) + "\n"))
     assert "[MASK]" in line and "vocab.txt" in line
-    many = write(tmp_path / "many.txt", "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(70_000))]))
+    many = write(
+        tmp_path / "many.txt", "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(70_000))])
+    )
     line = refused("--data-path", indexed(tmp_path), "--tokenizer", many, data=False)
     assert "uint16" in line and "70005" in line.replace(",", "")
 
@@ -190,7 +192,9 @@ def small_disk(tmp_path):
     """A file system with room for one checkpoint, but not for two."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", disk], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", disk], capture_output=True, check=False
+    )
     if mounted.returncode:
         pytest.skip(f"cannot mount a small file system here: {mounted.stderr.decode().strip()}")
     yield disk

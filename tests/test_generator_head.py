@@ -29,7 +29,9 @@ def oracle(states, weight, bias, targets, uniforms):
     log_p = logits - torch.logsumexp(logits, 1, keepdim=True)
     loss = -log_p.gather(1, targets[:, None]).squeeze(1)
     cumulative = log_p.exp().cumsum(1).numpy()
-    sampled = [np.searchsorted(row, u, side="right") for row, u in zip(cumulative, uniforms.double().numpy(), strict=True)]
+    sampled = [
+        np.searchsorted(row, u, side="right") for row, u in zip(cumulative, uniforms.double().numpy(), strict=True)
+    ]
     single = (states @ weight.T + bias).numpy()
     rank = [1 + int((row > row[t]).sum()) for row, t in zip(single, targets, strict=True)]
     return loss, np.array(sampled), np.array(rank), logits, cumulative

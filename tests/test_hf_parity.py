@@ -19,9 +19,7 @@ MODELS = {
     "peer": ModelConfig(
         generator=replace(SHAPE, num_layers=2), ranker=SHAPE, num_shared_layers=1, vocab_size=101, embedding_size=48
     ),
-    "electra": ModelConfig(
-        generator=EncoderShape(3, 16, 32, 2), ranker=SHAPE, vocab_size=101, embedding_size=24
-    ),
+    "electra": ModelConfig(generator=EncoderShape(3, 16, 32, 2), ranker=SHAPE, vocab_size=101, embedding_size=24),
     "bert": ModelConfig(generator=SHAPE, ranker=None, vocab_size=101, embedding_size=48),
 }
 TOLERANCE = 1e-5

@@ -1,7 +1,6 @@
 """Parity is proof: every layout gives the loss curve of one process with the same seed."""
 
 import pytest
-
 from runs import ds_config, train_in_pool
 
 STEPS = 20
@@ -21,7 +20,7 @@ def curve(pool, tmp_path, text_file, cache, *, stage=2, flags=(), blocks=None):
         ],
     )[0]
     assert len(metrics) == STEPS
-    return [(m["loss"], m["grad_norm"], m["rank_label_fractions"] if "rank_label_fractions" in m else None) for m in metrics]
+    return [(m["loss"], m["grad_norm"], m.get("rank_label_fractions")) for m in metrics]
 
 
 @pytest.fixture(scope="module")

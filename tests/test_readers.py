@@ -92,15 +92,16 @@ def test_jsonl_reads_the_named_key_and_skips_empty_lines_and_texts(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
-@pytest.mark.parametrize("slice_bytes", [1, 300, 10**6])
-def test_parquet_is_read_by_row_groups(tmp_path, kind, slice_bytes):
+@pytest.mark.parametrize(("slice_bytes", "num_slices"), [(1, 7), (1500, None), (10**6, 1)])
+def test_parquet_is_read_by_row_groups(tmp_path, kind, slice_bytes, num_slices):
     texts = [f"text number {number}" for number in range(50)]
     column = pa.array([*texts, None, " "]).cast(kind)
     path = str(tmp_path / "a.parquet")
     pq.write_table(pa.table({"other": list(range(52)), "text": column}), path, row_group_size=8)
     assert documents(path) == texts
     assert read_in_slices(path, slice_bytes) == texts
-    assert (len(list(slice_file(path, slice_bytes))) == 7) == (slice_bytes == 1)
+    found = len(list(slice_file(path, slice_bytes)))
+    assert found == num_slices if num_slices else 1 < found < 7
 
 
 def test_folders_are_read_recursively_sorted_and_without_hidden_or_other_files(tmp_path):
@@ -110,9 +111,9 @@ def test_folders_are_read_recursively_sorted_and_without_hidden_or_other_files(t
     write(tmp_path / "c/empty.txt", "")
     for hidden in (".git/x.txt", ".x.txt", "README.md", "c/.cache/y.txt"):
         write(tmp_path / hidden, "not this")
+    assert documents(str(tmp_path / "c"), str(tmp_path / "a")) == ["third", "first"]
     (tmp_path / "c/loop").symlink_to(tmp_path)
     assert documents(str(tmp_path)) == ["first", "second", "third"]
-    assert documents(str(tmp_path / "c"), str(tmp_path / "a")) == ["third", "first"]
 
 
 @pytest.mark.parametrize("ending", ["txt", "jsonl"])
@@ -194,7 +195,7 @@ def test_docstrings_become_documents():
     found = list(builtin.extract_documents([Path(json.__file__).parent]))
     assert found == list(builtin.extract_documents([Path(json.__file__).parent]))
     text = "\n".join(found)
-    assert "JSON (JavaScript Object Notation) <http://json.org> is a subset of JavaScript syntax" in text
+    assert "JSON (JavaScript Object Notation)" in text
     assert ">>>" not in text
     assert "import json" not in text
     # loads and load share paragraphs, but every docstring counts once

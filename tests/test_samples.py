@@ -58,7 +58,7 @@ def test_windows_hold_every_token_exactly_once(corpus):
 
 
 def test_examples_are_two_segments_with_the_right_number_selected(corpus):
-    store, tokenizer = corpus
+    _, tokenizer = corpus
     samples = dataset(corpus)
     singles = 0
     for number in range(400):

@@ -79,8 +79,8 @@ def test_labels_follow_table_2(seed):
     top_t = int(rng.integers(1, 6))
     original_logit, sampled_logit, is_original, rank = random_tokens(rng, 300, num_levels, taus, delta)
     expected = [
-        oracle_label(o, np.float32(s - l), r, num_levels, taus, top_t, delta)
-        for o, s, l, r in zip(is_original, sampled_logit, original_logit, rank, strict=True)
+        oracle_label(o, np.float32(s - base), r, num_levels, taus, top_t, delta)
+        for o, s, base, r in zip(is_original, sampled_logit, original_logit, rank, strict=True)
     ]
     labels = rank_labels(
         torch.from_numpy(is_original).view(30, 10),
@@ -131,7 +131,9 @@ def test_gradients_by_finite_differences(num_levels):
 def test_two_levels_are_replaced_token_detection():
     scores, labels = torch.randn(50), torch.randint(1, 3, (50,)).float()
     threshold = torch.tensor([0.3])
-    bce = torch.nn.functional.binary_cross_entropy_with_logits(threshold - scores, (labels == 1).float(), reduction="sum")
+    bce = torch.nn.functional.binary_cross_entropy_with_logits(
+        threshold - scores, (labels == 1).float(), reduction="sum"
+    )
     assert tqr_loss(scores, threshold, labels).item() == pytest.approx(bce.item(), rel=1e-6)
 
 

@@ -29,8 +29,8 @@ def ranker_entries(config: ModelConfig) -> list[Entry]:
         raise UserError("this checkpoint is of a BERT model: it has no ranker")
     head = "discriminator_predictions"
     return [
-        *_encoder_entries(config, config.ranker, "ranker"),
-        *_dense("ranking_head.dense", f"{head}.dense"),
+        *encoder_entries(config, config.ranker, "ranker"),
+        *dense_entries("ranking_head.dense", f"{head}.dense"),
         Entry("ranking_head.score.weight", (f"{head}.dense_prediction.weight",), lambda w: (-w,)),
         Entry("ranking_head.free_thresholds", (f"{head}.dense_prediction.bias",), lambda xi: (xi[-1:],)),
     ]
@@ -38,11 +38,11 @@ def ranker_entries(config: ModelConfig) -> list[Entry]:
 
 def generator_entries(config: ModelConfig) -> list[Entry]:
     """The map to ElectraForMaskedLM; its output matrix is tied to the word embeddings."""
-    cut = _cut_to(config.vocab_size)
+    cut = without_padding(config.vocab_size)
     return [
-        *_encoder_entries(config, config.generator, "generator"),
-        *_dense("mlm_head.dense", "generator_predictions.dense"),
-        *_dense("mlm_head.norm", "generator_predictions.LayerNorm"),
+        *encoder_entries(config, config.generator, "generator"),
+        *dense_entries("mlm_head.dense", "generator_predictions.dense"),
+        *dense_entries("mlm_head.norm", "generator_predictions.LayerNorm"),
         Entry("mlm_head.bias", ("generator_lm_head.bias",), cut),
         Entry("embeddings.word.weight", ("generator_lm_head.weight",), cut),
     ]
@@ -79,20 +79,21 @@ def electra_config(config: ModelConfig, shape: EncoderShape, pad_token_id: int) 
     )
 
 
-def _encoder_entries(config: ModelConfig, shape: EncoderShape, network: str) -> list[Entry]:
-    names = "electra.embeddings"
+def encoder_entries(config: ModelConfig, shape: EncoderShape, network: str, theirs: str = "electra") -> list[Entry]:
+    """The map of `network` ("generator" or "ranker") to the encoder that Hugging Face's model keeps under `theirs`."""
+    names = f"{theirs}.embeddings"
     entries = [
-        Entry("embeddings.word.weight", (f"{names}.word_embeddings.weight",), _cut_to(config.vocab_size)),
+        Entry("embeddings.word.weight", (f"{names}.word_embeddings.weight",), without_padding(config.vocab_size)),
         Entry("embeddings.position.weight", (f"{names}.position_embeddings.weight",), _same),
         Entry("embeddings.token_type.weight", (f"{names}.token_type_embeddings.weight",), _same),
-        *_dense("embeddings.norm", f"{names}.LayerNorm"),
+        *dense_entries("embeddings.norm", f"{names}.LayerNorm"),
     ]
     if config.embedding_size != shape.hidden_size:
-        entries += _dense(f"{network}.projection", "electra.embeddings_project")
+        entries += dense_entries(f"{network}.projection", f"{theirs}.embeddings_project")
     for index in range(shape.num_layers):
         own = index - config.num_shared_layers
         ours = f"{network}.layers.{own}" if own >= 0 else f"shared_layers.{index}"
-        entries += _layer_entries(ours, f"electra.encoder.layer.{index}", shape)
+        entries += _layer_entries(ours, f"{theirs}.encoder.layer.{index}", shape)
     return entries
 
 
@@ -105,15 +106,16 @@ def _layer_entries(ours: str, theirs: str, shape: EncoderShape) -> list[Entry]:
             Entry(f"{ours}.attention.qkv.{kind}", tuple(f"{part}.{kind}" for part in parts), split)
             for kind in ("weight", "bias")
         ),
-        *_dense(f"{ours}.attention.dense", f"{attention}.output.dense"),
-        *_dense(f"{ours}.attention_norm", f"{attention}.output.LayerNorm"),
-        *_dense(f"{ours}.feed_forward.up", f"{theirs}.intermediate.dense"),
-        *_dense(f"{ours}.feed_forward.down", f"{theirs}.output.dense"),
-        *_dense(f"{ours}.feed_forward_norm", f"{theirs}.output.LayerNorm"),
+        *dense_entries(f"{ours}.attention.dense", f"{attention}.output.dense"),
+        *dense_entries(f"{ours}.attention_norm", f"{attention}.output.LayerNorm"),
+        *dense_entries(f"{ours}.feed_forward.up", f"{theirs}.intermediate.dense"),
+        *dense_entries(f"{ours}.feed_forward.down", f"{theirs}.output.dense"),
+        *dense_entries(f"{ours}.feed_forward_norm", f"{theirs}.output.LayerNorm"),
     ]
 
 
-def _dense(ours: str, theirs: str) -> list[Entry]:
+def dense_entries(ours: str, theirs: str) -> list[Entry]:
+    """A weight and its bias, as they are."""
     return [Entry(f"{ours}.{kind}", (f"{theirs}.{kind}",), _same) for kind in ("weight", "bias")]
 
 
@@ -121,8 +123,8 @@ def _same(tensor: Tensor) -> tuple[Tensor, ...]:
     return (tensor,)
 
 
-def _cut_to(rows: int) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """Without the rows that only pad the vocabulary."""
+def without_padding(rows: int) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """Leaves out the rows that only pad the vocabulary."""
     return lambda tensor: (tensor[:rows],)
 
 

@@ -1,6 +1,6 @@
-"""From a span of tokens to a training example: ELECTRA's two segments, the positions to corrupt, the numbers to sample with.
+"""From a span of tokens to a training example: two segments, the positions to corrupt, the numbers to sample with.
 
-Everything here is a pure function of (seed, sample number, position): no state, so any rank, worker or restart gives the same.
+Everything here is a pure function of (seed, sample number, position), so any rank, worker or restart gives the same.
 """
 
 from collections.abc import Sequence

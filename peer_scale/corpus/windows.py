@@ -15,8 +15,8 @@ _FEISTEL_ROUNDS = 6
 class Windows:
     """Windows of at most `width` tokens within documents [first, last): every token is in exactly one.
 
-    A document of n tokens gives ceil(n / width) windows of (nearly) equal length. Only the running count of windows at every
-    4096th document is held, so a corpus of any size opens after one pass over the lengths in its index.
+    A document of n tokens gives ceil(n / width) windows of (nearly) equal length. Only the running count of windows at
+    every 4096th document is held, so a corpus of any size opens after one pass over the lengths in its index.
     """
 
     def __init__(self, store: TokenStore, *, width: int, first: int, last: int) -> None:
@@ -85,7 +85,7 @@ def _mix(value: int) -> int:
 
 
 def split_documents(num_documents: int, validation_fraction: float) -> int:
-    """Index of the first held-out document: the last `validation_fraction` of them, at least one where any are asked for."""
+    """Index of the first held-out document: the last `validation_fraction` of them, at least one if it is above 0."""
     if not 0 <= validation_fraction < 1:
         raise UserError(f"--validation-fraction {validation_fraction}: it must be at least 0 and below 1")
     if validation_fraction == 0:

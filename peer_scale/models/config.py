@@ -33,8 +33,9 @@ class EncoderShape:
 class ModelConfig:
     """A pre-training model: a generator with an MLM head and, but for BERT, a ranker with a TQR head.
 
-    `generator` is the network under the MLM head: all there is for BERT, where `ranker` is None. The two networks share the
-    word, position and type embeddings with their LayerNorm, and the bottom `num_shared_layers` layers (PEER, Section 4.1).
+    `generator` is the network under the MLM head: all there is for BERT, where `ranker` is None. The two networks share
+    the word, position and type embeddings with their LayerNorm, and the bottom `num_shared_layers` layers (PEER,
+    Section 4.1).
     """
 
     generator: EncoderShape

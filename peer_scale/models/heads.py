@@ -31,15 +31,15 @@ class MaskedLMHead(nn.Module):
 
     def forward(self, hidden_nH: Tensor) -> tuple[Tensor, Tensor]:
         """The transformed states [n, E] and the bias [rows], -inf on padding rows: never sampled, ranked or counted."""
-        return self.norm(F.gelu(self.dense(hidden_nH))), self.bias.masked_fill(self.is_padding, -math.inf)
+        return self.norm(F.gelu(self.dense(hidden_nH))), self.bias.masked_fill(self.get_buffer("is_padding"), -math.inf)
 
 
 class RankingHead(nn.Module):
     """ELECTRA's dense + GELU, then one score w.h a token and K-1 increasing thresholds (Eq. 3): [..., H] -> [...].
 
     The thresholds are built from free numbers so that they increase strictly whatever values an optimizer step gives:
-    xi_{K-1} is the last of them and each lower one lies below its neighbour by softplus of its own, plus a sliver that stays
-    representable in fp32 when the numbers grow large.
+    xi_{K-1} is the last of them and each lower one lies below its neighbour by softplus of its own, plus a sliver that
+    stays representable in fp32 when the numbers grow large.
     """
 
     _INITIAL_GAP = 1.0

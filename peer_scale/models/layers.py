@@ -1,7 +1,7 @@
 """Transformer layers as BERT and ELECTRA have them (LayerNorm after the residual), on megatron-core's parallel linears.
 
-Shapes: S sequence length, B micro-batch, H hidden size, E embedding size, N attention heads of this tensor-parallel rank,
-D head size, F feed-forward size of this rank. Hidden states are sequence-first, [S, B, H], as Megatron's layers expect.
+Shapes: S sequence length, B micro-batch, H hidden size, E embedding size, N attention heads of this tensor-parallel
+rank, D head size. Hidden states are sequence-first, [S, B, H], as Megatron's layers expect.
 """
 
 import torch
@@ -75,7 +75,7 @@ class Embeddings(nn.Module):
 class SelfAttention(nn.Module):
     """Multi-head attention over all non-pad positions: [S, B, H] -> [S, B, H].
 
-    The rows of the fused QKV matrix are ordered [head, (q, k, v), D], so that a split of the rows is a split of the heads.
+    The rows of the fused QKV matrix are ordered [head, (q, k, v), D], so a split of the rows is a split of the heads.
     """
 
     def __init__(self, shape: EncoderShape, config: ModelConfig, topology: Topology) -> None:

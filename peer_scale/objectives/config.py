@@ -1,5 +1,6 @@
 """What is learned: masking, rank levels and loss weights."""
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -10,8 +11,9 @@ from peer_scale.errors import UserError
 class ObjectiveConfig:
     """PEER's hyper-parameters (Section 3; Appendix A); two levels make ELECTRA's replaced-token detection.
 
-    `taus` has K-2 entries and `gammas` K-2 (or one that serves for all); `warmup_epochs` is how long only the first term of
-    Eq. 5 is used. `mask_probability` is the share of the selected positions that show [MASK], the rest staying as they are.
+    `taus` has K-2 entries and `gammas` K-2 (or one for all); `warmup_epochs` is how long only the first term of Eq. 5
+    is used. `mask_probability` is the share of the selected positions that show [MASK]; the rest stay as they
+    are.
     """
 
     num_levels: int = 3
@@ -27,9 +29,8 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         check_levels(self.num_levels, self.taus, self.delta)
         if len(self.gammas) not in (1, self.num_levels - 2) or min(self.gammas) <= 0:
-            raise UserError(
-                f"gammas {list(self.gammas)}: {self.num_levels} levels take one positive weight, or {self.num_levels - 2}"
-            )
+            wanted = f"one positive weight, or {self.num_levels - 2}"
+            raise UserError(f"gammas {list(self.gammas)}: {self.num_levels} levels take {wanted}")
         if self.top_t < 1:
             raise UserError(f"top_t is {self.top_t}; it must be at least 1")
         if self.tqr_weight < 0:
@@ -56,7 +57,7 @@ def check_levels(num_levels: int, taus: tuple[float, ...], delta: float) -> None
         raise UserError(f"taus {list(taus)}: each must be positive")
     if not math.isfinite(delta) or delta < 0:
         raise UserError(f"delta is {delta}; it must not be negative")
-    for index, (tau, following) in enumerate(zip(taus, taus[1:], strict=False), start=1):
+    for index, (tau, following) in enumerate(itertools.pairwise(taus), start=1):
         if tau >= following or tau * (1 + delta) > following:
             raise UserError(
                 f"tau_{index} (1 + delta) = {tau:g} x {1 + delta:g} must not exceed tau_{index + 1} = {following:g}: "

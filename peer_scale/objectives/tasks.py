@@ -36,7 +36,7 @@ class PretrainingTask(nn.Module):
         self.statistics = StatisticsLayout(objective.num_levels, has_ranker=config.ranker is not None)
 
     def forward(self, batch: Batch, counts: GlobalCounts, warmup: bool = False) -> tuple[Tensor, Tensor]:
-        """This micro-batch's share of the global loss (a scalar) and its statistics [len(self.statistics)]."""
+        """The micro-batch's share of the global loss (a scalar) and its statistics [len(self.statistics)]."""
         generated = self._generate(batch)
         selected = batch.is_selected.flatten()
         mlm_loss = torch.where(selected, generated.loss, 0.0).sum()
@@ -55,9 +55,7 @@ class PretrainingTask(nn.Module):
         states, bias = model.generate(hidden, batch.positions)
         targets = batch.input_ids.gather(1, batch.positions).flatten()
         word_embeddings = model.embeddings.word.weight
-        return generator_head(
-            states, word_embeddings, bias, targets, batch.uniforms.flatten(), group=self.tensor_group
-        )
+        return generator_head(states, word_embeddings, bias, targets, batch.uniforms.flatten(), group=self.tensor_group)
 
     def _rank(self, batch: Batch, generated: GeneratorOutput, warmup: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """The ranker's pass over the corrupted text: summed TQR loss and statistics. Samples carry no gradient."""
@@ -68,7 +66,9 @@ class PretrainingTask(nn.Module):
         scores = scores_SB.transpose(0, 1)
         losses = token_losses(scores, thresholds, labels, gamma=objective.gammas, warmup=warmup)
         tqr_loss = torch.where(batch.is_token, losses, 0.0).sum()
-        return tqr_loss, ranking_statistics(tqr_loss, scores.detach(), thresholds.detach(), labels, batch, corrupted_ids)
+        return tqr_loss, ranking_statistics(
+            tqr_loss, scores.detach(), thresholds.detach(), labels, batch, corrupted_ids
+        )
 
 
 def corrupt(batch: Batch, generated: GeneratorOutput, objective: ObjectiveConfig) -> tuple[Tensor, Tensor]:

@@ -74,9 +74,7 @@ def tqr_loss(
         buffer_offset: as in `rank_labels`.
         warmup: only the first term, ELECTRA's loss (Eq. 4).
     """
-    return token_losses(
-        scores, thresholds, labels, gamma=gamma, buffer_offset=buffer_offset, warmup=warmup
-    ).sum()
+    return token_losses(scores, thresholds, labels, gamma=gamma, buffer_offset=buffer_offset, warmup=warmup).sum()
 
 
 def token_losses(
@@ -105,4 +103,3 @@ def token_losses(
         is_below = (labels <= level) & (labels != UNKNOWN_LABEL)
         losses = losses - gammas[level - 1] * (is_below * F.logsigmoid(logit) + is_above * F.logsigmoid(-logit))
     return losses
-

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch.distributed as dist
 
@@ -35,7 +35,7 @@ class Agreement:
         for message in errors:
             if message is not None:
                 raise UserError(message)
-        return value
+        return cast(T, value)
 
     def one_by_one(self, action: Callable[[], T]) -> T:
         """Rank 0 first, then all others at once: for what the first one prepares and the rest find done."""
@@ -45,7 +45,7 @@ class Agreement:
         dist.broadcast_object_list(outcome, src=0, group=self._group)
         if outcome[0] is not None:
             raise UserError(outcome[0])
-        return self.everyone((lambda: value) if is_first else action)  # type: ignore[return-value]
+        return self.everyone((lambda: cast(T, value)) if is_first else action)
 
 
 def _attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:

@@ -38,4 +38,4 @@ def initialize_weights(model: nn.Module, *, seed: int, std: float, vocab_size: i
         nn.init.trunc_normal_(drawn, std=std, a=-2 * std, b=2 * std, generator=generator)
         weight.copy_(whole.chunk(topology.size("tp"), split_dim)[topology.rank("tp")] if split_dim >= 0 else whole)
         if getattr(module, "bias", None) is not None:
-            module.bias.zero_()
+            module.bias.data.zero_()

@@ -30,7 +30,7 @@ class Topology:
         return self.mesh[dim].size()
 
     def rank(self, dim: str) -> int:
-        """This rank's coordinate along `dim`."""
+        """Coordinate of this rank along `dim`."""
         return self.mesh.get_local_rank(dim)
 
     def group(self, dim: str) -> dist.ProcessGroup:

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Softmax weights are rounded to multiples of 2**-30 before they are added: such sums are exact in fp64, so the token that a
-# uniform number picks does not depend on how the vocabulary is split or in which order it is added up.
+# Softmax weights are rounded to multiples of 2**-30 before they are added: such sums are exact in fp64, so the token
+# that a uniform number picks does not depend on how the vocabulary is split or in which order it is added up.
 _MASS_SCALE = 2.0**30
 
 

@@ -26,7 +26,16 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    model = parser.add_argument_group("model")
+    _add_model_flags(parser.add_argument_group("model"))
+    _add_objective_flags(parser.add_argument_group("objective"))
+    _add_training_flags(parser.add_argument_group("training"))
+    _add_parallel_flags(parser.add_argument_group("parallelism"))
+    _add_data_flags(parser.add_argument_group("data"))
+    _add_output_flags(parser.add_argument_group("output"))
+    return parser
+
+
+def _add_model_flags(model: argparse._ArgumentGroup) -> None:
     model.add_argument("--model", default="peer-tiny", metavar="NAME", help="preset (default: %(default)s)")
     model.add_argument("--config", type=Path, metavar="YAML", help="own sizes: sections model, objective, training")
     for name in ("num-layers", "hidden-size", "ffn-hidden-size", "num-attention-heads"):
@@ -38,7 +47,8 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--hidden-dropout", type=float)
     model.add_argument("--attention-dropout", type=float)
 
-    objective = parser.add_argument_group("objective")
+
+def _add_objective_flags(objective: argparse._ArgumentGroup) -> None:
     objective.add_argument("--num-levels", type=int, metavar="K", help="levels of the ranker; 2 is ELECTRA")
     objective.add_argument("--taus", type=float, nargs="*", help="K-2 partitioning ratios, ascending")
     objective.add_argument("--top-t", type=int, metavar="T")
@@ -49,7 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
     objective.add_argument("--mask-fraction", type=float, help="share of the tokens selected for corruption")
     objective.add_argument("--mask-probability", type=float, help="share of the selected that show [MASK]")
 
-    training = parser.add_argument_group("training")
+
+def _add_training_flags(training: argparse._ArgumentGroup) -> None:
     training.add_argument("--deepspeed_config", type=Path, metavar="JSON", help="default: ZeRO-2, everything auto")
     training.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
     for name in ("seq-length", "train-iters", "micro-batch-size", "global-batch-size", "lr-warmup-iters"):
@@ -57,22 +68,22 @@ def build_parser() -> argparse.ArgumentParser:
     for name in ("lr", "weight-decay", "clip-grad", "adam-beta1", "adam-beta2", "adam-eps"):
         training.add_argument(f"--{name}", type=float)
     training.add_argument("--seed", type=int, default=1234)
-    training.add_argument(
-        "--no-adam-bias-correction", dest="adam_bias_correction", action="store_false", default=None
-    )
+    training.add_argument("--no-adam-bias-correction", dest="adam_bias_correction", action="store_false", default=None)
     training.add_argument("--max-skipped-steps", type=int, help="fp16 overflows in a row before giving up")
     training.add_argument("--activation-checkpointing", action="store_true", default=None)
     precision = training.add_mutually_exclusive_group()
     for name in ("fp32", "bf16", "fp16"):
         precision.add_argument(f"--{name}", dest="precision", action="store_const", const=name)
 
-    parallel = parser.add_argument_group("parallelism")
+
+def _add_parallel_flags(parallel: argparse._ArgumentGroup) -> None:
     parallel.add_argument("--tensor-model-parallel-size", type=int, default=1)
     parallel.add_argument("--pipeline-model-parallel-size", type=int, default=1)
     parallel.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parallel.add_argument("--num-threads", type=int, help="CPU threads of a rank (default: cores / ranks on the node)")
 
-    data = parser.add_argument_group("data")
+
+def _add_data_flags(data: argparse._ArgumentGroup) -> None:
     data.add_argument(
         "--data-path",
         nargs="+",
@@ -88,7 +99,8 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--num-workers", type=int, default=1, help="data-loading processes a rank")
     data.add_argument("--validation-fraction", type=float, default=0.01, help="share of the documents held out")
 
-    output = parser.add_argument_group("output")
+
+def _add_output_flags(output: argparse._ArgumentGroup) -> None:
     output.add_argument("--save", type=Path, metavar="DIR", help="checkpoints; the last step is always saved")
     output.add_argument("--save-interval", type=int, metavar="N")
     output.add_argument("--keep-last", type=int, default=3, metavar="N", help="checkpoints kept (default: 3)")
@@ -100,4 +112,3 @@ def build_parser() -> argparse.ArgumentParser:
     output.add_argument("--exit-duration-in-mins", type=float, help="save and stop after so long")
     output.add_argument("--exit-signal-handler", action="store_true", help="save and stop on SIGTERM")
     output.add_argument("--verbose", action="store_true", help="let DeepSpeed, Megatron and torch speak")
-    return parser

@@ -2,14 +2,15 @@
 
 import difflib
 from dataclasses import dataclass, replace
+from typing import Any
 
 from peer_scale.errors import UserError
 from peer_scale.models.config import EncoderShape, ModelConfig
 from peer_scale.objectives.config import ObjectiveConfig
 from peer_scale.settings.run import TrainingConfig
 
-# The micro-batch sizes suit one 40 GB GPU (tiny: a laptop); the rest is Table 8 of the paper, and for the large size and the
-# widths of the narrow generators the ELECTRA paper's Table 6.
+# The micro-batch sizes are for one 40 GB GPU (tiny: a laptop); the rest is Table 8 of the paper, and for the large size
+# and the widths of the narrow generators the ELECTRA paper's Table 6.
 _SHAPES = {
     "tiny": EncoderShape(num_layers=4, hidden_size=128, ffn_hidden_size=512, num_attention_heads=2),
     "small": EncoderShape(num_layers=12, hidden_size=256, ffn_hidden_size=1024, num_attention_heads=4),
@@ -31,9 +32,7 @@ _TRAINING = {
         seq_length=128, train_iters=250_000, micro_batch_size=128, global_batch_size=512, lr=7.5e-4
     ),
     "base": TrainingConfig(seq_length=512, train_iters=666_900, micro_batch_size=32, global_batch_size=256, lr=2e-4),
-    "large": TrainingConfig(
-        seq_length=512, train_iters=400_000, micro_batch_size=16, global_batch_size=2048, lr=2e-4
-    ),
+    "large": TrainingConfig(seq_length=512, train_iters=400_000, micro_batch_size=16, global_batch_size=2048, lr=2e-4),
 }
 _NARROW_EMBEDDING = {"small": 128}
 _ITERATIONS = {"electra-base": 766_000, "bert-base": 1_000_000}
@@ -57,7 +56,9 @@ def preset_names() -> list[str]:
 def find_preset(name: str) -> Preset:
     """The preset of that name; raises UserError with the nearest one for an unknown name."""
     if name.startswith("teams-"):
-        raise UserError(f"--model {name}: the TEAMS models are not there yet; choose one of {', '.join(preset_names())}")
+        raise UserError(
+            f"--model {name}: the TEAMS models are not there yet; choose one of {', '.join(preset_names())}"
+        )
     if name not in preset_names():
         nearest = difflib.get_close_matches(name, preset_names(), n=1, cutoff=0.0)[0]
         raise UserError(f"--model {name}: unknown; did you mean {nearest}? Known: {', '.join(preset_names())}")
@@ -72,7 +73,7 @@ def find_preset(name: str) -> Preset:
 
 def _model(family: str, size: str) -> ModelConfig:
     shape = _SHAPES[size]
-    common = {
+    common: dict[str, Any] = {
         "vocab_size": 8192 if size == "tiny" else 30522,
         "max_position_embeddings": 128 if size == "tiny" else 512,
         "hidden_dropout": 0.0 if size == "tiny" else 0.1,

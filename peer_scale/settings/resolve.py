@@ -113,7 +113,9 @@ def _model(model: ModelConfig, flags: Mapping[str, Any], seq_length: int) -> Mod
     if model.ranker is None:
         changed: dict[str, Any] = {"generator": replace(model.generator, **main, **narrow)}
     else:
-        shared_sizes = {key: value for key, value in main.items() if key != "num_layers"} if model.num_shared_layers else {}
+        shared_sizes = (
+            {key: value for key, value in main.items() if key != "num_layers"} if model.num_shared_layers else {}
+        )
         changed = {
             "ranker": replace(model.ranker, **main),
             "generator": replace(model.generator, **{**shared_sizes, **narrow}),

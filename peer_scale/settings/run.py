@@ -65,9 +65,7 @@ class DataConfig:
         if self.num_workers < 0:
             raise UserError(f"--num-workers is {self.num_workers}; it must not be negative")
         if not 0 <= self.validation_fraction < 1:
-            raise UserError(
-                f"--validation-fraction is {self.validation_fraction}; it must be at least 0 and below 1"
-            )
+            raise UserError(f"--validation-fraction is {self.validation_fraction}; it must be at least 0 and below 1")
 
 
 @dataclass(frozen=True)

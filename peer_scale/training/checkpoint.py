@@ -1,10 +1,10 @@
 """Checkpoints: written by DeepSpeed into a folder aside, committed by a manifest and a rename.
 
-    SAVE/step_00000100/peer_scale.json      the manifest: configuration, progress, size of every file; written last
-    SAVE/step_00000100/tokenizer/           what turns text into the model's ids
-    SAVE/step_00000100/...                  what DeepSpeed writes
-    SAVE/latest                             name of the newest committed folder
-    SAVE/.writing_step_00000200/            one that was not finished: never loaded, removed by the next start
+SAVE/step_00000100/peer_scale.json      the manifest: configuration, progress, size of every file; written last
+SAVE/step_00000100/tokenizer/           what turns text into the model's ids
+SAVE/step_00000100/...                  what DeepSpeed writes
+SAVE/latest                             name of the newest committed folder
+SAVE/.writing_step_00000200/            one that was not finished: never loaded, removed by the next start
 """
 
 import dataclasses
@@ -79,7 +79,10 @@ class CheckpointFolder:
     def _raise_write_error(self, engine: Any, aside: Path) -> None:
         error = engine.checkpoint_engine.take_error()
         if error is not None:
-            raise UserError(f"--save {aside.parent}: the checkpoint could not be written ({_first_line(error)}); older ones stay good")
+            reason = _first_line(error)
+            raise UserError(
+                f"--save {aside.parent}: the checkpoint could not be written ({reason}); older ones stay good"
+            )
 
     def _commit(self, aside: Path, name: str, progress: Progress) -> None:
         try:
@@ -100,7 +103,9 @@ class CheckpointFolder:
             fsync_folder(self._path)
             write_atomically(self._path / LATEST, name.encode())
         except OSError as error:
-            raise UserError(f"--save {self._path}: the checkpoint could not be committed ({error}); older ones stay good") from None
+            raise UserError(
+                f"--save {self._path}: the checkpoint could not be committed ({error}); older ones stay good"
+            ) from None
         for old in committed(self._path)[: -self._keep_last]:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -117,7 +122,7 @@ def committed(path: Path) -> list[Path]:
 def newest(path: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest committed checkpoint under `path` (or `path` itself) and its manifest; None where there is none.
 
-    Raises UserError for a manifest that cannot be read, or a file that is missing or has another size than the manifest says.
+    Raises UserError for a manifest that cannot be read, or a file that is missing or of another size than it says.
     """
     folders = [path] if (path / MANIFEST).is_file() else committed(path)
     if not folders:
@@ -125,15 +130,19 @@ def newest(path: Path) -> tuple[Path, dict[str, Any]] | None:
     folder = folders[-1]
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = manifest["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder / MANIFEST}: not a checkpoint's manifest: {error}") from None
+        files = dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / MANIFEST}: not a checkpoint's manifest: {type(error).__name__}: {error}") from None
     if manifest.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{folder / MANIFEST}: format {manifest.get('format_version')}; this version reads {FORMAT_VERSION}")
+        raise UserError(
+            f"{folder / MANIFEST}: format {manifest.get('format_version')}; this version reads {FORMAT_VERSION}"
+        )
     for name, size in files.items():
         actual = (folder / name).stat().st_size if (folder / name).is_file() else None
         if actual != size:
-            raise UserError(f"{folder / name}: is {'missing' if actual is None else f'{actual} bytes'}, not {size} bytes as saved")
+            raise UserError(
+                f"{folder / name}: is {'missing' if actual is None else f'{actual} bytes'}, not {size} bytes as saved"
+            )
     return folder, manifest
 
 

@@ -41,7 +41,9 @@ def check_precision(precision: str) -> None:
     accelerator = get_accelerator()
     supported = {"fp32": True, "bf16": accelerator.is_bf16_supported(), "fp16": accelerator.is_fp16_supported()}
     if not supported[precision]:
-        raise UserError(f"{precision} is not supported by DeepSpeed on this device ({accelerator.device_name()}): use bf16 or fp32")
+        raise UserError(
+            f"{precision} is not supported by DeepSpeed on this device ({accelerator.device_name()}): use bf16 or fp32"
+        )
 
 
 class CarefulCheckpointEngine(TorchCheckpointEngine):
@@ -81,6 +83,6 @@ def autocast_dtype(precision: str) -> torch.dtype:
 
 
 def _leave_out_shared_memory_op() -> None:
-    """DeepSpeed compiles a CPU kernel at first use that only its inference all-reduce calls; spare the user that wait."""
+    """Spare the user the wait for a CPU kernel that DeepSpeed would compile and only its inference all-reduce calls."""
     compatible = getattr(deepspeed.ops, "__compatible_ops__", {})
     compatible["deepspeed_shm_comm"] = False

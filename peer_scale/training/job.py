@@ -9,11 +9,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from peer_scale.corpus.examples import ExampleBuilder
+from peer_scale.corpus.examples import NUM_SPECIAL_TOKENS, ExampleBuilder
 from peer_scale.corpus.loader import BatchPlan, ExampleDataset, micro_batches
 from peer_scale.corpus.prepare import open_corpus
 from peer_scale.corpus.store import TokenStore, check_vocab
-from peer_scale.corpus.examples import NUM_SPECIAL_TOKENS
 from peer_scale.corpus.windows import Windows, split_documents
 from peer_scale.corpus.wordpiece import WordPiece
 from peer_scale.objectives.tasks import PretrainingTask
@@ -82,9 +81,7 @@ def train(run: RunConfig, topology: Topology, agreement: Agreement) -> None:
     found = agreement.first_rank(lambda: _find_checkpoint(run, identity, say))
 
     task = PretrainingTask(run.model, run.objective, topology)
-    initialize_weights(
-        task, seed=run.seed, std=run.model.init_std, vocab_size=run.model.vocab_size, topology=topology
-    )
+    initialize_weights(task, seed=run.seed, std=run.model.init_std, vocab_size=run.model.vocab_size, topology=topology)
     num_parameters = sum(parameter.numel() for parameter in task.parameters())
     engine = build_engine(task, run, topology)
     progress = checkpoint.load(engine, *found) if found else Progress()
@@ -190,7 +187,7 @@ def _find_checkpoint(run: RunConfig, identity: dict, say: Callable[[str], None])
 
 
 def _warmup_steps(run: RunConfig, samples_an_epoch: int) -> int:
-    """Steps for which the ranker learns the first term only: those that begin before the warm-up's share of an epoch."""
+    """Steps with the first term of the ranking loss only: those that begin before the warm-up's share of an epoch."""
     return -(-round(run.objective.warmup_epochs * samples_an_epoch) // run.training.global_batch_size)
 
 

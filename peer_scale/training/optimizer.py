@@ -20,7 +20,7 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Ada
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:
-    """Of optimizer step `step` (from 1): linear up to `lr` at the last warm-up step, then linear down to 0 after the last."""
+    """Of optimizer step `step` (from 1): linear up to `lr` at the end of the warm-up, linear down to 0 after the last."""
     if step <= config.lr_warmup_iters:
         return config.lr * step / config.lr_warmup_iters
     remaining = max(config.train_iters - step + 1, 0)
@@ -31,8 +31,8 @@ def set_step(optimizer: Any, config: TrainingConfig, step: int, num_updates: int
     """Set the groups' hyper-parameters for `step`; gives the learning rate.
 
     `num_updates` counts the updates including this one (steps that fp16 skipped are none). Without bias correction the
-    update lr * m / (sqrt(v) + eps) is got from an Adam that does correct, by scaling lr and eps; the decay lr * weight_decay
-    stays what it was.
+    update lr * m / (sqrt(v) + eps) is got from an Adam that does correct, by scaling lr and eps; the decay,
+    lr * weight_decay, stays what it was.
     """
     rate = learning_rate(config, step)
     scale, spread = 1.0, 1.0

@@ -18,9 +18,7 @@ if TYPE_CHECKING:
     from peer_scale.training.job import Corpus
 
 
-def startup_summary(
-    run: RunConfig, topology: Topology, corpus: Corpus, num_parameters: int, peak: float | None
-) -> str:
+def startup_summary(run: RunConfig, topology: Topology, corpus: Corpus, num_parameters: int, peak: float | None) -> str:
     """A few aligned lines: model, objective, data, batch, layout, device, kernels."""
     training, model, data_parallel = run.training, run.model, topology.size("dp")
     accumulation = training.global_batch_size // (training.micro_batch_size * data_parallel)

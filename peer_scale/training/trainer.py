@@ -108,7 +108,7 @@ class Trainer:
         return GlobalCounts(counts[0], counts[1])
 
     def report(self, keep: int) -> None:
-        """Read back all but the newest `keep` steps and pass their figures on: the device is never waited for at once."""
+        """Read back all but the newest `keep` steps and pass their figures on, so that no step waits for its own."""
         while len(self._pending) > keep:
             record = self._pending.popleft()
             *sums, stop_votes = record.sums.tolist()
