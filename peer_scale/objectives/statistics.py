@@ -9,7 +9,7 @@ from peer_scale.corpus.examples import Batch
 from peer_scale.objectives.tqr import BUFFER_OFFSET, UNKNOWN_LABEL
 
 _MASKED_LM = ("mlm_loss", "mlm_correct", "selected", "tokens")
-_RANKING = ("tqr_loss", "replaced", "rtd_predicted", "rtd_correct", "rank_correct")
+_RANKING = ("tqr_loss", "replaced", "rtd_predicted", "rtd_correct", "rank_pairs", "rank_pairs_in_order")
 
 
 def possible_labels(num_levels: int) -> list[float]:
@@ -50,15 +50,13 @@ class StatisticsLayout:
     def _ranking_figures(self, sums: dict[str, float], mlm_loss: float, tqr_weight: float) -> dict[str, object]:
         tqr_loss = sums["tqr_loss"] / sums["tokens"]
         counts = {label: sums[label_key(label)] for label in self.labels}
-        exact = [counts[float(level)] for level in range(1, self.num_levels)]
         return {
             "loss": mlm_loss + tqr_weight * tqr_loss,
             "tqr_loss": tqr_loss,
             "replaced_fraction": sums["replaced"] / sums["tokens"],
             "rtd_precision": _share(sums["rtd_correct"], sums["rtd_predicted"]),
             "rtd_recall": _share(sums["rtd_correct"], sums["replaced"]),
-            "rank_accuracy": _share(sums["rank_correct"], sum(exact)),
-            "rank_majority": _share(max(exact), sum(exact)),
+            "rank_concordance": _share(sums["rank_pairs_in_order"], sums["rank_pairs"]),
             "rank_label_fractions": {f"{label:g}": count / sums["selected"] for label, count in counts.items()},
             "level_accuracy": {
                 str(level): _share(sums[f"correct_{level}"], counts[float(level)])
@@ -87,10 +85,10 @@ def masked_lm_statistics(
 def ranking_statistics(
     tqr_loss: Tensor, scores: Tensor, thresholds: Tensor, labels: Tensor, batch: Batch, corrupted_ids: Tensor
 ) -> dict[str, Tensor]:
-    """Sums of the ranker's pass: RTD over all tokens; labels and levels at the selected positions.
+    """Sums of the ranker's pass: RTD over all tokens; labels, levels and pairs at the selected positions.
 
-    `rank_correct` asks only how good a replacement is, given that it is one: level r is passed where
-    P(R <= r) / P(R <= K-1) < 1/2.
+    A pair is two replaced tokens of one sequence whose levels are known and differ: it is in order where the better one
+    has the greater score. Half of the pairs of an ignorant ranker are, whatever the mix of levels.
     """
     num_levels = len(thresholds) + 1
     is_replaced = corrupted_ids != batch.input_ids
@@ -104,8 +102,10 @@ def ranking_statistics(
     scores_BP = scores.gather(1, batch.positions)
     labels_BP = torch.where(batch.is_selected, labels.gather(1, batch.positions), torch.nan)
     probabilities = torch.sigmoid(thresholds - scores_BP[..., None])
-    level_if_replaced = 1 + (2 * probabilities[..., :-1] < probabilities[..., -1:]).sum(-1)
-    sums["rank_correct"] = ((labels_BP == level_if_replaced) & (labels_BP < num_levels)).sum()
+    is_level = (labels_BP >= 1) & (labels_BP < num_levels) & (labels_BP == labels_BP.round())
+    is_pair = (labels_BP[:, :, None] < labels_BP[:, None, :]) & is_level[:, :, None] & is_level[:, None, :]
+    sums["rank_pairs"] = is_pair.sum()
+    sums["rank_pairs_in_order"] = (is_pair & (scores_BP[:, :, None] < scores_BP[:, None, :])).sum()
     predicted = 1 + (probabilities < 0.5).sum(-1)
     for label in possible_labels(num_levels):
         has_label = labels_BP == torch.tensor(label, dtype=labels_BP.dtype)

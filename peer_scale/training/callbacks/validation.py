@@ -37,5 +37,5 @@ class Validation(Callback):
         engine.train()
         dist.all_reduce(sums, group=trainer.topology.group("dp"))
         figures = layout.figures(sums.tolist(), trainer.run.objective.tqr_weight)
-        names = ("loss", "mlm_loss", "tqr_loss", "mlm_accuracy", "rank_accuracy")
+        names = ("loss", "mlm_loss", "tqr_loss", "mlm_accuracy", "rtd_recall", "rank_concordance")
         return {f"validation_{name}": figures[name] for name in names if name in figures}
