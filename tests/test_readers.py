@@ -46,6 +46,7 @@ def read_in_slices(path: str, slice_bytes: int) -> list[str]:
         ("\n\n one line \n \t \n\n\ntwo", ["one line", "two"]),
         ("no blank line\nin this\nfile", ["no blank line\nin this\nfile"]),
         ("first\r\n\r\nsecond\r\n", ["first", "second"]),
+        ("x" * (1 << 20) + "\ny", ["x" * (1 << 20) + "\ny"]),
         (b"\xef\xbb\xbfmark\n\nnone", ["mark", "none"]),
     ],
 )

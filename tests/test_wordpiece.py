@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from corpus_files import tokens_of
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, ElectraTokenizer
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
@@ -33,10 +34,6 @@ def write_vocab(folder: Path, tokens: list[str], **config) -> str:
     if config:
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return str(folder / "vocab.txt")
-
-
-def tokens_of(wordpiece: WordPiece) -> list[str]:
-    return [wordpiece.backend.id_to_token(id_) for id_ in range(wordpiece.vocab_size)]
 
 
 def test_training_gives_the_size_asked_for_with_the_special_tokens_first(trained):

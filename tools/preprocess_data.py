@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout need not be installed
 
-from peer_scale.corpus.prepare import preprocess, train_on_inputs
+from peer_scale.corpus.prepare import PART_BYTES, preprocess, train_on_inputs
 from peer_scale.corpus.store import verify
 from peer_scale.corpus.wordpiece import load_wordpiece
 from peer_scale.errors import USER_ERROR_EXIT_CODE, UserError
@@ -50,6 +50,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="processes (default: one a core, here %(default)s)",
     )
+    parser.add_argument(
+        "--part-megabytes",
+        type=float,
+        default=PART_BYTES / 1e6,
+        metavar="N",
+        help="text a worker takes at a time, and so what an interruption can lose (default: %(default).0f)",
+    )
     parser.add_argument("--verify", metavar="PREFIX", help="check the sha256 of a pair against its manifest; no more")
     return parser
 
@@ -83,7 +90,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.tokenizer:
         tokenizer = load_wordpiece(args.tokenizer)
     else:
-        tokenizer = train_on_inputs(args.input, args.vocab_size, args.text_key)
+        tokenizer = train_on_inputs(args.input, args.vocab_size, args.text_key, show_progress=True)
     preprocess(
         args.input,
         tokenizer,
@@ -91,6 +98,7 @@ def _run(args: argparse.Namespace) -> None:
         text_key=args.text_key,
         workers=args.workers,
         show_progress=True,
+        part_bytes=max(1, round(args.part_megabytes * 1e6)),
     )
 
 

@@ -7,10 +7,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from deepspeed.utils.zero_to_fp32 import (
+    get_fp32_state_dict_from_zero_checkpoint,
+    get_model_state_files,
+    get_optim_files,
+)
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
@@ -31,19 +35,50 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class Data:
+    """What the manifest says of the training data; `fingerprint` and `tokenizer` are digests."""
+
+    fingerprint: str
+    tokenizer: str
+    seed: int
+    seq_length: int
+    global_batch_size: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the ranks that wrote the checkpoint shared the model."""
+
+    data_parallel: int
+    tensor_parallel: int
+    pipeline_parallel: int
+    zero_stage: int
+    precision: str
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """The preset's (or own model's) name and where the text came from."""
+
+    model: str
+    data_path: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """One committed checkpoint.
 
     Attributes:
         folder: the step folder it came from.
-        manifest: as committed; `data`, `layout` and `provenance` tell of the run.
         weights: fp32 (the optimizer's master weights), named as `PretrainingModel` names its parameters.
     """
 
     folder: Path
-    manifest: dict[str, Any]
     model: ModelConfig
     objective: ObjectiveConfig
+    data: Data
+    layout: Layout
+    provenance: Provenance
     progress: Progress
     weights: dict[str, Tensor]
     tokenizer: WordPiece
@@ -57,23 +92,26 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     found = newest(path)
     if found is None:
-        raise UserError(f"--load {path}: no committed checkpoint there; give the trainer's --save folder or a step in it")
+        raise UserError(
+            f"--load {path}: no committed checkpoint there; give the trainer's --save folder or a step in it"
+        )
     folder, manifest = found
-    where = str(folder / MANIFEST)
-    for section in ("data", "layout", "provenance"):
-        if not isinstance(manifest.get(section), dict):
-            raise UserError(f"{where}: the section {section} is missing")
+    where = f"{folder / MANIFEST}: "
+    data = _parse(Data, manifest.get("data"), where + "data")
+    layout = _parse(Layout, manifest.get("layout"), where + "layout")
     for name in ("tensor_parallel", "pipeline_parallel"):
-        if manifest["layout"].get(name) != 1:
-            raise UserError(f"{where}: layout.{name} is {manifest['layout'].get(name)}; only 1 can be read so far")
+        if getattr(layout, name) != 1:
+            raise UserError(f"{where}layout.{name} is {getattr(layout, name)}; only 1 can be read so far")
     return Checkpoint(
         folder,
-        manifest,
-        model=model_config_from(manifest.get("model"), f"{where}: model"),
-        objective=settings_from(ObjectiveConfig, manifest.get("objective"), f"{where}: objective"),
-        progress=settings_from(Progress, manifest.get("progress"), f"{where}: progress"),
+        model=model_config_from(manifest.get("model"), where + "model"),
+        objective=settings_from(ObjectiveConfig, manifest.get("objective"), where + "objective"),
+        data=data,
+        layout=layout,
+        provenance=_parse(Provenance, manifest.get("provenance"), where + "provenance"),
+        progress=settings_from(Progress, manifest.get("progress"), where + "progress"),
         weights=_weights(folder),
-        tokenizer=_tokenizer(folder, manifest["data"].get("tokenizer")),
+        tokenizer=_tokenizer(folder, data.tokenizer),
     )
 
 
@@ -88,15 +126,20 @@ def settings_from(cls: type[T], values: object, where: str) -> T:
     Raises:
         UserError: a key is missing, unknown, of another type or out of bounds; it is named after `where`.
     """
-    try:
-        settings = TypeAdapter(cls).validate_json(json.dumps(values), strict=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{'.'.join([where, *map(str, first['loc'])])}: {first['msg']}") from None
+    settings = _parse(cls, values, where)
     given, known = _keys(values), _keys(dataclasses.asdict(settings))  # type: ignore[call-overload]
     for key in sorted(given ^ known):
         raise UserError(f"{where}.{key}: {'missing' if key in known else 'unknown to this version'}")
     return settings
+
+
+def _parse(cls: type[T], values: object, where: str) -> T:
+    """Checks types only: keys that `cls` lacks are passed over, and those with a default may be missing."""
+    try:
+        return TypeAdapter(cls).validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{'.'.join([where, *map(str, first['loc'])])}: {first['msg']}") from None
 
 
 def _keys(values: object, prefix: str = "") -> set[str]:
@@ -138,14 +181,39 @@ def _fill(model: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> None
 def _weights(folder: Path) -> dict[str, Tensor]:
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            state = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
+            state = _bf16_optimizer_weights(folder) or get_fp32_state_dict_from_zero_checkpoint(
+                str(folder.parent), tag=folder.name
+            )
     except Exception as error:  # DeepSpeed and torch.load raise whatever damaged content leads to
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(f"{folder}: the weights cannot be read ({type(error).__name__}: {reason})") from error
     return {name.replace(_CHECKPOINT_WRAPPER, "").removeprefix(_TASK): tensor for name, tensor in state.items()}
 
 
-def _tokenizer(folder: Path, digest: object) -> WordPiece:
+def _bf16_optimizer_weights(folder: Path) -> dict[str, Tensor] | None:
+    """The fp32 weights where DeepSpeed's BF16_Optimizer wrote the shards, else None.
+
+    It is what ZeRO-1 is in bf16 with fp32 gradient sums. `zero_to_fp32` takes its files for no ZeRO checkpoint, because
+    they do not name their stage. Each rank has an equal part of each flat group; only a group's end is padded.
+    """
+    files = get_optim_files(str(folder))
+    shards = [torch.load(file, mmap=True, weights_only=False)["optimizer_state_dict"] for file in files]
+    if "zero_stage" in shards[0]:
+        return None
+    (model_file,) = get_model_state_files(str(folder))
+    groups = torch.load(model_file, mmap=True, weights_only=False)["param_shapes"]
+    weights: dict[str, Tensor] = {}
+    for index, (shapes, ranks) in enumerate(zip(groups, shards[0]["partition_count"], strict=True)):
+        if ranks != len(shards):
+            raise ValueError(f"{ranks} ranks wrote group {index}, but there are {len(shards)} files")
+        flat = torch.cat([shard["single_partition_of_fp32_groups"][index].detach() for shard in shards])
+        sizes = [shape.numel() for shape in shapes.values()]
+        parts = flat[: sum(sizes)].split(sizes)
+        weights |= {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+    return weights
+
+
+def _tokenizer(folder: Path, digest: str) -> WordPiece:
     tokenizer = load_wordpiece(str(folder / TOKENIZER))
     if tokenizer.digest != digest:
         raise UserError(f"{folder / TOKENIZER}: not the tokenizer that the model was trained with (by {MANIFEST})")

@@ -26,7 +26,7 @@ class Entry(NamedTuple):
 def ranker_entries(config: ModelConfig) -> list[Entry]:
     """The map to ElectraForPreTraining. Its logit for "replaced" is -w.h + xi_{K-1} (Eq. 3)."""
     if config.ranker is None:
-        raise UserError("this checkpoint is of a BERT model: it has no ranker")
+        raise UserError("this checkpoint is of a BERT model: it has no ranker, only a generator")
     head = "discriminator_predictions"
     return [
         *encoder_entries(config, config.ranker, "ranker"),

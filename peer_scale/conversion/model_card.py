@@ -1,5 +1,6 @@
 """The README.md that goes with exported weights: what they are, how they were trained, how to use them."""
 
+import dataclasses
 import json
 
 from peer_scale.conversion.checkpoint_reader import Checkpoint
@@ -14,23 +15,22 @@ _USE = {
 
 def model_card(checkpoint: Checkpoint, architecture: str) -> str:
     """Returns Markdown with the front matter that model hubs read; the licence is the publisher's to choose."""
-    manifest, progress, model = checkpoint.manifest, checkpoint.progress, checkpoint.model
-    data, layout, provenance = manifest["data"], manifest["layout"], manifest["provenance"]
-    flops = paper_train_flops(model, seq_length=data["seq_length"], samples=progress.samples)
+    data, layout, progress = checkpoint.data, checkpoint.layout, checkpoint.progress
+    flops = paper_train_flops(checkpoint.model, seq_length=data.seq_length, samples=progress.samples)
     facts = {
-        "Model": provenance["model"],
+        "Model": checkpoint.provenance.model,
         "Step": progress.step,
         "Sequences seen": f"{progress.samples:,}",
         "Tokens seen": f"{progress.tokens:,}",
         "Training FLOPs (paper accounting)": f"{flops:.4g}",
-        "Sequence length": data["seq_length"],
-        "Global batch size": data["global_batch_size"],
-        "Data": ", ".join(provenance["data_path"]),
-        "Data fingerprint": data["fingerprint"],
-        "Tokenizer digest": data["tokenizer"],
-        "Seed": data["seed"],
+        "Sequence length": data.seq_length,
+        "Global batch size": data.global_batch_size,
+        "Data": ", ".join(checkpoint.provenance.data_path),
+        "Data fingerprint": data.fingerprint,
+        "Tokenizer digest": data.tokenizer,
+        "Seed": data.seed,
         "Objective": _objective(checkpoint),
-        "Layout": f"ZeRO-{layout['zero_stage']}, data parallel {layout['data_parallel']}, {layout['precision']}",
+        "Layout": f"ZeRO-{layout.zero_stage}, data parallel {layout.data_parallel}, {layout.precision}",
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     return f"""---
@@ -39,7 +39,7 @@ tags:
 - {architecture}
 ---
 
-# {provenance["model"]}, step {progress.step}
+# {checkpoint.provenance.model}, step {progress.step}
 
 {_USE[architecture]} The weights are the fp32 masters of a checkpoint written by peer_scale.
 
@@ -65,5 +65,7 @@ def _objective(checkpoint: Checkpoint) -> str:
     if checkpoint.model.ranker is None:
         names = ("mask_fraction", "mask_probability")
         return "masked language modelling, " + json.dumps({name: getattr(checkpoint.objective, name) for name in names})
-    kind = "ELECTRA (replaced-token detection)" if checkpoint.objective.num_levels == 2 else "PEER (token quality ranking)"
-    return f"{kind}, {json.dumps(checkpoint.manifest['objective'])}"
+    kind = (
+        "ELECTRA (replaced-token detection)" if checkpoint.objective.num_levels == 2 else "PEER (token quality ranking)"
+    )
+    return f"{kind}, {json.dumps(dataclasses.asdict(checkpoint.objective))}"

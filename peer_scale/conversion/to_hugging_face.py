@@ -13,7 +13,6 @@ import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from peer_scale.conversion import bert, electra
 from peer_scale.conversion.checkpoint_reader import Checkpoint, rebuild_model
@@ -23,7 +22,6 @@ from peer_scale.errors import UserError
 from peer_scale.models.networks import PretrainingModel
 from peer_scale.storage import fsync_folder, write_atomically
 
-NETWORKS = ("ranker", "generator")
 TOLERANCE = 1e-5
 
 
@@ -35,7 +33,7 @@ class Export:
         architecture: transformers' class, by name.
         config: of that class.
         entries: the map to its parameters.
-        logits: our own model's, for ids, token types and mask [B, S] (mask True on text), shaped as the class gives them.
+        logits: our own model's, for ids, token types and mask [B, S] (True on text); shaped as those of the class.
     """
 
     architecture: str
@@ -50,8 +48,8 @@ def to_hugging_face(checkpoint: Checkpoint, output: Path, *, network: str | None
     With `verify`, the written folder is opened with transformers and must give the logits of our own model.
 
     Raises:
-        UserError: `output` holds something or cannot be written, the checkpoint's parameters are not those of its model,
-            or the logits differ by more than `TOLERANCE`; then nothing is left at `output`.
+        UserError: `output` holds something or cannot be written, the checkpoint's parameters are not those of its
+            model, or the logits differ by more than `TOLERANCE`; then nothing is left at `output`.
     """
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"--output {output}: exists and is not an empty folder; give another one")
@@ -138,14 +136,17 @@ def _write_tokenizer(tokenizer: WordPiece, max_length: int, folder: Path) -> Non
 
 
 def _verify(export: Export, ours: PretrainingModel, folder: Path) -> None:
-    architecture: type[PreTrainedModel] = getattr(transformers, export.architecture)
+    architecture: Any = getattr(transformers, export.architecture)
     theirs, report = architecture.from_pretrained(folder, output_loading_info=True)
     for problem, keys in report.items():
         if keys:
-            raise UserError(f"verification: {export.architecture} opens the folder with {problem}: {sorted(map(str, keys))}")
+            raise UserError(
+                f"verification: {export.architecture} opens the folder with {problem}: {sorted(map(str, keys))}"
+            )
     ids, token_types, mask = _fixed_batch(ours.config.vocab_size, ours.config.max_position_embeddings)
     # In fp64 the rounding of a deep network's sums cannot hide, or pass for, a wrong weight.
-    ours.double(), theirs.double().eval()
+    ours.double()
+    theirs.double().eval()
     with torch.no_grad():
         expected = export.logits(ours, ids, token_types, mask)
         found = theirs(input_ids=ids, token_type_ids=token_types, attention_mask=mask).logits
@@ -167,7 +168,9 @@ def _fixed_batch(vocab_size: int, max_positions: int) -> tuple[Tensor, Tensor, T
 
 
 def _commit(aside: Path, output: Path) -> None:
+    readable = (aside / "README.md").stat().st_mode
     for path in aside.iterdir():
+        path.chmod(readable)  # safetensors makes its files for their owner alone
         with path.open("rb") as file:
             os.fsync(file.fileno())
     fsync_folder(aside)

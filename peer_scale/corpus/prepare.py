@@ -208,6 +208,8 @@ def _preprocess(
                 shutil.rmtree(other)
     parts_folder = folder / key[:32]
     parts_folder.mkdir(parents=True, exist_ok=True)
+    for stale in parts_folder.glob("*.tmp"):  # of workers that were killed
+        stale.unlink()
     total = None if any(isinstance(source, Stream) for source in sources) else sum(map(_size, sources))
     with open_progress(show_progress, total) as progress:
         parts = _write_parts(

@@ -283,13 +283,13 @@ def _quiet_indexed_dataset(prefix: str) -> "IndexedDataset":
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # megatron-core warns on import of every fused kernel that is not installed
-        from megatron.core.datasets import indexed_dataset
-
         # It reports every step of opening at INFO, which a program's own logging would show.
-        level = indexed_dataset.logger.level
-        stack.callback(indexed_dataset.logger.setLevel, level)
-        indexed_dataset.logger.setLevel(logging.WARNING)
-        return indexed_dataset.IndexedDataset(prefix, mmap=True)
+        logger = logging.getLogger("megatron")
+        stack.callback(logger.setLevel, logger.level)
+        logger.setLevel(logging.WARNING)
+        from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+        return IndexedDataset(prefix, mmap=True)
 
 
 def _hex_digest(*parts: bytes) -> str:

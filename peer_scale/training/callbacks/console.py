@@ -37,6 +37,7 @@ class ProgressLine(Callback):
             self._console.print(f"step {step}/{self._train_iters}  {describe(figures)}  ETA {duration(left)}")
         if "validation_loss" in figures:
             self._console.print(f"step {step}: validation loss {figures['validation_loss']:.4f}")
+        self._console.file.flush()  # a log file shows where the run is
 
     def on_train_end(self, trainer: Trainer) -> None:
         if self._bar is not None:

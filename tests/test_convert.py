@@ -1,0 +1,324 @@
+"""tools/convert_checkpoint.py against plain transformers and against weights put together by hand."""
+
+import importlib.util
+import json
+import math
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from runs import PROJECT, ds_config, train_in_pool
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, BertForMaskedLM, ElectraForMaskedLM, ElectraForPreTraining
+
+from peer_scale.corpus.wordpiece import load_wordpiece
+from peer_scale.models.config import EncoderShape, ModelConfig
+from peer_scale.models.networks import PretrainingModel
+from peer_scale.parallel.topology import single_process_topology
+
+TOOL = PROJECT / "tools/convert_checkpoint.py"
+STEPS = 12
+TOLERANCE = 1e-5
+SENTENCES = [
+    "A logger turns records into text and sends them to its handlers.",
+    "Return the mean of the data, which may come from any iterable.",
+    "Walk.",
+]
+
+
+def train(pool, folder, text_file, stage, *flags):
+    pool.run(
+        train_in_pool,
+        [
+            *("--data-path", str(text_file), "--cache-dir", str(text_file.parent / "cache")),
+            *("--save", str(folder), "--log-dir", str(folder.parent / f"log-{folder.name}")),
+            *("--deepspeed_config", str(ds_config(folder.parent, stage))),
+            *("--train-iters", str(STEPS), "--global-batch-size", "8", "--micro-batch-size", "4", "--num-workers", "0"),
+            *("--lr", "0.0005", "--lr-warmup-iters", "1", "--warmup-epochs", "0"),
+            *(flags or ("--model", "peer-tiny", "--fp32")),
+        ],
+    )
+    return folder / f"step_{STEPS:08d}"
+
+
+@pytest.fixture(scope="module")
+def checkpoints(two_ranks, tmp_path_factory, text_file):
+    """Steps trained by two ranks under ZeRO-2 and ZeRO-3."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {stage: train(two_ranks, folder / f"zero{stage}", text_file, stage) for stage in (2, 3)}
+
+
+@pytest.fixture
+def copy(checkpoints, tmp_path):
+    return shutil.copytree(checkpoints[2], tmp_path / checkpoints[2].name)
+
+
+def to_hf(*arguments):
+    command = [sys.executable, str(TOOL), "to-hf", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd="/", check=False)
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("convert_checkpoint", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def refused(tool, capfd, tmp_path):
+    """Convert what must be refused; gives the one line."""
+
+    def run(load, *arguments):
+        output = () if "--output" in arguments else ("--output", tmp_path / "out")
+        assert tool.main(["to-hf", "--load", *map(str, (load, *output, *arguments))]) == 2
+        captured = capfd.readouterr()
+        assert captured.out == ""
+        assert captured.err.startswith("error: ")
+        assert captured.err.count("\n") == 1, captured.err
+        assert not (tmp_path / "out").exists()
+        assert not list(tmp_path.glob(".*")), "nothing half-written stays"
+        return captured.err
+
+    return run
+
+
+def weights_by_hand(folder):
+    """The fp32 weights from DeepSpeed's own files, put together without its script."""
+    states = [torch.load(path, weights_only=False) for path in sorted(folder.glob("*model_states.pt"))]
+    if len(states) == 1:  # ZeRO-1 and 2: in an fp32 run the module's weights are whole and equal to the masters
+        return {name.removeprefix("model."): t for name, t in states[0]["module"].items() if torch.is_tensor(t)}
+    shards = []
+    for rank in range(len(states)):
+        file = folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        groups = torch.load(file, weights_only=False)["optimizer_state_dict"]["fp32_flat_groups"]
+        shards.append(torch.cat([group.flatten() for group in groups]))
+    weights, start = {}, 0
+    for name, shape in ((n, s) for group in states[0]["param_shapes"] for n, s in group.items()):
+        count = math.ceil(shape.numel() / len(shards))  # ZeRO-3: every parameter is cut, its last piece padded
+        whole = torch.cat([shard[start : start + count] for shard in shards])
+        weights[name.removeprefix("model.")] = whole[: shape.numel()].view(shape)
+        start += count
+    return weights
+
+
+def our_model(folder):
+    saved = json.loads((folder / "peer_scale.json").read_text())
+    sizes = dict(saved["model"])
+    for network in ("generator", "ranker"):
+        sizes[network] = sizes[network] and EncoderShape(**sizes[network])
+    model = PretrainingModel(ModelConfig(**sizes), saved["objective"]["num_levels"], single_process_topology()).eval()
+    weights = weights_by_hand(folder)
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(weights.pop(name))
+    assert not weights
+    return model
+
+
+def tokenized(folder, output):
+    """The sentences as AutoTokenizer gives them, checked against the run's own tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    wordpiece = load_wordpiece(str(folder / "tokenizer"))
+    batch = tokenizer(SENTENCES, return_tensors="pt", padding=True)
+    expected = [[wordpiece.cls_id, *ids, wordpiece.sep_id] for ids in wordpiece.encode(SENTENCES)]
+    lengths = batch["attention_mask"].sum(1)
+    assert [ids[:n].tolist() for ids, n in zip(batch["input_ids"], lengths, strict=True)] == expected
+    assert min(lengths) < max(lengths)
+    assert tokenizer.pad_token_id == wordpiece.pad_id
+    assert tokenizer("a [MASK]").input_ids[-2] == wordpiece.mask_id
+    assert tokenizer.model_max_length == 128
+    return batch, batch["attention_mask"].bool()
+
+
+def assert_same_logits(found, expected, mask):
+    assert found.shape == expected.shape
+    assert expected[mask].std() > 100 * TOLERANCE, "too alike to tell a wrong weight"
+    assert (found - expected)[mask].abs().max().item() < TOLERANCE
+
+
+def masked_lm_logits(model, batch, mask):
+    ids = batch["input_ids"]
+    hidden = model.encode(model.generator, ids, batch["token_type_ids"], mask)
+    states, bias = model.generate(hidden, torch.arange(ids.shape[1]).repeat(len(ids), 1))
+    vocab_size = model.config.vocab_size
+    logits = F.linear(states, model.embeddings.word.weight[:vocab_size], bias[:vocab_size])
+    return logits.view(*ids.shape, vocab_size)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_ranker_opens_as_electra_for_pre_training(stage, checkpoints, tmp_path):
+    folder = checkpoints[stage]
+    output = tmp_path / "deep" / "hf"
+    done = to_hf("--load", folder.parent, "--output", output)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "ElectraForPreTraining" in done.stdout
+    assert len(done.stdout.splitlines()) == 1
+
+    batch, mask = tokenized(folder, output)
+    reference, report = ElectraForPreTraining.from_pretrained(output, output_loading_info=True)
+    assert not any(report.values())
+    model = our_model(folder)
+    hidden = model.encode(model.ranker, batch["input_ids"], batch["token_type_ids"], mask)
+    features = F.gelu(model.ranking_head.dense(hidden)).transpose(0, 1)
+    threshold = model.ranking_head(hidden)[1][-1]
+    assert abs(threshold) > 1e-3
+    assert_same_logits(
+        reference.eval()(**batch).logits, -(features @ model.ranking_head.score.weight[0]) + threshold, mask
+    )
+
+    card = (output / "README.md").read_text()
+    manifest = json.loads((folder / "peer_scale.json").read_text())
+    for fact in (manifest["data"]["fingerprint"], f"| {STEPS} |", f"| {STEPS * 8} |", f"ZeRO-{stage}, data parallel 2"):
+        assert fact in card
+    assert "documents.txt" in card
+    assert "licen" not in card.split("---")[1], "the licence is the publisher's to choose"
+
+
+@torch.no_grad()
+def test_the_generator_opens_as_electra_for_masked_lm(checkpoints, tool, capfd):
+    folder = checkpoints[3]
+    assert tool.main(["to-hf", "--load", str(folder), "--network", "generator"]) == 0
+    output = folder.parent / f"hf_generator_{STEPS:08d}"
+    assert str(output) in capfd.readouterr().out
+    batch, mask = tokenized(folder, output)
+    reference = ElectraForMaskedLM.from_pretrained(output).eval()
+    assert_same_logits(reference(**batch).logits, masked_lm_logits(our_model(folder), batch, mask), mask)
+
+
+@torch.no_grad()
+def test_bert_opens_as_bert_for_masked_lm(one_rank, tool, refused, tmp_path, text_file):
+    folder = train(one_rank, tmp_path / "bert", text_file, 1, "--model", "bert-tiny", "--fp32")
+    assert "no ranker" in refused(folder, "--network", "ranker")
+    assert tool.main(["to-hf", "--load", str(folder), "--output", str(tmp_path / "hf")]) == 0
+    batch, mask = tokenized(folder, tmp_path / "hf")
+    reference, report = BertForMaskedLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(report.values())
+    assert_same_logits(reference.eval()(**batch).logits, masked_lm_logits(our_model(folder), batch, mask), mask)
+
+
+@pytest.mark.parametrize("stage", [1, 2])  # DeepSpeed has an optimizer of its own for bf16 under ZeRO-1
+def test_bf16_with_activation_checkpointing_gives_the_fp32_masters(stage, two_ranks, tool, tmp_path, text_file):
+    flags = ("--model", "electra-tiny", "--bf16", "--activation-checkpointing")
+    folder = train(two_ranks, tmp_path / "bf16", text_file, stage, *flags)
+    assert tool.main(["to-hf", "--load", str(folder), "--output", str(tmp_path / "hf")]) == 0
+    module = torch.load(folder / "mp_rank_00_model_states.pt", weights_only=False)["module"]
+    written = load_file(tmp_path / "hf" / "model.safetensors")
+    layer = "layer.3.intermediate.dense.weight"
+    for ours, theirs in {
+        "embeddings.word.weight": "electra.embeddings.word_embeddings.weight",
+        "ranker.layers.3.feed_forward.up.weight": f"electra.encoder.{layer}",
+    }.items():
+        master, rounded = written[theirs], module[f"model.{ours}"][: len(written[theirs])]
+        assert (master.dtype, rounded.dtype) == (torch.float32, torch.bfloat16)
+        assert torch.equal(master.bfloat16(), rounded)
+        assert (master != rounded).float().mean() > 0.9
+
+
+def test_parameters_that_do_not_match_the_model(copy, refused):
+    def with_model(**changes):
+        manifest = json.loads(original)
+        for network, sizes in changes.items():
+            manifest["model"][network] |= sizes
+        (copy / "peer_scale.json").write_text(json.dumps(manifest))
+        return refused(copy)
+
+    original = (copy / "peer_scale.json").read_text()
+    assert "lacks the parameter ranker.layers.3.attention.qkv.weight" in with_model(ranker={"num_layers": 5})
+    assert "has a parameter ranker.layers.2.attention_norm.bias" in with_model(ranker={"num_layers": 3})
+    sizes = {"ffn_hidden_size": 256}
+    assert "shared_layers.0.feed_forward.up.weight in shape [512, 128]" in with_model(ranker=sizes, generator=sizes)
+
+    (copy / "peer_scale.json").write_text(original)
+    states = copy / "mp_rank_00_model_states.pt"
+    content = torch.load(states, weights_only=False)
+    content["shared_params"] = {"model.stray.weight": "model.mlm_head.bias"}  # a name more, in DeepSpeed's own terms
+    torch.save(content, states)
+    manifest = json.loads(original)
+    manifest["files"][states.name] = states.stat().st_size
+    (copy / "peer_scale.json").write_text(json.dumps(manifest))
+    assert "has a parameter stray.weight" in refused(copy)
+
+
+def test_damaged_checkpoints(copy, refused, tmp_path):
+    file = copy / "peer_scale.json"
+    original = file.read_text()
+
+    def damaged(section, key, value=None):
+        manifest = json.loads(original)
+        manifest[section].pop(key)
+        if value is not None:
+            manifest[section][key] = value
+        file.write_text(json.dumps(manifest))
+        return refused(copy)
+
+    assert "peer_scale.json: model.init_std: missing" in damaged("model", "init_std")
+    assert "peer_scale.json: model.vocab_size" in damaged("model", "vocab_size", "many")
+    assert "peer_scale.json: data.seq_length" in damaged("data", "seq_length")
+    assert "peer_scale.json: layout.tensor_parallel is 2" in damaged("layout", "tensor_parallel", 2)
+    assert "not the tokenizer" in damaged("data", "tokenizer", "0" * 64)
+    for content in (original[:200], "[]", "{}"):
+        file.write_text(content)
+        assert "peer_scale.json: not a checkpoint's manifest" in refused(copy)
+
+    file.write_text(original)
+    shard = copy / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:1000])
+    assert f"{shard.name}: is 1000 bytes" in refused(copy)
+    shard.write_bytes(bytes(len(content)))
+    assert "the weights cannot be read" in refused(copy)
+    shard.unlink()
+    assert f"{shard.name}: is missing" in refused(copy)
+    assert "no committed checkpoint" in refused(tmp_path / "nowhere")
+    assert "no committed checkpoint" in refused(file)
+
+
+def test_the_output_is_left_alone_when_it_holds_something(checkpoints, refused, tmp_path):
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "config.json").write_text("mine")
+    assert f"--output {taken}: exists and is not an empty folder" in refused(checkpoints[2], "--output", taken)
+    assert [path.read_text() for path in taken.iterdir()] == ["mine"]
+    assert f"--output {taken / 'config.json'}: exists" in refused(checkpoints[2], "--output", taken / "config.json")
+
+
+def test_wrong_logits_are_refused_and_leave_nothing(checkpoints, tmp_path):
+    """The score's sign turned in the map: what the tool's own verification is there to find."""
+    code = f"""
+import importlib.util, sys
+from peer_scale.quiet import silence_libraries
+silence_libraries()
+from peer_scale.conversion import electra
+right = electra.ranker_entries
+def wrong(config):
+    return [e._replace(convert=lambda w: (w,)) if "score" in e.ours else e for e in right(config)]
+electra.ranker_entries = wrong
+spec = importlib.util.spec_from_file_location("tool", {str(TOOL)!r})
+tool = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tool)
+sys.exit(tool.main(sys.argv[1:]))
+"""
+    arguments = ["to-hf", "--load", str(checkpoints[2]), "--output", str(tmp_path / "hf")]
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT, timeout=120, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: verification: the logits of ElectraForPreTraining differ")
+    assert not list(tmp_path.iterdir())
+    done = subprocess.run(
+        [*command, "--no-verify"], capture_output=True, text=True, cwd=PROJECT, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "not verified" in done.stdout
+
+
+def test_help_shows_a_whole_example():
+    done = to_hf("--help")
+    assert done.returncode == 0
+    assert "--load runs/tiny --output hub/peer-tiny" in done.stdout
+    assert "from_pretrained('hub/peer-tiny')" in done.stdout
