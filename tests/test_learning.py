@@ -1,0 +1,76 @@
+"""The objective learns what it claims: minutes of training on real text, then a look at ranks and labels."""
+
+import numpy as np
+import pytest
+import torch
+
+from peer_scale.conversion.checkpoint_reader import read_checkpoint, rebuild_model
+from peer_scale.corpus.examples import ExampleBuilder, collate
+from peer_scale.corpus.loader import ExampleDataset
+from peer_scale.corpus.prepare import open_corpus
+from peer_scale.corpus.windows import Windows
+from peer_scale.objectives.tasks import PretrainingTask, corrupt
+from peer_scale.parallel.topology import single_process_topology
+from runs import pretrain, read_metrics
+
+VOCAB_SIZE, STEPS = 300, 2500
+
+
+def scores_and_labels(save, cache, text_file, num_samples=3072):
+    """Score and rank label at each selected position of freshly masked samples."""
+    checkpoint = read_checkpoint(save)
+    store, tokenizer = open_corpus(
+        [str(text_file)], None, vocab_size=VOCAB_SIZE, text_key="text", cache_dir=cache, workers=1
+    )
+    assert tokenizer.digest == checkpoint.tokenizer.digest
+    task = PretrainingTask(checkpoint.model, checkpoint.objective, single_process_topology()).eval()
+    task.model = rebuild_model(checkpoint)
+    seq_length = checkpoint.data.seq_length
+    windows = Windows(store, width=seq_length - 3, first=0, last=store.num_documents)
+    samples = ExampleDataset(windows, ExampleBuilder(tokenizer, checkpoint.objective, seq_length, seed=99))
+    scores, labels = [], []
+    for first in range(0, num_samples, 64):
+        batch = collate([samples[number] for number in range(first, first + 64)])
+        with torch.no_grad():
+            ids, label = corrupt(batch, task._generate(batch), checkpoint.objective)
+            hidden = task.model.encode(task.model.ranker, ids, batch.token_types, batch.is_token)
+            score = task.model.ranking_head(hidden)[0].t()
+        scores.append(score.gather(1, batch.positions)[batch.is_selected])
+        labels.append(label.gather(1, batch.positions)[batch.is_selected])
+    return torch.cat(scores).numpy(), torch.cat(labels).numpy()
+
+
+def accuracy_and_majority(scores, labels, low, high):
+    """Tell two labels apart by a cut through the scores that is chosen on one half and tried on the other."""
+    ours = (labels == low) | (labels == high)
+    scores, is_high = scores[ours], labels[ours] == high
+    fit, trial = np.arange(len(scores)) % 2 == 0, np.arange(len(scores)) % 2 == 1
+    cuts = np.quantile(scores[fit], np.linspace(0, 1, 201))
+    best = max(cuts, key=lambda cut: ((scores[fit] > cut) == is_high[fit]).mean())
+    accuracy = ((scores[trial] > best) == is_high[trial]).mean()
+    return accuracy, max(is_high[trial].mean(), 1 - is_high[trial].mean())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_ranks_are_learned_and_unknown_labels_get_fewer(tmp_path, text_file):
+    config = tmp_path / "small.yaml"
+    config.write_text("model:\n  init_std: 0.05\n")  # a narrow model starts faster from larger weights
+    done = pretrain(
+        *("--config", config, "--data-path", text_file, "--cache-dir", tmp_path / "cache", "--vocab-size", VOCAB_SIZE),
+        *("--train-iters", STEPS, "--warmup-epochs", 1, "--lr-warmup-iters", 100, "--num-workers", 0),
+        *("--log-dir", tmp_path / "log", "--save", tmp_path / "save"),
+        timeout=1400,
+    )
+    assert done.returncode == 0, done.stderr
+    metrics = read_metrics(tmp_path / "log")
+    unknown = [line["rank_label_fractions"]["-1"] for line in metrics]
+    tenths = [float(np.mean(unknown[start : start + STEPS // 10])) for start in range(0, STEPS, STEPS // 10)]
+    print("share of label -1, tenth by tenth:", [round(share, 3) for share in tenths])
+    print("rank concordance, last tenth:", np.mean([m["rank_concordance"] for m in metrics[-250:] if m["rank_concordance"] is not None]))
+    assert tenths[-1] < tenths[5] < tenths[2] < tenths[0]
+
+    scores, labels = scores_and_labels(tmp_path / "save", tmp_path / "cache", text_file)
+    accuracy, majority = accuracy_and_majority(scores, labels, low=1, high=2)
+    print(f"labels 1 and K-1 told apart: {accuracy:.3f} of them, majority guess {majority:.3f}")
+    assert accuracy > majority
