@@ -13,7 +13,7 @@ from peer_scale.objectives.tasks import PretrainingTask, corrupt
 from peer_scale.parallel.topology import single_process_topology
 from runs import pretrain, read_metrics
 
-VOCAB_SIZE, STEPS = 300, 2500
+VOCAB_SIZE, STEPS = 1000, 2500
 
 
 def scores_and_labels(save, cache, text_file, num_samples=3072):
@@ -40,15 +40,11 @@ def scores_and_labels(save, cache, text_file, num_samples=3072):
     return torch.cat(scores).numpy(), torch.cat(labels).numpy()
 
 
-def accuracy_and_majority(scores, labels, low, high):
-    """Tell two labels apart by a cut through the scores that is chosen on one half and tried on the other."""
-    ours = (labels == low) | (labels == high)
-    scores, is_high = scores[ours], labels[ours] == high
-    fit, trial = np.arange(len(scores)) % 2 == 0, np.arange(len(scores)) % 2 == 1
-    cuts = np.quantile(scores[fit], np.linspace(0, 1, 201))
-    best = max(cuts, key=lambda cut: ((scores[fit] > cut) == is_high[fit]).mean())
-    accuracy = ((scores[trial] > best) == is_high[trial]).mean()
-    return accuracy, max(is_high[trial].mean(), 1 - is_high[trial].mean())
+def share_in_order(scores, labels, low, high):
+    """Share of pairs of one token of each label of which the better has the greater score; 0.5 is chance."""
+    worse, better = scores[labels == low], scores[labels == high]
+    assert min(len(worse), len(better)) > 50
+    return float((better[:, None] > worse[None, :]).mean())
 
 
 @pytest.mark.slow
@@ -58,7 +54,7 @@ def test_ranks_are_learned_and_unknown_labels_get_fewer(tmp_path, text_file):
     config.write_text("model:\n  init_std: 0.05\n")  # a narrow model starts faster from larger weights
     done = pretrain(
         *("--config", config, "--data-path", text_file, "--cache-dir", tmp_path / "cache", "--vocab-size", VOCAB_SIZE),
-        *("--train-iters", STEPS, "--warmup-epochs", 1, "--lr-warmup-iters", 100, "--num-workers", 0),
+        *("--train-iters", STEPS, "--warmup-epochs", 2, "--lr", 1e-3, "--lr-warmup-iters", 100, "--num-workers", 0),
         *("--log-dir", tmp_path / "log", "--save", tmp_path / "save"),
         timeout=1400,
     )
@@ -67,10 +63,10 @@ def test_ranks_are_learned_and_unknown_labels_get_fewer(tmp_path, text_file):
     unknown = [line["rank_label_fractions"]["-1"] for line in metrics]
     tenths = [float(np.mean(unknown[start : start + STEPS // 10])) for start in range(0, STEPS, STEPS // 10)]
     print("share of label -1, tenth by tenth:", [round(share, 3) for share in tenths])
-    print("rank concordance, last tenth:", np.mean([m["rank_concordance"] for m in metrics[-250:] if m["rank_concordance"] is not None]))
-    assert tenths[-1] < tenths[5] < tenths[2] < tenths[0]
+    assert tenths[-1] < tenths[4] < tenths[1] < tenths[0]
+    assert tenths[-1] < tenths[0] - 0.03
 
     scores, labels = scores_and_labels(tmp_path / "save", tmp_path / "cache", text_file)
-    accuracy, majority = accuracy_and_majority(scores, labels, low=1, high=2)
-    print(f"labels 1 and K-1 told apart: {accuracy:.3f} of them, majority guess {majority:.3f}")
-    assert accuracy > majority
+    in_order = share_in_order(scores, labels, low=1, high=2)
+    print(f"labels 1 and K-1 in order: {in_order:.3f} of the pairs")
+    assert in_order > 0.65

@@ -56,7 +56,7 @@ def train_in_fp16(flags):
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_fp16_lowers_its_scale_until_steps_are_taken(stage, two_ranks, tmp_path, text_file):
-    fp16 = {"enabled": True, "initial_scale_power": 22, "hysteresis": 1, "loss_scale_window": 1000}
+    fp16 = {"enabled": True, "initial_scale_power": 14, "hysteresis": 1, "loss_scale_window": 1000}
     config = ds_config(tmp_path, stage, fp16=fp16)
     metrics = two_ranks.run(
         train_in_fp16, flags_for(tmp_path, text_file, "fp16", "--train-iters", 14, "--deepspeed_config", config)
