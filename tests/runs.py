@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import torch.distributed as dist
+
 from rank_pool import free_port
 
 PROJECT = Path(__file__).resolve().parent.parent

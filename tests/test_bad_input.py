@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-from runs import SMALL, ds_config, pretrain, torchrun
 
 from peer_scale.corpus.wordpiece import train_wordpiece
 from peer_scale.pretrain import main
+from runs import SMALL, ds_config, pretrain, torchrun
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import PROJECT, ds_config, train_in_pool
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, BertForMaskedLM, ElectraForMaskedLM, ElectraForPreTraining
 
@@ -18,6 +17,7 @@ from peer_scale.corpus.wordpiece import load_wordpiece
 from peer_scale.models.config import EncoderShape, ModelConfig
 from peer_scale.models.networks import PretrainingModel
 from peer_scale.parallel.topology import single_process_topology
+from runs import PROJECT, ds_config, train_in_pool
 
 TOOL = PROJECT / "tools/convert_checkpoint.py"
 STEPS = 12

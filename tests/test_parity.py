@@ -1,6 +1,7 @@
 """Parity is proof: every layout gives the loss curve of one process with the same seed."""
 
 import pytest
+
 from runs import ds_config, train_in_pool
 
 STEPS = 20

@@ -1,9 +1,9 @@
 """bf16 follows fp32; fp16's scaler, overflows and skipped steps."""
 
 import pytest
-from runs import ds_config, train_in_pool
 
 from peer_scale.errors import TrainingError
+from runs import ds_config, train_in_pool
 
 
 def flags_for(tmp_path, text_file, name, *more):

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from corpus_files import TOOL, contents, copy_pair, run_tool, tokens_of, write_raw_text
 
+from corpus_files import TOOL, contents, copy_pair, run_tool, tokens_of, write_raw_text
 from peer_scale.corpus.prepare import open_corpus, preprocess, train_on_inputs
 from peer_scale.corpus.readers import iter_documents
 from peer_scale.corpus.store import TokenStore, read_manifest

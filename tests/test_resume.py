@@ -9,6 +9,7 @@ import time
 
 import psutil
 import pytest
+
 from runs import PROJECT, SMALL, ds_config, pretrain, read_metrics, torchrun, train_in_pool
 
 TIMES = ("step_time_s", "data_wait_s", "tokens_per_second", "tflops_per_device", "mfu")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 from slurm_cluster import SlurmCluster, missing_requirement, slurm_cluster
 
 REPOSITORY = Path(__file__).parents[1]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpus_files import copy_pair, run_tool, write_raw_text
 
+from corpus_files import copy_pair, run_tool, write_raw_text
 from peer_scale.corpus.prepare import preprocess
 from peer_scale.corpus.readers import iter_documents
 from peer_scale.corpus.store import TokenStore, check_vocab, verify

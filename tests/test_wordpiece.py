@@ -5,11 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from corpus_files import tokens_of
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, ElectraTokenizer
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
+from corpus_files import tokens_of
 from peer_scale.corpus.readers import iter_documents
 from peer_scale.corpus.wordpiece import SPECIAL_TOKENS, WordPiece, load_wordpiece, train_wordpiece
 from peer_scale.errors import UserError

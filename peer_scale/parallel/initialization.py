@@ -37,5 +37,6 @@ def initialize_weights(model: nn.Module, *, seed: int, std: float, vocab_size: i
         drawn = whole[: logical[0]]
         nn.init.trunc_normal_(drawn, std=std, a=-2 * std, b=2 * std, generator=generator)
         weight.copy_(whole.chunk(topology.size("tp"), split_dim)[topology.rank("tp")] if split_dim >= 0 else whole)
-        if getattr(module, "bias", None) is not None:
-            module.bias.data.zero_()
+        bias = getattr(module, "bias", None)
+        if isinstance(bias, torch.Tensor):
+            nn.init.zeros_(bias)

@@ -20,7 +20,7 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Ada
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:
-    """Of optimizer step `step` (from 1): linear up to `lr` at the end of the warm-up, linear down to 0 after the last."""
+    """Of optimizer step `step` (from 1): linear up to `lr` at the end of the warm-up, then linear down to 0."""
     if step <= config.lr_warmup_iters:
         return config.lr * step / config.lr_warmup_iters
     remaining = max(config.train_iters - step + 1, 0)
