@@ -1,24 +1,36 @@
 """Writing files so that a partial one is never taken for a whole one, and checking that a folder can be written."""
 
+import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from peer_scale.errors import UserError
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write aside, fsync, rename, fsync the folder."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+@contextlib.contextmanager
+def write_aside(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Opens a file beside `path` that takes its place, synced to disk, when the block ends without an exception."""
+    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
     try:
-        with aside.open("wb") as file:
-            file.write(content)
+        with open(temporary, "wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-    fsync_folder(path.parent)
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
+    fsync_folder(Path(path).absolute().parent)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a small file whole, or not at all."""
+    with write_aside(path) as file:
+        file.write(content)
 
 
 def fsync_folder(folder: Path) -> None:

@@ -8,36 +8,24 @@ from peer_scale.quiet import silence_libraries
 
 silence_libraries()
 
-from rank_pool import RankPool  # noqa: E402  (after the libraries have been told to be quiet)
+# after the libraries have been told to be quiet
+from corpus_files import copy_pair, write_raw_text  # noqa: E402
+from peer_scale.corpus.prepare import preprocess  # noqa: E402
+from peer_scale.corpus.readers import iter_documents  # noqa: E402
+from peer_scale.corpus.wordpiece import WordPiece, train_wordpiece  # noqa: E402
+from rank_pool import RankPool  # noqa: E402
 
 _DOCUMENTED = (
-    "argparse",
-    "logging",
-    "unittest.mock",
-    "typing",
-    "inspect",
-    "subprocess",
-    "pathlib",
-    "datetime",
-    "decimal",
+    "argparse logging unittest.mock typing inspect subprocess pathlib datetime decimal statistics "
+    "tarfile zipfile socket threading difflib turtle email.message"
 )
 
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory) -> Path:
-    """Real English: a document of docstrings for each of some standard modules, again and again in slices."""
+    """Real English: for each of some standard modules a document of its docstrings."""
     documents = []
-    for name in (
-        *_DOCUMENTED,
-        "statistics",
-        "tarfile",
-        "zipfile",
-        "socket",
-        "threading",
-        "difflib",
-        "turtle",
-        "email.message",
-    ):
+    for name in _DOCUMENTED.split():
         module = importlib.import_module(name)
         docs = [inspect.getdoc(module) or ""]
         for _, member in sorted(vars(module).items(), key=lambda item: item[0]):
@@ -49,6 +37,30 @@ def text_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("text") / "documents.txt"
     path.write_text("\n\n".join(documents) + "\n", encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="module")
+def wordpiece(text_file) -> WordPiece:
+    return train_wordpiece(iter_documents([str(text_file)]), 1000)
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory, text_file) -> Path:
+    folder = tmp_path_factory.mktemp("raw")
+    write_raw_text(folder, text_file.read_text())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory, raw, wordpiece) -> str:
+    prefix = str(tmp_path_factory.mktemp("pair") / "corpus")
+    preprocess([str(raw)], wordpiece, prefix, workers=2, part_bytes=50_000)
+    return prefix
+
+
+@pytest.fixture
+def copy(tmp_path, pair) -> str:
+    return copy_pair(pair, tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -12,37 +12,13 @@ import numpy as np
 import psutil
 import pytest
 
-from corpus_files import TOOL, contents, copy_pair, run_tool, tokens_of, write_raw_text
+from corpus_files import TOOL, contents, run_tool, tokens_of
 from peer_scale.corpus.prepare import open_corpus, preprocess, train_on_inputs
 from peer_scale.corpus.readers import iter_documents
 from peer_scale.corpus.store import TokenStore, read_manifest
-from peer_scale.corpus.wordpiece import WordPiece, load_wordpiece, train_wordpiece
+from peer_scale.corpus.wordpiece import load_wordpiece, train_wordpiece
 from peer_scale.corpus.worker_pool import worker_pool
 from peer_scale.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def wordpiece(text_file) -> WordPiece:
-    return train_wordpiece(iter_documents([str(text_file)]), 1000)
-
-
-@pytest.fixture(scope="module")
-def raw(tmp_path_factory, text_file) -> Path:
-    folder = tmp_path_factory.mktemp("raw")
-    write_raw_text(folder, text_file.read_text())
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory, raw, wordpiece) -> str:
-    prefix = str(tmp_path_factory.mktemp("pair") / "corpus")
-    preprocess([str(raw)], wordpiece, prefix, workers=2, part_bytes=50_000)
-    return prefix
-
-
-@pytest.fixture
-def copy(tmp_path, pair) -> str:
-    return copy_pair(pair, tmp_path)
 
 
 def indexed_dataset(prefix: str):

@@ -10,38 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from corpus_files import copy_pair, run_tool, write_raw_text
-from peer_scale.corpus.prepare import preprocess
-from peer_scale.corpus.readers import iter_documents
+from corpus_files import run_tool
 from peer_scale.corpus.store import TokenStore, check_vocab, verify
-from peer_scale.corpus.wordpiece import SPECIAL_TOKENS, WordPiece, load_wordpiece, train_wordpiece
+from peer_scale.corpus.wordpiece import SPECIAL_TOKENS, load_wordpiece, train_wordpiece
 from peer_scale.errors import UserError
 
 HEADER = struct.Struct("<9sQBQQ")
-
-
-@pytest.fixture(scope="module")
-def wordpiece(text_file) -> WordPiece:
-    return train_wordpiece(iter_documents([str(text_file)]), 1000)
-
-
-@pytest.fixture(scope="module")
-def raw(tmp_path_factory, text_file) -> Path:
-    folder = tmp_path_factory.mktemp("raw")
-    write_raw_text(folder, text_file.read_text())
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory, raw, wordpiece) -> str:
-    prefix = str(tmp_path_factory.mktemp("pair") / "corpus")
-    preprocess([str(raw)], wordpiece, prefix, workers=2, part_bytes=50_000)
-    return prefix
-
-
-@pytest.fixture
-def copy(tmp_path, pair) -> str:
-    return copy_pair(pair, tmp_path)
 
 
 def write_index(path: Path, lengths: np.ndarray, itemsize: int = 2, code: int = 8) -> None:

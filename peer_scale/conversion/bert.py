@@ -2,7 +2,7 @@
 
 from transformers import BertConfig
 
-from peer_scale.conversion.electra import Entry, dense_entries, encoder_entries, without_padding
+from peer_scale.conversion.electra import Entry, dense_entries, encoder_entries, encoder_settings, without_padding
 from peer_scale.models.config import ModelConfig
 
 
@@ -21,20 +21,5 @@ def masked_lm_entries(config: ModelConfig) -> list[Entry]:
 
 def bert_config(config: ModelConfig, pad_token_id: int) -> BertConfig:
     """Hugging Face's configuration; it has one size for embeddings and hidden states, so ours must be equal."""
-    shape = config.generator
-    assert config.embedding_size == shape.hidden_size, "BertForMaskedLM has no projection"
-    return BertConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=shape.hidden_size,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_attention_heads,
-        intermediate_size=shape.ffn_hidden_size,
-        hidden_act="gelu",
-        hidden_dropout_prob=config.hidden_dropout,
-        attention_probs_dropout_prob=config.attention_dropout,
-        max_position_embeddings=config.max_position_embeddings,
-        type_vocab_size=config.num_token_types,
-        initializer_range=config.init_std,
-        layer_norm_eps=config.layer_norm_eps,
-        pad_token_id=pad_token_id,
-    )
+    assert config.embedding_size == config.generator.hidden_size, "BertForMaskedLM has no projection"
+    return BertConfig(**encoder_settings(config, config.generator, pad_token_id))

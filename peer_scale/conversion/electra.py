@@ -5,7 +5,7 @@ ElectraForMaskedLM. Shared layers and embeddings are written into each.
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,22 +61,26 @@ def convert(state: Mapping[str, Tensor], entries: list[Entry]) -> dict[str, Tens
 
 def electra_config(config: ModelConfig, shape: EncoderShape, pad_token_id: int) -> ElectraConfig:
     """Hugging Face's configuration of one network."""
-    return ElectraConfig(
-        vocab_size=config.vocab_size,
-        embedding_size=config.embedding_size,
-        hidden_size=shape.hidden_size,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_attention_heads,
-        intermediate_size=shape.ffn_hidden_size,
-        hidden_act="gelu",
-        hidden_dropout_prob=config.hidden_dropout,
-        attention_probs_dropout_prob=config.attention_dropout,
-        max_position_embeddings=config.max_position_embeddings,
-        type_vocab_size=config.num_token_types,
-        initializer_range=config.init_std,
-        layer_norm_eps=config.layer_norm_eps,
-        pad_token_id=pad_token_id,
-    )
+    return ElectraConfig(embedding_size=config.embedding_size, **encoder_settings(config, shape, pad_token_id))
+
+
+def encoder_settings(config: ModelConfig, shape: EncoderShape, pad_token_id: int) -> dict[str, Any]:
+    """What ElectraConfig and BertConfig have in common, by their names."""
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": shape.hidden_size,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_attention_heads,
+        "intermediate_size": shape.ffn_hidden_size,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": config.hidden_dropout,
+        "attention_probs_dropout_prob": config.attention_dropout,
+        "max_position_embeddings": config.max_position_embeddings,
+        "type_vocab_size": config.num_token_types,
+        "initializer_range": config.init_std,
+        "layer_norm_eps": config.layer_norm_eps,
+        "pad_token_id": pad_token_id,
+    }
 
 
 def encoder_entries(config: ModelConfig, shape: EncoderShape, network: str, theirs: str = "electra") -> list[Entry]:

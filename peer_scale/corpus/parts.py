@@ -11,11 +11,11 @@ from typing import BinaryIO
 
 import numpy as np
 
-from peer_scale.corpus.files import write_aside
 from peer_scale.corpus.readers import Slice, iter_pieces
 from peer_scale.corpus.store import DTYPE_CODES, INDEX_HEADER, INDEX_MAGIC, INDEX_VERSION
 from peer_scale.corpus.wordpiece import WordPiece
 from peer_scale.errors import UserError
+from peer_scale.storage import write_aside
 
 # A part is: the tokens, the documents' lengths as int64, and this: number of documents, number of tokens, magic.
 _TRAILER = struct.Struct("<QQ8s")

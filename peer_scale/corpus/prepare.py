@@ -13,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from peer_scale.corpus.builtin import builtin_identity
-from peer_scale.corpus.files import locked
+from peer_scale.corpus.locks import locked
 from peer_scale.corpus.parts import Part, Task, merge_bin, merge_index, read_part, token_dtype, write_part
 from peer_scale.corpus.progress import Progress, open_progress
 from peer_scale.corpus.readers import BUILTIN, Slice, Stream, find_sources, iter_documents, iter_stream, slice_file

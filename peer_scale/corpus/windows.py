@@ -1,14 +1,16 @@
 """Which tokens make up a sample: documents cut into windows, walked in a seeded order that needs no memory."""
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
 
 from peer_scale.corpus.store import TokenStore
 from peer_scale.errors import UserError
-from peer_scale.parallel.initialization import stream_seed
+from peer_scale.seeds import stream_seed
 
-_BLOCK = 4096  # documents a row of the window table stands for
+_BLOCK = 128  # documents a row of the window table stands for: read and added up for every sample
+_BLOCKS_A_READ = 8192  # while the table is made
 _FEISTEL_ROUNDS = 6
 
 
@@ -16,13 +18,13 @@ class Windows:
     """Windows of at most `width` tokens within documents [first, last): every token is in exactly one.
 
     A document of n tokens gives ceil(n / width) windows of (nearly) equal length. Only the running count of windows at
-    every 4096th document is held, so a corpus of any size opens after one pass over the lengths in its index.
+    every 128th document is held, so a corpus of any size opens after one pass over the lengths in its index.
     """
 
     def __init__(self, store: TokenStore, *, width: int, first: int, last: int) -> None:
         self._store, self._width, self._first, self._last = store, width, first, last
-        counts = [self._counts(start).sum() for start in range(first, last, _BLOCK)]
-        self._ends = np.cumsum(np.array(counts, np.int64))
+        counts = [self._block_counts(start) for start in range(first, last, _BLOCK * _BLOCKS_A_READ)]
+        self._ends = np.cumsum(np.concatenate(counts)) if counts else np.zeros(0, np.int64)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -31,7 +33,7 @@ class Windows:
         """Tokens of one window, int64 [1..width]."""
         block = int(np.searchsorted(self._ends, window, side="right"))
         start = self._first + block * _BLOCK
-        lengths = self._lengths(start)
+        lengths = self._lengths(start, _BLOCK)
         ends = np.cumsum(-(-lengths // self._width))
         within = window - (int(self._ends[block - 1]) if block else 0)
         index = int(np.searchsorted(ends, within, side="right"))
@@ -41,11 +43,13 @@ class Windows:
         begin, end = length * part // parts, length * (part + 1) // parts
         return self._store.read(start + index, begin, end - begin)
 
-    def _lengths(self, start: int) -> np.ndarray:
-        return self._store.document_lengths(start, min(start + _BLOCK, self._last))
+    def _lengths(self, start: int, count: int) -> np.ndarray:
+        return self._store.document_lengths(start, min(start + count, self._last))
 
-    def _counts(self, start: int) -> np.ndarray:
-        return -(-self._lengths(start) // self._width)
+    def _block_counts(self, start: int) -> np.ndarray:
+        """Windows of each block of one read that begins at document `start`."""
+        counts = -(-self._lengths(start, _BLOCK * _BLOCKS_A_READ) // self._width)
+        return np.add.reduceat(counts, np.arange(0, len(counts), _BLOCK))
 
 
 @dataclass(frozen=True)
@@ -61,14 +65,19 @@ class SeededOrder:
     def __getitem__(self, sample: int) -> int:
         epoch, index = divmod(sample, self.size)
         half_bits = max(1, (max(self.size - 1, 1).bit_length() + 1) // 2)
-        keys = [stream_seed(self.seed, "order", epoch, round_) for round_ in range(_FEISTEL_ROUNDS)]
+        keys = _round_keys(self.seed, epoch)
         while True:
             index = _feistel(index, half_bits, keys)
             if index < self.size:
                 return index
 
 
-def _feistel(index: int, half_bits: int, keys: list[int]) -> int:
+@functools.lru_cache(maxsize=4)
+def _round_keys(seed: int, epoch: int) -> tuple[int, ...]:
+    return tuple(stream_seed(seed, "order", epoch, round_) for round_ in range(_FEISTEL_ROUNDS))
+
+
+def _feistel(index: int, half_bits: int, keys: tuple[int, ...]) -> int:
     mask = (1 << half_bits) - 1
     left, right = index >> half_bits, index & mask
     for key in keys:
@@ -86,8 +95,6 @@ def _mix(value: int) -> int:
 
 def split_documents(num_documents: int, validation_fraction: float) -> int:
     """Index of the first held-out document: the last `validation_fraction` of them, at least one if it is above 0."""
-    if not 0 <= validation_fraction < 1:
-        raise UserError(f"--validation-fraction {validation_fraction}: it must be at least 0 and below 1")
     if validation_fraction == 0:
         return num_documents
     held_out = max(1, round(num_documents * validation_fraction))

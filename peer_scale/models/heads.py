@@ -15,7 +15,7 @@ from peer_scale.parallel.topology import Topology
 class MaskedLMHead(nn.Module):
     """Dense + GELU + LayerNorm down to the embedding size, and the bias of the vocabulary: [n, H] -> [n, E].
 
-    The output matrix is the word-embedding table, so it is not here; `vocab_bias` gives the bias that goes with it.
+    The output matrix is the word-embedding table, so it is not here.
     """
 
     def __init__(self, config: ModelConfig, topology: Topology) -> None:

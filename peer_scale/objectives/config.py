@@ -12,8 +12,8 @@ class ObjectiveConfig:
     """PEER's hyper-parameters (Section 3; Appendix A); two levels make ELECTRA's replaced-token detection.
 
     `taus` has K-2 entries and `gammas` K-2 (or one for all); `warmup_epochs` is how long only the first term of Eq. 5
-    is used. `mask_probability` is the share of the selected positions that show [MASK]; the rest stay as they
-    are.
+    is used. `mask_probability` is the share of the selected positions that show [MASK]; the rest stay as
+    they are.
     """
 
     num_levels: int = 3

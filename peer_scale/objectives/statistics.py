@@ -101,12 +101,11 @@ def ranking_statistics(
     }
     scores_BP = scores.gather(1, batch.positions)
     labels_BP = torch.where(batch.is_selected, labels.gather(1, batch.positions), torch.nan)
-    probabilities = torch.sigmoid(thresholds - scores_BP[..., None])
     is_level = (labels_BP >= 1) & (labels_BP < num_levels) & (labels_BP == labels_BP.round())
     is_pair = (labels_BP[:, :, None] < labels_BP[:, None, :]) & is_level[:, :, None] & is_level[:, None, :]
     sums["rank_pairs"] = is_pair.sum()
     sums["rank_pairs_in_order"] = (is_pair & (scores_BP[:, :, None] < scores_BP[:, None, :])).sum()
-    predicted = 1 + (probabilities < 0.5).sum(-1)
+    predicted = 1 + (scores_BP[..., None] > thresholds).sum(-1)
     for label in possible_labels(num_levels):
         has_label = labels_BP == torch.tensor(label, dtype=labels_BP.dtype)
         sums[label_key(label)] = has_label.sum()

@@ -1,20 +1,13 @@
 """Initial weights that depend on the seed and a parameter's name alone, not on how the model is split."""
 
-import hashlib
-
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from torch import nn
 
 from peer_scale.parallel.topology import Topology
+from peer_scale.seeds import stream_seed
 
 _DENSE = (nn.Linear, nn.Embedding, ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)
-
-
-def stream_seed(seed: int, *names: object) -> int:
-    """A 63-bit seed of its own for each (seed, names...)."""
-    digest = hashlib.sha256(repr((seed, *names)).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ from peer_scale.training.callbacks.console import ProgressLine
 from peer_scale.training.callbacks.reporting import MetricsFile, MonitorEvents
 from peer_scale.training.callbacks.stopping import StopAfter, StopOnSignal
 from peer_scale.training.callbacks.validation import Validation
-from peer_scale.training.engine import autocast_dtype, build_engine, check_precision
+from peer_scale.training.engine import build_engine, check_precision, compute_dtype
 from peer_scale.training.metering import Meter, device_peak
 from peer_scale.training.progress import Progress
 from peer_scale.training.summary import resolved_configuration, startup_summary
@@ -85,7 +85,7 @@ def train(run: RunConfig, topology: Topology, agreement: Agreement) -> None:
     num_parameters = sum(parameter.numel() for parameter in task.parameters())
     engine = build_engine(task, run, topology)
     progress = checkpoint.load(engine, *found) if found else Progress()
-    peak = device_peak(topology.device, autocast_dtype(run.training.precision))
+    peak = device_peak(topology.device, compute_dtype(run.training.precision))
     say(startup_summary(run, topology, corpus, num_parameters, peak))
 
     plan = BatchPlan(

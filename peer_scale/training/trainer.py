@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from peer_scale.corpus.examples import Batch
 from peer_scale.objectives.tasks import GlobalCounts
-from peer_scale.parallel.initialization import stream_seed
 from peer_scale.parallel.topology import Topology
+from peer_scale.seeds import stream_seed
 from peer_scale.settings.run import RunConfig
 from peer_scale.training.callbacks import Callback
 from peer_scale.training.engine import loss_scale
