@@ -131,6 +131,8 @@ def uninterrupted(tmp_path_factory, tool_arguments) -> list[bytes]:
 def interrupted_by(number: int, arguments: list[str], prefix: Path) -> tuple[int, str, list[Path]]:
     """Runs the tool until it has finished some parts, then signals it; returns exit code, stderr and the parts."""
     command = [sys.executable, str(TOOL), *arguments, "--output-prefix", str(prefix)]
+    # a job in the background of a shell ignores SIGINT and hands that on; a user's tool at a terminal does not
+    command = ["env", "--default-signal=INT", *command]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     parts_folder = Path(f"{prefix}.parts")
     while len(list(parts_folder.glob("*/????????"))) < 4:
