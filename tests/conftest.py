@@ -73,3 +73,9 @@ def one_rank():
 def two_ranks():
     with RankPool(2) as pool:
         yield pool
+
+
+@pytest.fixture(scope="session")
+def four_ranks():
+    with RankPool(4) as pool:
+        yield pool

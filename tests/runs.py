@@ -29,13 +29,15 @@ def train_in_pool(flags: list[str]) -> list[dict]:
     import torch
 
     from peer_scale.parallel.agreement import Agreement
-    from peer_scale.parallel.topology import build_topology
+    from peer_scale.parallel.topology import check_parallel_sizes
     from peer_scale.settings.flags import build_parser
     from peer_scale.settings.resolve import resolve
-    from peer_scale.training.job import train
+    from peer_scale.training.job import arrange_ranks, train
 
     args = build_parser().parse_args([*SMALL, *flags])
-    train(resolve(args, dist.get_world_size()), build_topology(torch.device("cpu")), Agreement())
+    sizes = (args.tensor_model_parallel_size, args.pipeline_model_parallel_size)
+    run = resolve(args, check_parallel_sizes(dist.get_world_size(), *sizes))
+    train(run, arrange_ranks(run, torch.device("cpu")), Agreement())
     return read_metrics(args.log_dir)
 
 

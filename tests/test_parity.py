@@ -33,12 +33,13 @@ def cache(tmp_path_factory):
 def references(one_rank, tmp_path_factory, text_file, cache):
     curves = {}
 
-    def reference(model):
-        if model not in curves:
+    def reference(model, *more):
+        key = (model, *more)
+        if key not in curves:
             folder = tmp_path_factory.mktemp(model)
-            flags = ("--model", model, "--micro-batch-size", "8")
-            curves[model] = curve(one_rank, folder, text_file, cache, stage=1, flags=flags)
-        return curves[model]
+            flags = ("--model", model, "--micro-batch-size", "8", *more)
+            curves[key] = curve(one_rank, folder, text_file, cache, stage=1, flags=flags)
+        return curves[key]
 
     return reference
 
@@ -71,11 +72,47 @@ ROWS = [
 ]
 
 
+@pytest.fixture
+def pool_of(request):
+    """The pool of so many ranks, started when a test first asks for it."""
+    names = {1: "one_rank", 2: "two_ranks", 4: "four_ranks"}
+    return lambda ranks: request.getfixturevalue(names[ranks])
+
+
 @pytest.mark.parametrize(("ranks", "stage", "micro_batch", "model"), ROWS)
-def test_layouts_agree(ranks, stage, micro_batch, model, references, one_rank, two_ranks, tmp_path, text_file, cache):
-    pool = one_rank if ranks == 1 else two_ranks
+def test_layouts_agree(ranks, stage, micro_batch, model, references, pool_of, tmp_path, text_file, cache):
+    pool = pool_of(ranks)
     flags = ("--model", model, "--micro-batch-size", micro_batch)
     assert_same(curve(pool, tmp_path, text_file, cache, stage=stage, flags=flags), references(model))
+
+
+TENSOR_PARALLEL_ROWS = [  # ranks, tensor-parallel size, ZeRO stage, sequence parallelism, model
+    (2, 2, 1, False, "peer-tiny"),
+    (2, 2, 2, False, "electra-tiny"),
+    (2, 2, 2, True, "peer-tiny"),
+    (2, 2, 3, True, "bert-tiny"),
+    (2, 2, 3, False, "peer-tiny"),
+    (4, 4, 1, True, "peer-tiny"),
+    (4, 4, 2, False, "peer-tiny"),
+    (4, 4, 3, False, "peer-tiny"),
+    (4, 2, 1, False, "peer-tiny"),
+    (4, 2, 2, False, "bert-tiny"),
+    (4, 2, 2, True, "electra-tiny"),
+    (4, 2, 3, True, "peer-tiny"),
+]
+FOUR_HEADS = ("--num-attention-heads", "4", "--generator-num-attention-heads", "4")
+
+
+@pytest.mark.parametrize(("ranks", "tensor_parallel", "stage", "sequence_parallel", "model"), TENSOR_PARALLEL_ROWS)
+def test_tensor_parallel_layouts_agree(
+    ranks, tensor_parallel, stage, sequence_parallel, model, references, pool_of, tmp_path, text_file, cache
+):
+    flags = ["--model", model, "--tensor-model-parallel-size", str(tensor_parallel), "--micro-batch-size", "4"]
+    flags += FOUR_HEADS
+    if sequence_parallel:
+        flags.append("--sequence-parallel")
+    found = curve(pool_of(ranks), tmp_path, text_file, cache, stage=stage, flags=tuple(flags))
+    assert_same(found, references(model, *FOUR_HEADS))
 
 
 def test_the_curve_goes_down(references):

@@ -4,6 +4,8 @@ Shapes: S sequence length, B micro-batch, H hidden size, E embedding size, N att
 rank, D head size. Hidden states are sequence-first, [S, B, H], as Megatron's layers expect.
 """
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import (
@@ -15,37 +17,63 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor, nn
 
 from peer_scale.models.config import EncoderShape, ModelConfig
+from peer_scale.parallel.sequence import (
+    add_up_and_split,
+    join_sequence_for_split_weights,
+    own_random_stream,
+    whole_gradients,
+)
 from peer_scale.parallel.topology import Topology
 
 
-def column_parallel(input_size: int, output_size: int, topology: Topology) -> ColumnParallelLinear:
-    """A linear layer whose output features are split over the tensor-parallel ranks."""
-    layer = ColumnParallelLinear(
-        input_size,
-        output_size,
-        config=topology.layer_config(),
-        init_method=None,
-        gather_output=False,
-        tp_group=topology.group("tp"),
-    )
-    set_tensor_model_parallel_attributes(layer.weight, True, 0, 1)
-    return layer
+class ColumnLinear(ColumnParallelLinear):
+    """Output features split over the tensor-parallel ranks: [S, B, I] -> [S, B, O/tp] and the bias, not yet added.
+
+    Under sequence parallelism the input is this rank's slice of the sequence and the output is of the whole.
+    """
+
+    def __init__(self, input_size: int, output_size: int, topology: Topology) -> None:
+        super().__init__(
+            input_size,
+            output_size,
+            config=topology.layer_config(),
+            init_method=None,
+            gather_output=False,
+            skip_bias_add=True,
+            disable_grad_reduce=topology.sequence_parallel,
+            tp_group=topology.group("tp"),
+        )
+        self.topology = topology
+        set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return super().forward(join_sequence_for_split_weights(hidden, self.topology))
 
 
-def row_parallel(input_size: int, output_size: int, topology: Topology) -> RowParallelLinear:
-    """A linear layer whose input features are split over the tensor-parallel ranks; its output is whole on each."""
-    layer = RowParallelLinear(
-        input_size,
-        output_size,
-        config=topology.layer_config(),
-        init_method=None,
-        bias=True,
-        input_is_parallel=True,
-        skip_bias_add=False,
-        tp_group=topology.group("tp"),
-    )
-    set_tensor_model_parallel_attributes(layer.weight, True, 1, 1)
-    return layer
+class RowLinear(RowParallelLinear):
+    """Input features split over the tensor-parallel ranks: [S, B, I/tp] -> [S, B, O] and the bias, not yet added.
+
+    Under sequence parallelism the output is this rank's slice of the sequence.
+    """
+
+    def __init__(self, input_size: int, output_size: int, topology: Topology) -> None:
+        super().__init__(
+            input_size,
+            output_size,
+            config=topology.layer_config(),
+            init_method=None,
+            bias=True,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            tp_group=topology.group("tp"),
+        )
+        self.topology = topology
+        set_tensor_model_parallel_attributes(self.weight, True, 1, 1)
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        if not self.topology.sequence_parallel:
+            return super().forward(hidden)
+        return add_up_and_split(F.linear(hidden, self.weight), self.topology), self.bias
 
 
 class Embeddings(nn.Module):
@@ -73,55 +101,78 @@ class Embeddings(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention over all non-pad positions: [S, B, H] -> [S, B, H].
+    """Multi-head attention over all non-pad positions: [S, B, H] -> [S, B, H] and the output's bias, not yet added.
 
     The rows of the fused QKV matrix are ordered [head, (q, k, v), D], so a split of the rows is a split of the heads.
     """
 
     def __init__(self, shape: EncoderShape, config: ModelConfig, topology: Topology) -> None:
         super().__init__()
+        self.topology = topology
         self.head_size = shape.head_size
         self.dropout = config.attention_dropout
-        self.qkv = column_parallel(shape.hidden_size, 3 * shape.hidden_size, topology)
-        self.dense = row_parallel(shape.hidden_size, shape.hidden_size, topology)
+        self.qkv = ColumnLinear(shape.hidden_size, 3 * shape.hidden_size, topology)
+        self.dense = RowLinear(shape.hidden_size, shape.hidden_size, topology)
 
-    def forward(self, hidden_SBH: Tensor, mask_B11S: Tensor | None) -> Tensor:
-        seq_length, batch, _ = hidden_SBH.shape
-        qkv = self.qkv(hidden_SBH)[0].view(seq_length, batch, -1, 3, self.head_size)
-        query_BNSD, key_BNSD, value_BNSD = qkv.permute(3, 1, 2, 0, 4)
-        dropout = self.dropout if self.training else 0.0
-        context_BNSD = F.scaled_dot_product_attention(
-            query_BNSD, key_BNSD, value_BNSD, attn_mask=mask_B11S, dropout_p=dropout
+    def forward(self, hidden_SBH: Tensor, mask_B11S: Tensor | None) -> tuple[Tensor, Tensor]:
+        qkv, bias = self.qkv(hidden_SBH)
+        seq_length, batch, _ = qkv.shape
+        query_BNSD, key_BNSD, value_BNSD = (
+            (qkv + bias).view(seq_length, batch, -1, 3, self.head_size).permute(3, 1, 2, 0, 4)
         )
-        return self.dense(context_BNSD.permute(2, 0, 1, 3).reshape(seq_length, batch, -1))[0]
+        dropout = self.dropout if self.training else 0.0
+        with own_random_stream(self.topology) if dropout else contextlib.nullcontext():
+            context_BNSD = F.scaled_dot_product_attention(
+                query_BNSD, key_BNSD, value_BNSD, attn_mask=mask_B11S, dropout_p=dropout
+            )
+        return self.dense(context_BNSD.permute(2, 0, 1, 3).reshape(seq_length, batch, -1))
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with a GELU (erf) between them: [S, B, H] -> [S, B, H]."""
+    """Two linear layers with a GELU (erf) between them: [S, B, H] -> [S, B, H] and the bias, not yet added."""
 
     def __init__(self, shape: EncoderShape, topology: Topology) -> None:
         super().__init__()
-        self.up = column_parallel(shape.hidden_size, shape.ffn_hidden_size, topology)
-        self.down = row_parallel(shape.ffn_hidden_size, shape.hidden_size, topology)
+        self.up = ColumnLinear(shape.hidden_size, shape.ffn_hidden_size, topology)
+        self.down = RowLinear(shape.ffn_hidden_size, shape.hidden_size, topology)
 
-    def forward(self, hidden_SBH: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(hidden_SBH)[0]))[0]
+    def forward(self, hidden_SBH: Tensor) -> tuple[Tensor, Tensor]:
+        output, bias = self.up(hidden_SBH)
+        return self.down(F.gelu(output + bias))
+
+
+class ResidualNorm(nn.LayerNorm):
+    """LayerNorm of residual + dropout(output + bias), all [S, B, H]."""
+
+    def __init__(self, hidden_size: int, config: ModelConfig, topology: Topology) -> None:
+        super().__init__(hidden_size, eps=config.layer_norm_eps)
+        self.topology = topology
+        self.dropout = config.hidden_dropout
+
+    def forward(self, output: Tensor, output_bias: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
+        output_bias, weight, bias = whole_gradients((output_bias, self.weight, self.bias), self.topology)
+        is_split = self.topology.sequence_parallel and self.training and self.dropout
+        with own_random_stream(self.topology) if is_split else contextlib.nullcontext():
+            dropped = F.dropout(output + output_bias, self.dropout, self.training)
+        return F.layer_norm(residual + dropped, self.normalized_shape, weight, bias, self.eps)
 
 
 class TransformerLayer(nn.Module):
-    """Attention and feed-forward, each followed by dropout, residual and LayerNorm: [S, B, H] -> [S, B, H]."""
+    """Attention and feed-forward, each followed by dropout, residual and LayerNorm: [S, B, H] -> [S, B, H].
+
+    Under sequence parallelism S is this rank's slice of the sequence.
+    """
 
     def __init__(self, shape: EncoderShape, config: ModelConfig, topology: Topology) -> None:
         super().__init__()
         self.attention = SelfAttention(shape, config, topology)
-        self.attention_norm = nn.LayerNorm(shape.hidden_size, eps=config.layer_norm_eps)
+        self.attention_norm = ResidualNorm(shape.hidden_size, config, topology)
         self.feed_forward = FeedForward(shape, topology)
-        self.feed_forward_norm = nn.LayerNorm(shape.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.feed_forward_norm = ResidualNorm(shape.hidden_size, config, topology)
 
     def forward(self, hidden_SBH: Tensor, mask_B11S: Tensor | None) -> Tensor:
-        attended = self.attention_norm(hidden_SBH + self.dropout(self.attention(hidden_SBH, mask_B11S)))
-        return self.feed_forward_norm(attended + self.dropout(self.feed_forward(attended)))
+        attended = self.attention_norm(*self.attention(hidden_SBH, mask_B11S), hidden_SBH)
+        return self.feed_forward_norm(*self.feed_forward(attended), attended)
 
 
 def padded_vocab_size(vocab_size: int, tensor_parallel: int, multiple: int = 8) -> int:

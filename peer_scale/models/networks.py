@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from peer_scale.models.config import EncoderShape, ModelConfig
 from peer_scale.models.heads import MaskedLMHead, RankingHead
 from peer_scale.models.layers import Embeddings, TransformerLayer
+from peer_scale.parallel.sequence import join_sequence, split_sequence
 from peer_scale.parallel.topology import Topology
 
 
@@ -28,7 +29,7 @@ class PretrainingModel(nn.Module):
 
     def __init__(self, config: ModelConfig, num_levels: int, topology: Topology) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.topology = config, topology
         self.embeddings = Embeddings(config, topology)
         shared = (TransformerLayer(config.generator, config, topology) for _ in range(config.num_shared_layers))
         self.shared_layers = nn.ModuleList(shared)
@@ -41,10 +42,11 @@ class PretrainingModel(nn.Module):
     def encode(self, network: Network, ids_BS: Tensor, token_types_BS: Tensor, mask_BS: Tensor | None) -> Tensor:
         """Hidden states [S, B, H] of `network` (self.generator or self.ranker); mask is True on non-pad tokens."""
         mask_B11S = None if mask_BS is None else mask_BS[:, None, None, :]
-        hidden = network.projection(self.embeddings(ids_BS, token_types_BS))
+        embedded = network.projection(self.embeddings(ids_BS, token_types_BS))
+        hidden = split_sequence(embedded, self.topology)
         for layer in (*self.shared_layers, *network.layers):
             hidden = layer(hidden, mask_B11S)
-        return hidden
+        return join_sequence(hidden, self.topology)
 
     def generate(self, hidden_SBH: Tensor, positions_BP: Tensor) -> tuple[Tensor, Tensor]:
         """MLM head on the selected positions only: states [B*P, E] and the vocabulary bias."""

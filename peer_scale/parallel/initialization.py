@@ -33,3 +33,9 @@ def initialize_weights(model: nn.Module, *, seed: int, std: float, vocab_size: i
         bias = getattr(module, "bias", None)
         if isinstance(bias, torch.Tensor):
             nn.init.zeros_(bias)
+
+
+def count_parameters(model: nn.Module, topology: Topology) -> int:
+    """Parameters of the whole model, split or not; rows that pad the vocabulary count."""
+    sizes = ((p.numel(), getattr(p, "tensor_model_parallel", False)) for p in model.parameters())
+    return sum(size * (topology.size("tp") if is_split else 1) for size, is_split in sizes)

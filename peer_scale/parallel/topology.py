@@ -20,10 +20,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Topology:
-    """The grid of ranks, named ("pp", "dp", "tp"), tensor-parallel ranks being neighbours."""
+    """The grid of ranks, named ("pp", "dp", "tp"), tensor-parallel ranks being neighbours.
+
+    `sequence_parallel`: between tensor-parallel products, activations are split along the sequence.
+    """
 
     mesh: DeviceMesh
     device: torch.device
+    sequence_parallel: bool = False
 
     def size(self, dim: str) -> int:
         """Number of ranks along `dim`."""
@@ -69,8 +73,13 @@ def check_parallel_sizes(world_size: int, tensor_parallel: int, pipeline_paralle
     for flag, size in (("tensor", tensor_parallel), ("pipeline", pipeline_parallel)):
         if size < 1:
             raise UserError(f"--{flag}-model-parallel-size is {size}; it must be at least 1")
-        if size > 1:
-            raise UserError(f"--{flag}-model-parallel-size {size}: {flag} parallelism is not there yet; use 1")
+    if pipeline_parallel > 1:
+        raise UserError(f"--pipeline-model-parallel-size {pipeline_parallel}: it is not there yet; use 1")
+    if world_size % (tensor_parallel * pipeline_parallel):
+        raise UserError(
+            f"{world_size} ranks cannot be shared out: --tensor-model-parallel-size {tensor_parallel} x "
+            f"--pipeline-model-parallel-size {pipeline_parallel} must divide their number"
+        )
     return world_size // (tensor_parallel * pipeline_parallel)
 
 
@@ -104,12 +113,14 @@ def _export(environment: ProcessEnvironment) -> None:
     os.environ.update({name: str(value) for name, value in values.items()})
 
 
-def build_topology(device: torch.device, *, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> Topology:
+def build_topology(
+    device: torch.device, *, tensor_parallel: int = 1, pipeline_parallel: int = 1, sequence_parallel: bool = False
+) -> Topology:
     """Arrange all ranks of the default group; raises UserError where the sizes do not multiply out."""
     data_parallel = check_parallel_sizes(dist.get_world_size(), tensor_parallel, pipeline_parallel)
     shape = (pipeline_parallel, data_parallel, tensor_parallel)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("pp", "dp", "tp"))
-    return Topology(mesh=mesh, device=device)
+    return Topology(mesh=mesh, device=device, sequence_parallel=sequence_parallel and tensor_parallel > 1)
 
 
 def single_process_topology() -> Topology:

@@ -79,6 +79,9 @@ def _add_training_flags(training: argparse._ArgumentGroup) -> None:
 def _add_parallel_flags(parallel: argparse._ArgumentGroup) -> None:
     parallel.add_argument("--tensor-model-parallel-size", type=int, default=1)
     parallel.add_argument("--pipeline-model-parallel-size", type=int, default=1)
+    parallel.add_argument(
+        "--sequence-parallel", action="store_true", help="split activations between tensor-parallel products as well"
+    )
     parallel.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parallel.add_argument("--num-threads", type=int, help="CPU threads of a rank (default: cores / ranks on the node)")
 

@@ -46,6 +46,7 @@ def resolve(args: argparse.Namespace, data_parallel: int, environ: Mapping[str, 
         seed=args.seed,
         tensor_parallel=args.tensor_model_parallel_size,
         pipeline_parallel=args.pipeline_model_parallel_size,
+        sequence_parallel=args.sequence_parallel,
     )
 
 
@@ -111,7 +112,7 @@ def _model(model: ModelConfig, flags: Mapping[str, Any], seq_length: int) -> Mod
     prefix = "generator_"
     narrow = {key: flags[prefix + key] for key in _SHAPE_FIELDS if prefix + key in flags}
     if model.ranker is None:
-        changed: dict[str, Any] = {"generator": replace(model.generator, **main, **narrow)}
+        changed: dict[str, Any] = {"generator": replace(model.generator, **{**main, **narrow})}
     else:
         shared_sizes = (
             {key: value for key, value in main.items() if key != "num_layers"} if model.num_shared_layers else {}

@@ -107,6 +107,7 @@ class RunConfig:
     seed: int = 1234
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
+    sequence_parallel: bool = False
 
     def __post_init__(self) -> None:
         if self.training.seq_length > self.model.max_position_embeddings:
@@ -116,6 +117,22 @@ class RunConfig:
             )
         if not 0 <= self.seed < 2**32:
             raise UserError(f"--seed is {self.seed}; it must be between 0 and 2^32 - 1")
+        self._check_tensor_parallel()
+
+    def _check_tensor_parallel(self) -> None:
+        size = self.tensor_parallel
+        for role, shape in (("generator", self.model.generator), ("ranker", self.model.ranker)):
+            for name in ("num_attention_heads", "ffn_hidden_size"):
+                value = 0 if shape is None else getattr(shape, name)
+                if value % size:
+                    raise UserError(f"--tensor-model-parallel-size {size} does not divide the {role}'s {name} {value}")
+        if self.sequence_parallel and size == 1:
+            raise UserError("--sequence-parallel needs --tensor-model-parallel-size of 2 or more")
+        if self.sequence_parallel and self.training.seq_length % size:
+            raise UserError(
+                f"--tensor-model-parallel-size {size} does not divide --seq-length {self.training.seq_length}, "
+                "as --sequence-parallel needs"
+            )
 
     @property
     def zero_stage(self) -> int:

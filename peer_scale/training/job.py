@@ -18,7 +18,7 @@ from peer_scale.corpus.wordpiece import WordPiece
 from peer_scale.objectives.tasks import PretrainingTask
 from peer_scale.parallel.agreement import Agreement
 from peer_scale.parallel.environment import ProcessEnvironment, default_num_threads
-from peer_scale.parallel.initialization import initialize_weights
+from peer_scale.parallel.initialization import count_parameters, initialize_weights
 from peer_scale.parallel.topology import Topology, build_topology, check_parallel_sizes, init_process_group
 from peer_scale.settings.resolve import resolve
 from peer_scale.settings.run import RunConfig
@@ -61,9 +61,19 @@ def run_job(args: argparse.Namespace, environment: ProcessEnvironment) -> None:
         torch.set_num_threads(num_threads)
     device = init_process_group(environment)
     try:
-        train(run, build_topology(device), Agreement())
+        train(run, arrange_ranks(run, device), Agreement())
     finally:
         dist.destroy_process_group()
+
+
+def arrange_ranks(run: RunConfig, device: torch.device) -> Topology:
+    """The grid that the run asks for, of all ranks of the default group."""
+    return build_topology(
+        device,
+        tensor_parallel=run.tensor_parallel,
+        pipeline_parallel=run.pipeline_parallel,
+        sequence_parallel=run.sequence_parallel,
+    )
 
 
 def train(run: RunConfig, topology: Topology, agreement: Agreement) -> None:
@@ -82,7 +92,7 @@ def train(run: RunConfig, topology: Topology, agreement: Agreement) -> None:
 
     task = PretrainingTask(run.model, run.objective, topology)
     initialize_weights(task, seed=run.seed, std=run.model.init_std, vocab_size=run.model.vocab_size, topology=topology)
-    num_parameters = sum(parameter.numel() for parameter in task.parameters())
+    num_parameters = count_parameters(task, topology)
     engine = build_engine(task, run, topology)
     progress = checkpoint.load(engine, *found) if found else Progress()
     peak = device_peak(topology.device, compute_dtype(run.training.precision))

@@ -31,7 +31,8 @@ def startup_summary(run: RunConfig, topology: Topology, corpus: Corpus, num_para
         "batch": f"{training.global_batch_size} x {training.seq_length} tokens "
         f"({training.micro_batch_size} a micro-batch, {accumulation} accumulated, {data_parallel} ranks); "
         f"{training.train_iters:,} steps, lr {training.lr:g}",
-        "layout": f"data parallel {data_parallel}, tensor parallel {run.tensor_parallel}, "
+        "layout": f"data parallel {data_parallel}, tensor parallel {run.tensor_parallel}"
+        f"{' with sequence parallelism' if run.sequence_parallel else ''}, "
         f"pipeline parallel {run.pipeline_parallel}, ZeRO-{run.zero_stage}, optimizer offload: {optimizer_offload}",
         "device": f"{_device(topology.device)}, {training.precision}, "
         + ("peak not known (no MFU)" if peak is None else f"peak {peak / 1e12:.3g} TFLOP/s a rank"),
