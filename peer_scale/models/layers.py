@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor, nn
 
+from peer_scale.kernels.attention import self_attention
 from peer_scale.models.config import EncoderShape, ModelConfig
 from peer_scale.parallel.sequence import (
     add_up_and_split,
@@ -114,18 +115,12 @@ class SelfAttention(nn.Module):
         self.qkv = ColumnLinear(shape.hidden_size, 3 * shape.hidden_size, topology)
         self.dense = RowLinear(shape.hidden_size, shape.hidden_size, topology)
 
-    def forward(self, hidden_SBH: Tensor, mask_B11S: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden_SBH: Tensor, mask_BS: Tensor | None) -> tuple[Tensor, Tensor]:
         qkv, bias = self.qkv(hidden_SBH)
-        seq_length, batch, _ = qkv.shape
-        query_BNSD, key_BNSD, value_BNSD = (
-            (qkv + bias).view(seq_length, batch, -1, 3, self.head_size).permute(3, 1, 2, 0, 4)
-        )
         dropout = self.dropout if self.training else 0.0
         with own_random_stream(self.topology) if dropout else contextlib.nullcontext():
-            context_BNSD = F.scaled_dot_product_attention(
-                query_BNSD, key_BNSD, value_BNSD, attn_mask=mask_B11S, dropout_p=dropout
-            )
-        return self.dense(context_BNSD.permute(2, 0, 1, 3).reshape(seq_length, batch, -1))
+            context_SBH = self_attention(qkv, bias, mask_BS, head_size=self.head_size, dropout=dropout)
+        return self.dense(context_SBH)
 
 
 class FeedForward(nn.Module):
@@ -170,8 +165,8 @@ class TransformerLayer(nn.Module):
         self.feed_forward = FeedForward(shape, topology)
         self.feed_forward_norm = ResidualNorm(shape.hidden_size, config, topology)
 
-    def forward(self, hidden_SBH: Tensor, mask_B11S: Tensor | None) -> Tensor:
-        attended = self.attention_norm(*self.attention(hidden_SBH, mask_B11S), hidden_SBH)
+    def forward(self, hidden_SBH: Tensor, mask_BS: Tensor | None) -> Tensor:
+        attended = self.attention_norm(*self.attention(hidden_SBH, mask_BS), hidden_SBH)
         return self.feed_forward_norm(*self.feed_forward(attended), attended)
 
 

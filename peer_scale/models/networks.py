@@ -41,11 +41,10 @@ class PretrainingModel(nn.Module):
 
     def encode(self, network: Network, ids_BS: Tensor, token_types_BS: Tensor, mask_BS: Tensor | None) -> Tensor:
         """Hidden states [S, B, H] of `network` (self.generator or self.ranker); mask is True on non-pad tokens."""
-        mask_B11S = None if mask_BS is None else mask_BS[:, None, None, :]
         embedded = network.projection(self.embeddings(ids_BS, token_types_BS))
         hidden = split_sequence(embedded, self.topology)
         for layer in (*self.shared_layers, *network.layers):
-            hidden = layer(hidden, mask_B11S)
+            hidden = layer(hidden, mask_BS)
         return join_sequence(hidden, self.topology)
 
     def generate(self, hidden_SBH: Tensor, positions_BP: Tensor) -> tuple[Tensor, Tensor]:

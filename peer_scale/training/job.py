@@ -15,6 +15,7 @@ from peer_scale.corpus.prepare import open_corpus
 from peer_scale.corpus.store import TokenStore, check_vocab
 from peer_scale.corpus.windows import Windows, split_documents
 from peer_scale.corpus.wordpiece import WordPiece
+from peer_scale.host_memory import keep_freed_memory
 from peer_scale.objectives.tasks import PretrainingTask
 from peer_scale.parallel.agreement import Agreement
 from peer_scale.parallel.environment import ProcessEnvironment, default_num_threads
@@ -60,6 +61,8 @@ def run_job(args: argparse.Namespace, environment: ProcessEnvironment) -> None:
     if num_threads:
         torch.set_num_threads(num_threads)
     device = init_process_group(environment)
+    if device.type == "cpu":
+        keep_freed_memory()
     try:
         train(run, arrange_ranks(run, device), Agreement())
     finally:
