@@ -9,7 +9,8 @@ from peer_scale.corpus.examples import ExampleBuilder, collate
 from peer_scale.corpus.loader import ExampleDataset
 from peer_scale.corpus.prepare import open_corpus
 from peer_scale.corpus.windows import Windows
-from peer_scale.objectives.tasks import PretrainingTask, corrupt
+from peer_scale.models.networks import select
+from peer_scale.objectives.tasks import GlobalCounts, PretrainingTask, corrupt
 from peer_scale.parallel.topology import single_process_topology
 from runs import pretrain, read_metrics
 
@@ -28,11 +29,14 @@ def scores_and_labels(save, cache, text_file, num_samples=3072):
     seq_length = checkpoint.data.seq_length
     windows = Windows(store, width=seq_length - 3, first=0, last=store.num_documents)
     samples = ExampleDataset(windows, ExampleBuilder(tokenizer, checkpoint.objective, seq_length, seed=99))
+    one = GlobalCounts(torch.ones(()), torch.ones(()))
     scores, labels = [], []
     for first in range(0, num_samples, 64):
         batch = collate([samples[number] for number in range(first, first + 64)])
         with torch.no_grad():
-            ids, label = corrupt(batch, task._generate(batch), checkpoint.objective)
+            hidden = task.model.encode(task.model.generator, batch.masked_ids, batch.token_types, batch.is_token)
+            generated = task.masked_lm(select(hidden, batch.positions), batch, one)[1]
+            ids, label = corrupt(batch, generated, checkpoint.objective)
             hidden = task.model.encode(task.model.ranker, ids, batch.token_types, batch.is_token)
             score = task.model.ranking_head(hidden)[0].t()
         scores.append(score.gather(1, batch.positions)[batch.is_selected])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from peer_scale.corpus.examples import Batch
 from peer_scale.models.config import ModelConfig
-from peer_scale.models.networks import PretrainingModel
+from peer_scale.models.networks import ModelPart, PretrainingModel, select
 from peer_scale.objectives.config import ObjectiveConfig
 from peer_scale.objectives.statistics import StatisticsLayout, masked_lm_statistics, ranking_statistics
 from peer_scale.objectives.tqr import rank_labels, token_losses
@@ -28,47 +28,52 @@ class GlobalCounts(NamedTuple):
 class PretrainingTask(nn.Module):
     """MLM for the generator and, unless the model is BERT, token quality ranking for the ranker (Section 3)."""
 
-    def __init__(self, config: ModelConfig, objective: ObjectiveConfig, topology: Topology) -> None:
+    def __init__(
+        self, config: ModelConfig, objective: ObjectiveConfig, topology: Topology, part: ModelPart | None = None
+    ) -> None:
         super().__init__()
         self.objective = objective
         self.tensor_group = topology.group("tp")
-        self.model = PretrainingModel(config, objective.num_levels, topology)
+        self.model = PretrainingModel(config, objective.num_levels, topology, part)
         self.statistics = StatisticsLayout(objective.num_levels, has_ranker=config.ranker is not None)
 
     def forward(self, batch: Batch, counts: GlobalCounts, warmup: bool = False) -> tuple[Tensor, Tensor]:
         """The micro-batch's share of the global loss (a scalar) and its statistics [len(self.statistics)]."""
-        generated = self._generate(batch)
-        selected = batch.is_selected.flatten()
-        mlm_loss = torch.where(selected, generated.loss, 0.0).sum()
-        loss = mlm_loss / counts.selected
-        statistics = masked_lm_statistics(mlm_loss, generated.original_rank, selected, batch.is_token)
-        if self.model.config.ranker is not None:
-            tqr_loss, ranking = self._rank(batch, generated, warmup)
-            loss = loss + self.objective.tqr_weight * tqr_loss / counts.tokens
-            statistics |= ranking
-        return loss, self.statistics.pack(statistics)
-
-    def _generate(self, batch: Batch) -> GeneratorOutput:
-        """The generator's pass over the masked text; all [B*P]."""
         model = self.model
         hidden = model.encode(model.generator, batch.masked_ids, batch.token_types, batch.is_token)
-        states, bias = model.generate(hidden, batch.positions)
-        targets = batch.input_ids.gather(1, batch.positions).flatten()
-        word_embeddings = model.embeddings.word.weight
-        return generator_head(states, word_embeddings, bias, targets, batch.uniforms.flatten(), group=self.tensor_group)
+        loss, generated, statistics = self.masked_lm(select(hidden, batch.positions), batch, counts)
+        if model.config.ranker is not None:
+            corrupted_ids, labels = corrupt(batch, generated, self.objective)
+            hidden = model.encode(model.ranker, corrupted_ids, batch.token_types, batch.is_token)
+            ranking_loss, ranking = self.ranking(hidden, corrupted_ids, labels, batch, counts, warmup)
+            loss, statistics = loss + ranking_loss, statistics | ranking
+        return loss, self.statistics.pack(statistics)
 
-    def _rank(self, batch: Batch, generated: GeneratorOutput, warmup: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """The ranker's pass over the corrupted text: summed TQR loss and statistics. Samples carry no gradient."""
-        model, objective = self.model, self.objective
-        corrupted_ids, labels = corrupt(batch, generated, objective)
-        hidden = model.encode(model.ranker, corrupted_ids, batch.token_types, batch.is_token)
-        scores_SB, thresholds = model.ranking_head(hidden)
-        scores = scores_SB.transpose(0, 1)
-        losses = token_losses(scores, thresholds, labels, gamma=objective.gammas, warmup=warmup)
-        tqr_loss = torch.where(batch.is_token, losses, 0.0).sum()
-        return tqr_loss, ranking_statistics(
-            tqr_loss, scores.detach(), thresholds.detach(), labels, batch, corrupted_ids
+    def masked_lm(
+        self, selected: Tensor, batch: Batch, counts: GlobalCounts
+    ) -> tuple[Tensor, GeneratorOutput, dict[str, Tensor]]:
+        """MLM head on the selected hidden states [B*P, H]: share of the loss, samples (no gradient), statistics."""
+        states, bias = self.model.mlm_head(selected)
+        targets = batch.input_ids.gather(1, batch.positions).flatten()
+        word_embeddings = self.model.embeddings.word.weight
+        generated = generator_head(
+            states, word_embeddings, bias, targets, batch.uniforms.flatten(), group=self.tensor_group
         )
+        is_selected = batch.is_selected.flatten()
+        mlm_loss = torch.where(is_selected, generated.loss, 0.0).sum()
+        statistics = masked_lm_statistics(mlm_loss, generated.original_rank, is_selected, batch.is_token)
+        return mlm_loss / counts.selected, generated, statistics
+
+    def ranking(
+        self, hidden: Tensor, corrupted_ids: Tensor, labels: Tensor, batch: Batch, counts: GlobalCounts, warmup: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """TQR head on the ranker's hidden states [S, B, H]: share of the loss and statistics."""
+        scores_SB, thresholds = self.model.ranking_head(hidden)
+        scores = scores_SB.transpose(0, 1)
+        losses = token_losses(scores, thresholds, labels, gamma=self.objective.gammas, warmup=warmup)
+        tqr_loss = torch.where(batch.is_token, losses, 0.0).sum()
+        statistics = ranking_statistics(tqr_loss, scores.detach(), thresholds.detach(), labels, batch, corrupted_ids)
+        return self.objective.tqr_weight * tqr_loss / counts.tokens, statistics
 
 
 def corrupt(batch: Batch, generated: GeneratorOutput, objective: ObjectiveConfig) -> tuple[Tensor, Tensor]:

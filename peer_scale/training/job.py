@@ -33,6 +33,7 @@ from peer_scale.training.callbacks.stopping import StopAfter, StopOnSignal
 from peer_scale.training.callbacks.validation import Validation
 from peer_scale.training.engine import build_engine, check_precision, compute_dtype
 from peer_scale.training.metering import Meter, device_peak
+from peer_scale.training.passes import WholeModel
 from peer_scale.training.progress import Progress
 from peer_scale.training.summary import resolved_configuration, startup_summary
 from peer_scale.training.trainer import Trainer
@@ -108,6 +109,7 @@ def train(run: RunConfig, topology: Topology, agreement: Agreement) -> None:
         run,
         topology,
         engine,
+        WholeModel(engine, topology),
         Meter(run, dist.get_world_size(), peak),
         _callbacks(run, topology, agreement, corpus, plan, identity, progress),
         progress=progress,

@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from peer_scale.training.callbacks import Callback
 from peer_scale.training.engine import loss_scale
 from peer_scale.training.metering import Meter
 from peer_scale.training.optimizer import set_step
+from peer_scale.training.passes import Passes
 from peer_scale.training.progress import Progress
 
 
@@ -47,13 +49,14 @@ class Trainer:
         run: RunConfig,
         topology: Topology,
         engine: Any,
+        passes: Passes,
         meter: Meter,
         callbacks: Sequence[Callback],
         *,
         progress: Progress,
         warmup_steps: int,
     ) -> None:
-        self.run, self.topology, self.engine, self.meter = run, topology, engine, meter
+        self.run, self.topology, self.engine, self.passes, self.meter = run, topology, engine, passes, meter
         self.callbacks = callbacks
         self.progress = progress
         self.warmup_steps = warmup_steps
@@ -86,17 +89,9 @@ class Trainer:
         lr = set_step(engine.optimizer, self.run.training, step, num_updates=step - engine.skipped_steps)
         batches = [batch.to(device) for batch in micro_batches]
         counts = self.global_counts(batches)
-        # DeepSpeed averages over micro-batches and data-parallel ranks; our loss is a share of the global sum
-        scale = len(batches) * self.topology.size("dp")
-        sums = torch.zeros(len(engine.module.statistics) + 1, dtype=torch.float64, device=device)
-        for micro, batch in enumerate(batches):
-            self._seed_dropout(step, micro)
-            loss, statistics = engine(batch, counts, step <= self.warmup_steps)
-            engine.backward(loss * scale)
-            engine.step()
-            sums[:-1] += statistics
-        sums[-1] += float(self.wants_stop)
-        dist.all_reduce(sums, group=self.topology.group("dp"))
+        seed_dropout = partial(self._seed_dropout, step)
+        sums = self.passes.train(batches, counts, step <= self.warmup_steps, seed_dropout)
+        sums = self.global_sums(sums, float(self.wants_stop))
         return StepRecord(step, sums, lr, engine.get_global_grad_norm(), loss_scale(engine), engine.skipped_steps)
 
     def global_counts(self, batches: Sequence[Batch]) -> GlobalCounts:
@@ -106,6 +101,14 @@ class Trainer:
         counts = torch.stack([torch.as_tensor(selected), torch.as_tensor(tokens)]).float()
         dist.all_reduce(counts, group=self.topology.group("dp"))
         return GlobalCounts(counts[0], counts[1])
+
+    def global_sums(self, sums: torch.Tensor, *more: float) -> torch.Tensor:
+        """The sums of all micro-batches of all ranks, and `more` added up over all ranks."""
+        if self.topology.rank("tp"):
+            sums = torch.zeros_like(sums)  # tensor-parallel ranks have seen the same
+        sums = torch.cat([sums, sums.new_tensor(more)])
+        dist.all_reduce(sums)
+        return sums
 
     def report(self, keep: int) -> None:
         """Read back all but the newest `keep` steps and pass their figures on, so that no step waits for its own."""
@@ -118,6 +121,6 @@ class Trainer:
                 callback.on_figures(figures)
 
     def _seed_dropout(self, step: int, micro: int) -> None:
-        """A dropout stream for each micro-batch, so that a resumed run draws what an uninterrupted one would."""
+        """Begin a dropout stream for each micro-batch, so that a resumed run draws what an uninterrupted one would."""
         if self.run.model.hidden_dropout or self.run.model.attention_dropout:
             torch.manual_seed(stream_seed(self.run.seed, "dropout", step, micro, self.topology.rank("dp")))

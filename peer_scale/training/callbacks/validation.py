@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 
 from peer_scale.corpus.loader import BatchPlan, ExampleDataset, micro_batches
 from peer_scale.training.callbacks import Callback
@@ -24,18 +23,12 @@ class Validation(Callback):
         if record.step % self._interval == 0 or record.step == trainer.run.training.train_iters:
             record.extra |= self._evaluate(trainer, warmup=record.step <= trainer.warmup_steps)
 
-    @torch.no_grad()
     def _evaluate(self, trainer: Trainer, *, warmup: bool) -> dict[str, object]:
-        engine, layout = trainer.engine, trainer.engine.module.statistics
+        layout = trainer.engine.module.statistics
         sums = torch.zeros(len(layout), dtype=torch.float64, device=trainer.topology.device)
-        engine.eval()
         for step in micro_batches(self._dataset, self._plan, first_step=0, last_step=self._iters, num_workers=0):
             batches = [batch.to(trainer.topology.device) for batch in step]
-            counts = trainer.global_counts(batches)
-            for batch in batches:
-                sums += engine(batch, counts, warmup)[1]
-        engine.train()
-        dist.all_reduce(sums, group=trainer.topology.group("dp"))
-        figures = layout.figures(sums.tolist(), trainer.run.objective.tqr_weight)
+            sums += trainer.passes.evaluate(batches, trainer.global_counts(batches), warmup)
+        figures = layout.figures(trainer.global_sums(sums).tolist(), trainer.run.objective.tqr_weight)
         names = ("loss", "mlm_loss", "tqr_loss", "mlm_accuracy", "rtd_recall", "rank_concordance")
         return {f"validation_{name}": figures[name] for name in names if name in figures}
