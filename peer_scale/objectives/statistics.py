@@ -31,8 +31,9 @@ class StatisticsLayout:
         return len(self.names)
 
     def pack(self, sums: Mapping[str, Tensor]) -> Tensor:
-        """The sums as one fp64 vector, without gradient."""
-        return torch.stack([sums[name].detach().double() for name in self.names])
+        """The sums as one fp64 vector, without gradient; those that are not given are 0."""
+        zero = torch.zeros_like(next(iter(sums.values())), dtype=torch.float64)
+        return torch.stack([sums[name].detach().double() if name in sums else zero for name in self.names])
 
     def figures(self, vector: list[float], tqr_weight: float) -> dict[str, object]:
         """Losses and shares of a step, as metrics.jsonl names them; a share of nothing is None."""

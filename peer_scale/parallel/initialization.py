@@ -1,6 +1,7 @@
 """Initial weights that depend on the seed and a parameter's name alone, not on how the model is split."""
 
 import torch
+import torch.distributed as dist
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from torch import nn
 
@@ -38,4 +39,7 @@ def initialize_weights(model: nn.Module, *, seed: int, std: float, vocab_size: i
 def count_parameters(model: nn.Module, topology: Topology) -> int:
     """Parameters of the whole model, split or not; rows that pad the vocabulary count."""
     sizes = ((p.numel(), getattr(p, "tensor_model_parallel", False)) for p in model.parameters())
-    return sum(size * (topology.size("tp") if is_split else 1) for size, is_split in sizes)
+    own = sum(size * (topology.size("tp") if is_split else 1) for size, is_split in sizes)
+    total = torch.tensor(own, device=topology.device)
+    dist.all_reduce(total, group=topology.group("pp"))
+    return int(total)

@@ -26,12 +26,14 @@ class Topology:
     """
 
     mesh: DeviceMesh
+    model_mesh: DeviceMesh
+    reverse_mesh: DeviceMesh
     device: torch.device
     sequence_parallel: bool = False
 
     def size(self, dim: str) -> int:
-        """Number of ranks along `dim`."""
-        return self.mesh[dim].size()
+        """Number of ranks along `dim`; "model" is all of one replica, stages x tensor-parallel ranks."""
+        return self.size("pp") * self.size("tp") if dim == "model" else self.mesh[dim].size()
 
     def rank(self, dim: str) -> int:
         """Coordinate of this rank along `dim`."""
@@ -39,7 +41,11 @@ class Topology:
 
     def group(self, dim: str) -> dist.ProcessGroup:
         """The ranks that differ from this one only along `dim`."""
-        return self.mesh.get_group(dim)
+        return self.model_mesh.get_group() if dim == "model" else self.mesh.get_group(dim)
+
+    def pipeline_group(self, *, forward: bool) -> dist.ProcessGroup:
+        """The ranks of this pipeline, for messages to later stages or for those that go back."""
+        return (self.mesh if forward else self.reverse_mesh).get_group("pp")
 
     @property
     def is_first_rank(self) -> bool:
@@ -58,13 +64,18 @@ class Topology:
 
 
 class ModelParallelUnit:
-    """The `mpu` object by which DeepSpeed asks for groups (its Megatron interface)."""
+    """The `mpu` object by which DeepSpeed asks for groups (its Megatron interface).
+
+    The model-parallel group shares gradient norms and overflows: it spans stages and tensor-parallel ranks.
+    By the rank in it DeepSpeed asks who counts the parameters that tensor-parallel ranks have in common: in each
+    stage that is the first of them, so it is the tensor-parallel rank.
+    """
 
     def __init__(self, topology: Topology) -> None:
-        self._topology = topology
-        for name, dim in (("model", "tp"), ("tensor_model", "tp"), ("data", "dp")):
+        for name, dim in (("model", "model"), ("tensor_model", "tp"), ("data", "dp")):
+            rank_dim = "tp" if dim == "model" else dim
             setattr(self, f"get_{name}_parallel_group", lambda dim=dim: topology.group(dim))
-            setattr(self, f"get_{name}_parallel_rank", lambda dim=dim: topology.rank(dim))
+            setattr(self, f"get_{name}_parallel_rank", lambda dim=rank_dim: topology.rank(dim))
             setattr(self, f"get_{name}_parallel_world_size", lambda dim=dim: topology.size(dim))
 
 
@@ -73,8 +84,6 @@ def check_parallel_sizes(world_size: int, tensor_parallel: int, pipeline_paralle
     for flag, size in (("tensor", tensor_parallel), ("pipeline", pipeline_parallel)):
         if size < 1:
             raise UserError(f"--{flag}-model-parallel-size is {size}; it must be at least 1")
-    if pipeline_parallel > 1:
-        raise UserError(f"--pipeline-model-parallel-size {pipeline_parallel}: it is not there yet; use 1")
     if world_size % (tensor_parallel * pipeline_parallel):
         raise UserError(
             f"{world_size} ranks cannot be shared out: --tensor-model-parallel-size {tensor_parallel} x "
@@ -119,8 +128,18 @@ def build_topology(
     """Arrange all ranks of the default group; raises UserError where the sizes do not multiply out."""
     data_parallel = check_parallel_sizes(dist.get_world_size(), tensor_parallel, pipeline_parallel)
     shape = (pipeline_parallel, data_parallel, tensor_parallel)
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("pp", "dp", "tp"))
-    return Topology(mesh=mesh, device=device, sequence_parallel=sequence_parallel and tensor_parallel > 1)
+    names = ("pp", "dp", "tp")
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    # a second set of groups, so that messages in either direction do not queue up behind each other
+    reverse_mesh = mesh if pipeline_parallel == 1 else init_device_mesh(device.type, shape, mesh_dim_names=names)
+    model_mesh = mesh["tp"] if pipeline_parallel == 1 else mesh["pp", "tp"]._flatten("model")
+    return Topology(
+        mesh=mesh,
+        model_mesh=model_mesh,
+        reverse_mesh=reverse_mesh,
+        device=device,
+        sequence_parallel=sequence_parallel and tensor_parallel > 1,
+    )
 
 
 def single_process_topology() -> Topology:

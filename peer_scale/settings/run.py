@@ -135,6 +135,11 @@ class RunConfig:
             )
 
     @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches of a rank in one step."""
+        return self.deepspeed["gradient_accumulation_steps"]
+
+    @property
     def zero_stage(self) -> int:
         """ZeRO stage 1, 2 or 3."""
         return self.deepspeed["zero_optimization"]["stage"]

@@ -18,12 +18,18 @@ from peer_scale.training.optimizer import build_optimizer
 MONITOR_BLOCKS = ("tensorboard", "wandb", "csv_monitor", "comet")
 
 
-def build_engine(task: nn.Module, run: RunConfig, topology: Topology) -> Any:
-    """Wrap `task` under the run's ZeRO stage and precision."""
+def build_engine(task: nn.Module, run: RunConfig, topology: Topology, backward_calls: int | None = None) -> Any:
+    """Wrap `task` under the run's ZeRO stage and precision.
+
+    `backward_calls` of one step, where they are not one a micro-batch (pipeline stages), are what the engine counts.
+    """
     _leave_out_shared_memory_op()
     if run.training.activation_checkpointing:
         apply_activation_checkpointing(task, check_fn=lambda module: isinstance(module, TransformerLayer))
     config = {key: value for key, value in run.deepspeed.items() if key not in MONITOR_BLOCKS}
+    if backward_calls is not None:
+        batch_size = run.training.micro_batch_size * backward_calls * topology.size("dp")
+        config |= {"gradient_accumulation_steps": backward_calls, "train_batch_size": batch_size}
     task.to(topology.device)
     engine, *_ = deepspeed.initialize(
         model=task,

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,10 @@ from peer_scale.parallel.agreement import Agreement
 from peer_scale.parallel.environment import ProcessEnvironment, default_num_threads
 from peer_scale.parallel.initialization import count_parameters, initialize_weights
 from peer_scale.parallel.topology import Topology, build_topology, check_parallel_sizes, init_process_group
+from peer_scale.pipeline.executor import PipelineStage, num_backward_calls
+from peer_scale.pipeline.placement import place
+from peer_scale.pipeline.schedule import Schedule, build_schedule
+from peer_scale.pipeline.stage_task import StageTask
 from peer_scale.settings.resolve import resolve
 from peer_scale.settings.run import RunConfig
 from peer_scale.storage import require_writable_folder, write_atomically
@@ -33,7 +38,7 @@ from peer_scale.training.callbacks.stopping import StopAfter, StopOnSignal
 from peer_scale.training.callbacks.validation import Validation
 from peer_scale.training.engine import build_engine, check_precision, compute_dtype
 from peer_scale.training.metering import Meter, device_peak
-from peer_scale.training.passes import WholeModel
+from peer_scale.training.passes import Passes, WholeModel
 from peer_scale.training.progress import Progress
 from peer_scale.training.summary import resolved_configuration, startup_summary
 from peer_scale.training.trainer import Trainer
@@ -94,10 +99,14 @@ def train(run: RunConfig, topology: Topology, agreement: Agreement) -> None:
     )
     found = agreement.first_rank(lambda: _find_checkpoint(run, identity, say))
 
-    task = PretrainingTask(run.model, run.objective, topology)
+    pipeline = plan_pipeline(run) if topology.size("pp") > 1 else None
+    if pipeline is None:
+        task = PretrainingTask(run.model, run.objective, topology)
+    else:
+        task = StageTask(run.model, run.objective, topology, pipeline.placement)
     initialize_weights(task, seed=run.seed, std=run.model.init_std, vocab_size=run.model.vocab_size, topology=topology)
     num_parameters = count_parameters(task, topology)
-    engine = build_engine(task, run, topology)
+    engine, passes = _engine_and_passes(task, run, topology, pipeline)
     progress = checkpoint.load(engine, *found) if found else Progress()
     peak = device_peak(topology.device, compute_dtype(run.training.precision))
     say(startup_summary(run, topology, corpus, num_parameters, peak))
@@ -109,7 +118,7 @@ def train(run: RunConfig, topology: Topology, agreement: Agreement) -> None:
         run,
         topology,
         engine,
-        WholeModel(engine, topology),
+        passes,
         Meter(run, dist.get_world_size(), peak),
         _callbacks(run, topology, agreement, corpus, plan, identity, progress),
         progress=progress,
@@ -123,6 +132,30 @@ def train(run: RunConfig, topology: Topology, agreement: Agreement) -> None:
         num_workers=run.data.num_workers,
     )
     trainer.fit(steps)
+
+
+def _engine_and_passes(
+    task: PretrainingTask, run: RunConfig, topology: Topology, pipeline: Schedule | None
+) -> tuple[Any, Passes]:
+    if pipeline is None:
+        engine = build_engine(task, run, topology)
+        return engine, WholeModel(engine, topology)
+    instructions = pipeline.stages[topology.rank("pp")]
+    engine = build_engine(task, run, topology, backward_calls=num_backward_calls(instructions))
+    return engine, PipelineStage(engine, topology, pipeline.placement, instructions, run)
+
+
+def plan_pipeline(run: RunConfig) -> Schedule:
+    """Placement and schedule of one step: of the run's settings alone, so that all ranks have the same."""
+    training = run.training
+    placement = place(
+        run.model,
+        run.pipeline_parallel,
+        seq_length=training.seq_length,
+        num_predictions=run.objective.num_predictions(training.seq_length),
+        activation_checkpointing=training.activation_checkpointing,
+    )
+    return build_schedule("two_pass", placement, run.num_micro_batches)
 
 
 def _callbacks(

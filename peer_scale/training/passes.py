@@ -15,7 +15,7 @@ class Passes(Protocol):
     """What runs a rank's share of a step; sums are fp64 [len(statistics)], over this rank's micro-batches."""
 
     def train(
-        self, batches: Sequence[Batch], counts: GlobalCounts, warmup: bool, seed_dropout: Callable[[int], None]
+        self, batches: Sequence[Batch], counts: GlobalCounts, warmup: bool, seed_dropout: Callable[..., None]
     ) -> Tensor:
         """Forward and backward of all micro-batches and the optimizer's update; gives the sums."""
 
@@ -31,7 +31,7 @@ class WholeModel:
         self._num_sums = len(engine.module.statistics)
 
     def train(
-        self, batches: Sequence[Batch], counts: GlobalCounts, warmup: bool, seed_dropout: Callable[[int], None]
+        self, batches: Sequence[Batch], counts: GlobalCounts, warmup: bool, seed_dropout: Callable[..., None]
     ) -> Tensor:
         """See `Passes`."""
         engine = self._engine

@@ -120,7 +120,7 @@ class Trainer:
             for callback in self.callbacks:
                 callback.on_figures(figures)
 
-    def _seed_dropout(self, step: int, micro: int) -> None:
+    def _seed_dropout(self, step: int, micro: int, *where: str | int) -> None:
         """Begin a dropout stream for each micro-batch, so that a resumed run draws what an uninterrupted one would."""
         if self.run.model.hidden_dropout or self.run.model.attention_dropout:
-            torch.manual_seed(stream_seed(self.run.seed, "dropout", step, micro, self.topology.rank("dp")))
+            torch.manual_seed(stream_seed(self.run.seed, "dropout", step, micro, self.topology.rank("dp"), *where))

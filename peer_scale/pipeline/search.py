@@ -1,0 +1,131 @@
+"""Choosing by trial what no formula says: the order of work, the micro-batches in flight, and one of equal placements.
+
+The best order of work depends on the number of stages, on the micro-batches and on which stages are full, and to list a
+schedule takes milliseconds. All choices are made from whole numbers, so that every rank comes to the same ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Final
+
+from peer_scale.models.config import ModelConfig
+from peer_scale.pipeline.costs import Costs
+from peer_scale.pipeline.list_scheduling import Order, StageOrders, WorkKind, list_schedule
+from peer_scale.pipeline.placement import Placement, tied_placements
+
+_KINDS: Final[dict[str, WorkKind]] = {
+    "GF": "generator_forward",
+    "H": "head_forward",
+    "HB": "head_backward",
+    "GB": "generator_backward",
+    "RF": "ranker_forward",
+    "RB": "ranker_backward",
+}
+
+
+# Of all 720 orders, those that together come nearest to the best: over presets of peer, electra and bert with 2, 4
+# and 8 stages and one and three micro-batches a stage, 0.1 % slower on average and 0.9 % at most.
+ORDERS: Final[tuple[Order, ...]] = tuple(
+    tuple(_KINDS[kind] for kind in kinds.split())
+    for kinds in (
+        "HB RF H GB GF RB",
+        "RF HB H GF RB GB",
+        "GF GB RB RF HB H",
+        "RB RF H GF HB GB",
+        "RF GF RB GB HB H",
+        "GB RF GF HB H RB",
+        "RF H GF RB GB HB",
+        "RB RF HB H GF GB",
+        "GF HB H RB RF GB",
+        "RF HB H GB GF RB",
+        "GF RF RB HB GB H",
+        "H HB RF GF GB RB",
+    )
+)
+_NUM_FINALISTS: Final = 4
+
+
+def search(
+    placement: Placement, costs: Costs, num_micro_batches: int, *, cap: int | None = None, order: Order | None = None
+) -> StageOrders:
+    """The fastest schedule found, by list scheduling with each of `ORDERS` and each number of micro-batches in flight.
+
+    Unless `cap` is given, P to 1.5 P micro-batches are in flight, and the fullest stage holds at most 1.5 times what
+    textbook 1F1B's fullest stage does. Where no such schedule is found, fewer are in flight.
+    """
+    num_stages = placement.num_stages
+    orders = (order,) if order else ORDERS
+    most = cap or num_stages * 3 // 2
+    bound = None if cap else costs.one_f_one_b_peak(num_micro_batches) * 3 // 2
+    caps = sorted({min(limit, num_micro_batches) for limit in range(cap or num_stages, most + 1)})
+    choices = [(one, limit) for one in orders for limit in caps]
+    while True:
+        found = _fastest(placement, costs, num_micro_batches, choices, bound)
+        if found is not None:
+            return found
+        fewer = choices[0][1] - 1
+        assert fewer, "one micro-batch in flight holds no more than textbook 1F1B"
+        choices = [(one, fewer) for one in orders]
+
+
+@lru_cache(maxsize=32)
+def choose_placement(
+    model: ModelConfig,
+    num_stages: int,
+    *,
+    seq_length: int,
+    num_predictions: int,
+    activation_checkpointing: bool = False,
+) -> Placement:
+    """Of the placements whose busiest stage has the least to do, the one with the fastest two-pass schedule.
+
+    It is chosen for four micro-batches a stage, whatever a run has, from the first 512 / P candidates of `place`, whose
+    arguments and errors these are. For peer-base on 4 or 8 stages the bubble is a quarter smaller than with `place`.
+    """
+    candidates = tied_placements(
+        model,
+        num_stages,
+        seq_length=seq_length,
+        num_predictions=num_predictions,
+        activation_checkpointing=activation_checkpointing,
+        limit=max(1, 512 // num_stages),
+    )
+    if len(candidates) == 1:
+        return candidates[0]
+    choices = [(order, cap) for order in ORDERS[:4] for cap in sorted({num_stages, num_stages * 3 // 2})]
+
+    def makespan(placement: Placement) -> float:
+        costs, num_micro_batches = placement.costs, 4 * num_stages
+        bound = costs.one_f_one_b_peak(num_micro_batches) * 3 // 2
+        found = _fastest(placement, costs, num_micro_batches, choices, bound)
+        return found.makespan if found else math.inf
+
+    return min(candidates, key=makespan)
+
+
+def _fastest(
+    placement: Placement, costs: Costs, num_micro_batches: int, choices: Sequence[tuple[Order, int]], bound: int | None
+) -> StageOrders | None:
+    """The fastest choice of order and cap within the bound on activations; the first and leanest of equal ones.
+
+    With many micro-batches, the first four a stage tell the choices apart and the whole step is tried with the best.
+    """
+    few = 4 * placement.num_stages
+    if num_micro_batches > few and len(choices) > _NUM_FINALISTS:
+        trials = [list_schedule(placement, costs, few, *choice) for choice in choices]
+        ranked = sorted(range(len(choices)), key=lambda i: (not _fits(trials[i], bound), *_figures(trials[i]), i))
+        choices = [choices[i] for i in ranked[:_NUM_FINALISTS]]
+    results = [list_schedule(placement, costs, num_micro_batches, *choice) for choice in choices]
+    fitting = [result for result in results if _fits(result, bound)]
+    return min(fitting, key=_figures, default=None)
+
+
+def _fits(result: StageOrders, bound: int | None) -> bool:
+    return bound is None or max(result.peak_activations) <= bound
+
+
+def _figures(result: StageOrders) -> tuple[int, int]:
+    return result.makespan, max(result.peak_activations)
