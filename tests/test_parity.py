@@ -115,6 +115,37 @@ def test_tensor_parallel_layouts_agree(
     assert_same(found, references(model, *FOUR_HEADS))
 
 
+PIPELINE_ROWS = [  # ranks, stages, tensor-parallel size, ZeRO stage, micro-batch, model
+    (2, 2, 1, 1, "8", "peer-tiny"),  # one micro-batch
+    (2, 2, 1, 2, "4", "peer-tiny"),
+    (2, 2, 1, 3, "1", "peer-tiny"),
+    (2, 2, 1, 2, "2", "electra-tiny"),
+    (2, 2, 1, 3, "2", "bert-tiny"),
+    (4, 4, 1, 1, "2", "peer-tiny"),
+    (4, 4, 1, 2, "8", "peer-tiny"),
+    (4, 4, 1, 3, "2", "electra-tiny"),
+    (4, 4, 1, 2, "1", "bert-tiny"),
+    (4, 2, 1, 1, "2", "electra-tiny"),
+    (4, 2, 1, 2, "1", "bert-tiny"),
+    (4, 2, 1, 3, "2", "peer-tiny"),
+    (4, 2, 2, 1, "4", "bert-tiny"),
+    (4, 2, 2, 2, "2", "peer-tiny"),
+    (4, 2, 2, 3, "4", "electra-tiny"),
+]
+
+
+@pytest.mark.parametrize(("ranks", "stages", "tensor_parallel", "stage", "micro_batch", "model"), PIPELINE_ROWS)
+def test_pipeline_layouts_agree(
+    ranks, stages, tensor_parallel, stage, micro_batch, model, references, pool_of, tmp_path, text_file, cache
+):
+    flags = ["--model", model, "--micro-batch-size", micro_batch, "--pipeline-model-parallel-size", str(stages)]
+    if tensor_parallel > 1:
+        flags += ["--tensor-model-parallel-size", str(tensor_parallel), "--sequence-parallel"]
+    flags += FOUR_HEADS
+    found = curve(pool_of(ranks), tmp_path, text_file, cache, stage=stage, flags=tuple(flags))
+    assert_same(found, references(model, *FOUR_HEADS))
+
+
 def test_the_curve_goes_down(references):
     first, last = references("peer-tiny")[0][0], references("peer-tiny")[-1][0]
     assert last < 0.9 * first

@@ -102,8 +102,8 @@ def _compute_orders(
 ) -> list[tuple[Compute, ...]]:
     """What each stage computes, in order."""
 
-    def part(include: Callable[[Compute], bool], limit: int, priorities: Order = _BACKWARD_FIRST) -> StageOrders:
-        return list_schedule(placement, costs, num_micro_batches, priorities, limit, include)
+    def part(include: Callable[[Compute], bool], limit: int) -> StageOrders:
+        return list_schedule(placement, costs, num_micro_batches, _BACKWARD_FIRST, limit, include)
 
     if kind == "two_pass":
         return list(search(placement, costs, num_micro_batches, cap=cap, order=order).stages)

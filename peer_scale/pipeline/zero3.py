@@ -81,7 +81,9 @@ def _order_check_within(group: dist.ProcessGroup) -> Iterator[None]:
 
 
 def _require_same(ints: list[int], group: dist.ProcessGroup) -> None:
+    # numbers go on counting from one engine of a process to the next: only their differences mean something
+    order = [number - min(ints) for number in ints]
     everyone: list = [None] * group.size()
-    dist.all_gather_object(everyone, ints, group=group)
-    if any(others != ints for others in everyone):
+    dist.all_gather_object(everyone, order, group=group)
+    if any(others != order for others in everyone):
         raise RuntimeError("ranks of one pipeline stage ran its modules in different orders")
