@@ -78,11 +78,11 @@ def actual_train_flops(
     forward pass once more. Padded positions count like others: they are computed like others.
     """
     encoders = [shape for shape in (model.generator, model.ranker) if shape is not None]
-    layers = sum(shape.num_layers * _layer_matmul_flops(shape, seq_length) for shape in encoders)
-    projections = sum(_projection_matmul_flops(model, shape, seq_length) for shape in encoders)
-    heads = num_predictions * _mlm_head_matmul_flops(model, model.generator)
+    layers = sum(shape.num_layers * layer_matmul_flops(shape, seq_length) for shape in encoders)
+    projections = sum(projection_matmul_flops(model, shape, seq_length) for shape in encoders)
+    heads = num_predictions * mlm_head_matmul_flops(model, model.generator)
     if model.ranker is not None:
-        heads += seq_length * _score_head_matmul_flops(model.ranker)
+        heads += seq_length * score_head_matmul_flops(model.ranker)
     recomputed = layers if activation_checkpointing else 0
     return float(samples * (3 * (layers + projections + heads) + recomputed))
 
@@ -125,26 +125,26 @@ def measure_peak_flops(dtype: torch.dtype, seconds: float = 0.3) -> float:
             return 2 * size**3 / best
 
 
-def _layer_matmul_flops(shape: EncoderShape, seq_length: int) -> int:
+def layer_matmul_flops(shape: EncoderShape, seq_length: int) -> int:
     """Matrix products of one layer's forward pass over a sequence: QKV, scores, weighted values, output, FFN."""
     hidden, ffn = shape.hidden_size, shape.ffn_hidden_size
     a_token = 2 * 3 * hidden * hidden + 2 * 2 * hidden * seq_length + 2 * hidden * hidden + 2 * 2 * hidden * ffn
     return a_token * seq_length
 
 
-def _projection_matmul_flops(model: ModelConfig, shape: EncoderShape, seq_length: int) -> int:
+def projection_matmul_flops(model: ModelConfig, shape: EncoderShape, seq_length: int) -> int:
     """The projection from embedding to hidden size, which is there only where they differ."""
     if model.embedding_size == shape.hidden_size:
         return 0
     return 2 * model.embedding_size * shape.hidden_size * seq_length
 
 
-def _mlm_head_matmul_flops(model: ModelConfig, shape: EncoderShape) -> int:
+def mlm_head_matmul_flops(model: ModelConfig, shape: EncoderShape) -> int:
     """MLM head on one position: dense to embedding size, then the product with the word embeddings."""
     return 2 * model.embedding_size * (shape.hidden_size + model.vocab_size)
 
 
-def _score_head_matmul_flops(shape: EncoderShape) -> int:
+def score_head_matmul_flops(shape: EncoderShape) -> int:
     """RTD or TQR head on one position: dense, then the product with one weight vector."""
     return 2 * shape.hidden_size * (shape.hidden_size + 1)
 
@@ -158,7 +158,7 @@ def _paper_layer_flops(shape: EncoderShape, seq_length: int) -> float:
     # The released accounting counts the LayerNorm after attention for one element only; kept, so that totals are equal.
     layer_norms = _LAYER_NORM + _LAYER_NORM * hidden
     a_token = biases + attention_weights + dropouts_and_residuals + layer_norms + _GELU * ffn
-    return _layer_matmul_flops(shape, seq_length) + a_token * seq_length
+    return layer_matmul_flops(shape, seq_length) + a_token * seq_length
 
 
 def _paper_embedding_flops(model: ModelConfig, shape: EncoderShape, seq_length: int) -> float:
@@ -167,13 +167,13 @@ def _paper_embedding_flops(model: ModelConfig, shape: EncoderShape, seq_length: 
     a_token = (one_hot + 2 + _LAYER_NORM + _DROPOUT) * model.embedding_size
     if model.embedding_size != shape.hidden_size:
         a_token += shape.hidden_size  # the projection's bias
-    return _projection_matmul_flops(model, shape, seq_length) + a_token * seq_length
+    return projection_matmul_flops(model, shape, seq_length) + a_token * seq_length
 
 
 def _paper_mlm_head_flops(model: ModelConfig, shape: EncoderShape, seq_length: int) -> float:
     """Dense with bias, GELU and LayerNorm, vocabulary product, softmax, and 2 a word for the target's probability."""
     a_position = (
-        _mlm_head_matmul_flops(model, shape)
+        mlm_head_matmul_flops(model, shape)
         + (1 + _GELU + _LAYER_NORM) * model.embedding_size
         + (_SOFTMAX + 2) * model.vocab_size
     )
@@ -182,7 +182,7 @@ def _paper_mlm_head_flops(model: ModelConfig, shape: EncoderShape, seq_length: i
 
 def _paper_binary_head_flops(shape: EncoderShape, seq_length: int) -> float:
     """Dense with bias and GELU, then one score, on every position."""
-    return seq_length * (_score_head_matmul_flops(shape) + (1 + _GELU) * shape.hidden_size)
+    return seq_length * (score_head_matmul_flops(shape) + (1 + _GELU) * shape.hidden_size)
 
 
 _SMALL: Final = EncoderShape(num_layers=12, hidden_size=256, ffn_hidden_size=1024, num_attention_heads=4)

@@ -12,10 +12,10 @@ from functools import cached_property
 
 from peer_scale.errors import UserError
 from peer_scale.flops import (
-    _layer_matmul_flops,
-    _mlm_head_matmul_flops,
-    _projection_matmul_flops,
-    _score_head_matmul_flops,
+    layer_matmul_flops,
+    mlm_head_matmul_flops,
+    projection_matmul_flops,
+    score_head_matmul_flops,
 )
 from peer_scale.models.config import EncoderShape, ModelConfig
 from peer_scale.pipeline.costs import Costs, PassCosts
@@ -137,12 +137,12 @@ class _ForwardFlops:
     def of(cls, model: ModelConfig, seq_length: int, num_predictions: int, layer_backward: int) -> _ForwardFlops:
         generator, ranker = model.generator, model.ranker
         return cls(
-            generator_layer=_layer_matmul_flops(generator, seq_length),
-            ranker_layer=_layer_matmul_flops(ranker, seq_length) if ranker else 0,
-            generator_projection=_projection_matmul_flops(model, generator, seq_length),
-            ranker_projection=_projection_matmul_flops(model, ranker, seq_length) if ranker else 0,
-            mlm_head=num_predictions * _mlm_head_matmul_flops(model, generator),
-            ranking_head=seq_length * _score_head_matmul_flops(ranker) if ranker else 0,
+            generator_layer=layer_matmul_flops(generator, seq_length),
+            ranker_layer=layer_matmul_flops(ranker, seq_length) if ranker else 0,
+            generator_projection=projection_matmul_flops(model, generator, seq_length),
+            ranker_projection=projection_matmul_flops(model, ranker, seq_length) if ranker else 0,
+            mlm_head=num_predictions * mlm_head_matmul_flops(model, generator),
+            ranking_head=seq_length * score_head_matmul_flops(ranker) if ranker else 0,
             layer_backward=layer_backward,
         )
 

@@ -23,8 +23,8 @@ from peer_scale.parallel.environment import ProcessEnvironment, default_num_thre
 from peer_scale.parallel.initialization import count_parameters, initialize_weights
 from peer_scale.parallel.topology import Topology, build_topology, check_parallel_sizes, init_process_group
 from peer_scale.pipeline.executor import PipelineStage, num_backward_calls
-from peer_scale.pipeline.placement import place
 from peer_scale.pipeline.schedule import Schedule, build_schedule
+from peer_scale.pipeline.search import choose_placement
 from peer_scale.pipeline.stage_task import StageTask
 from peer_scale.settings.resolve import resolve
 from peer_scale.settings.run import RunConfig
@@ -148,7 +148,7 @@ def _engine_and_passes(
 def plan_pipeline(run: RunConfig) -> Schedule:
     """Placement and schedule of one step: of the run's settings alone, so that all ranks have the same."""
     training = run.training
-    placement = place(
+    placement = choose_placement(
         run.model,
         run.pipeline_parallel,
         seq_length=training.seq_length,
