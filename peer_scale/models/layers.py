@@ -17,6 +17,8 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor, nn
 
 from peer_scale.kernels.attention import self_attention
+from peer_scale.kernels.gelu import bias_gelu
+from peer_scale.kernels.norm import bias_dropout_residual_norm
 from peer_scale.models.config import EncoderShape, ModelConfig
 from peer_scale.parallel.sequence import (
     add_up_and_split,
@@ -133,7 +135,7 @@ class FeedForward(nn.Module):
 
     def forward(self, hidden_SBH: Tensor) -> tuple[Tensor, Tensor]:
         output, bias = self.up(hidden_SBH)
-        return self.down(F.gelu(output + bias))
+        return self.down(bias_gelu(output, bias))
 
 
 class ResidualNorm(nn.LayerNorm):
@@ -146,10 +148,12 @@ class ResidualNorm(nn.LayerNorm):
 
     def forward(self, output: Tensor, output_bias: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
         output_bias, weight, bias = whole_gradients((output_bias, self.weight, self.bias), self.topology)
-        is_split = self.topology.sequence_parallel and self.training and self.dropout
+        dropout = self.dropout if self.training else 0.0
+        is_split = self.topology.sequence_parallel and dropout
         with own_random_stream(self.topology) if is_split else contextlib.nullcontext():
-            dropped = F.dropout(output + output_bias, self.dropout, self.training)
-        return F.layer_norm(residual + dropped, self.normalized_shape, weight, bias, self.eps)
+            return bias_dropout_residual_norm(
+                output, output_bias, residual, weight, bias, dropout=dropout, eps=self.eps
+            )
 
 
 class TransformerLayer(nn.Module):

@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from peer_scale.kernels.vocab_chunk import LOG2_E, add_up_chunk, chunk_gradient
+
 _GRID_BITS = 34
-_LOG2_E = math.log2(math.e)
 _CHUNK_SIZE = 2048  # a chunk of a few hundred positions stays in the cache
 _BLOCK = 64  # a chunk's sums are kept by blocks where a token is searched for
 # weights beyond this many bits over the target's are measured from the greatest logit instead
@@ -87,10 +88,10 @@ class _GeneratorHead(torch.autograd.Function):
         original_logit = shard.target_logits(targets)
         reference = original_logit
         sums, rank, totals = shard.add_up(reference, original_logit)
-        if _needs_greater_reference(totals):
+        if shard.needs_greater_reference(totals):
             reference = shard.greatest(original_logit)
             sums, rank, totals = shard.add_up(reference, original_logit)
-        log_sum_exp = reference + (totals.sum(-1).log2() - _GRID_BITS).div(_LOG2_E).float()
+        log_sum_exp = reference + (totals.sum(-1).log2() - _GRID_BITS).div(LOG2_E).float()
         sampled_ids, sampled_logit = shard.sample(uniforms, reference, sums, totals)
         ctx.save_for_backward(hidden, weight, bias, targets, log_sum_exp)
         ctx.group, ctx.chunk_size = group, chunk_size
@@ -112,6 +113,7 @@ class _Chunk(NamedTuple):
     bias: Tensor
     product: Tensor
     logits: Tensor
+    flags: Tensor
 
 
 class _Shard:
@@ -128,25 +130,26 @@ class _Shard:
         self.chunk_size = max(1, min(chunk_size, self.num_rows))
         self._product = hidden.new_empty(hidden.shape[0] * self.chunk_size)
         is_single = hidden.dtype == torch.float32
-        self._logits = self._product if is_single else torch.empty_like(self._product, dtype=torch.float32)
+        # the GPU's kernels keep what they work on in registers
+        size = 0 if hidden.is_cuda else len(self._product)
+        self._logits = self._product if is_single else hidden.new_empty(size, dtype=torch.float32)
+        self._flags = hidden.new_empty(size, dtype=torch.float32)
 
     def chunks(self) -> Iterator[_Chunk]:
         for first in range(0, self.num_rows, self.chunk_size):
             rows = slice(first, min(first + self.chunk_size, self.num_rows))
             shape = (self.hidden.shape[0], rows.stop - first)
-            product, logits = (room[: math.prod(shape)].view(shape) for room in (self._product, self._logits))
-            yield _Chunk(first, self.weight[rows], self.bias[rows], product, logits)
-
-    def logits(self, chunk: _Chunk, minus: Tensor) -> Tensor:
-        """Logits of a chunk less a number a position, fp32 [n, rows]; valid until the next chunk's."""
-        torch.mm(self.hidden, chunk.weight.t(), out=chunk.product)
-        if chunk.logits.dtype != chunk.product.dtype:
-            chunk.logits.copy_(chunk.product)
-        return chunk.logits.add_(chunk.bias).sub_(minus[:, None])
+            rooms = (_view(room, shape) for room in (self._product, self._logits, self._flags))
+            chunk = _Chunk(first, self.weight[rows], self.bias[rows], *rooms)
+            torch.mm(self.hidden, chunk.weight.t(), out=chunk.product)
+            yield chunk
 
     def target_logits(self, targets: Tensor) -> Tensor:
         """Each position's target's logit [n], by a product of the same kind as all others."""
         rows, is_own = self._localise(targets)
+        if self.hidden.is_cuda:  # nothing whose size depends on values, which the host would have to wait for
+            values = self._paired_product(rows) + self.bias[rows]
+            return self._sum(torch.where(is_own, values, 0.0))
         needed, column = torch.unique(rows, return_inverse=True)
         product = self.hidden.new_empty(0)
         found = []
@@ -161,19 +164,25 @@ class _Shard:
         values = sum(found, torch.zeros(len(targets), device=self.hidden.device)) + self.bias[rows]
         return self._sum(torch.where(is_own, values, 0.0))
 
+    def _paired_product(self, rows: Tensor) -> Tensor:
+        """Of each position with its own row, as the diagonals of small products: fp32 [n]."""
+        count = len(rows)
+        padding = -count % _BLOCK
+        hidden = torch.nn.functional.pad(self.hidden, (0, 0, 0, padding)).view(-1, _BLOCK, self.hidden.shape[1])
+        weight = torch.nn.functional.pad(self.weight[rows], (0, 0, 0, padding)).view_as(hidden)
+        return (hidden @ weight.mT).diagonal(dim1=1, dim2=2).flatten()[:count].float()
+
     def add_up(self, reference: Tensor, original_logit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One pass: weights by chunk [n, chunks], targets' ranks [n], weights by tensor-parallel rank [n, ranks]."""
-        offset = reference - _GRID_BITS / _LOG2_E
-        threshold = (original_logit - offset) * _LOG2_E
+        offset = reference - _GRID_BITS / LOG2_E
+        threshold = (original_logit - offset) * LOG2_E
         threshold = torch.nextafter(threshold + (1 + original_logit.abs()) * 2**-20, threshold.new_tensor(math.inf))
         sums = [reference.new_zeros(len(reference), dtype=torch.float64)]  # so that an empty shard has one, too
-        greater, room = torch.zeros_like(reference), torch.empty_like(self._logits)
+        greater = torch.zeros_like(reference)
         for chunk in self.chunks():
-            bits = self.logits(chunk, offset).mul_(_LOG2_E)
-            # flags of the operands' type are made and added up several times faster than booleans
-            flags = room[: bits.numel()].view(bits.shape)
-            greater += torch.gt(bits, threshold[:, None], out=flags).sum(-1)
-            sums.append(bits.exp2_().round_().sum(-1, dtype=torch.float64))
+            total, count = add_up_chunk(chunk.product, chunk.bias, offset, threshold, chunk.logits, chunk.flags)
+            sums.append(total)
+            greater += count
         by_chunk = torch.stack(sums, 1)[:, 1:]
         gathered = self._gather(torch.stack([by_chunk.sum(-1), greater.double()]))
         return by_chunk, 1 + gathered[:, 1].sum(0).long(), gathered[:, 0].t()
@@ -181,9 +190,8 @@ class _Shard:
     def greatest(self, at_least: Tensor) -> Tensor:
         """The greatest logit of each position [n]."""
         greatest = at_least.clone()
-        nothing = torch.zeros_like(at_least)
         for chunk in self.chunks():
-            greatest = torch.maximum(greatest, self.logits(chunk, nothing).amax(-1))
+            greatest = torch.maximum(greatest, (chunk.product.float() + chunk.bias).amax(-1))
         return self._reduce(greatest, dist.ReduceOp.MAX)
 
     def sample(self, uniforms: Tensor, reference: Tensor, sums: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,22 +204,28 @@ class _Shard:
         number = (own_ends <= threshold[:, None]).sum(-1)
         number = torch.where(owner == self.rank, number, -1)
         picked = torch.zeros((2, len(uniforms)), dtype=torch.float64, device=uniforms.device)
-        for index, chunk in enumerate(self.chunks()):
+        for index, first in enumerate(range(0, self.num_rows, self.chunk_size)):
+            rest = threshold - (own_ends[:, index] - sums[:, index])
+            if self.hidden.is_cuda:  # all positions, and those that are not here are left out: the host need not wait
+                everywhere = torch.arange(len(number), device=number.device)
+                found = self._search(first, everywhere, reference, rest.clamp(min=0))
+                picked = torch.where(number == index, found, picked)
+                continue
             here = (number == index).nonzero().squeeze(1)
             if len(here):
-                rest = threshold[here] - (own_ends[here, index] - sums[here, index])
-                picked[:, here] = self._search(chunk, here, reference[here], rest)
+                picked[:, here] = self._search(first, here, reference[here], rest[here])
         picked = self._sum(picked)
         return picked[0].long(), picked[1].float()
 
-    def _search(self, chunk: _Chunk, positions: Tensor, reference: Tensor, threshold: Tensor) -> Tensor:
-        """Token ids and logits [2, k] where the weights of a chunk add up to more than `threshold`."""
+    def _search(self, first: int, positions: Tensor, reference: Tensor, threshold: Tensor) -> Tensor:
+        """Token ids and logits [2, k] where the weights of the chunk that begins at `first` exceed `threshold`."""
+        rows = slice(first, first + self.chunk_size)
         # as many rows as a small product kernel would not be chosen for
         padded = torch.cat([positions, positions.new_zeros(max(0, 16 - len(positions)))])
-        product = (self.hidden[padded] @ chunk.weight.t())[: len(positions)]
-        logits = product.float() + chunk.bias
-        offset = reference - _GRID_BITS / _LOG2_E
-        weights = (logits - offset[:, None]).mul_(_LOG2_E).exp2_().round_()
+        product = (self.hidden[padded] @ self.weight[rows].t())[: len(positions)]
+        logits = product.float() + self.bias[rows]
+        offset = reference - _GRID_BITS / LOG2_E
+        weights = (logits - offset[:, None]).mul_(LOG2_E).exp2_().round_()
         blocks = torch.nn.functional.pad(weights, (0, -weights.shape[1] % _BLOCK)).view(len(positions), -1, _BLOCK)
         ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
         # recomputed weights may differ in a last bit: stay within what has any weight
@@ -221,7 +235,8 @@ class _Shard:
         chosen = blocks[row, block].double()
         within = chosen.cumsum(-1) + (ends[row, block] - chosen.sum(-1))[:, None]
         column = block * _BLOCK + (within <= threshold[:, None]).sum(-1)
-        return torch.stack([(column + chunk.first + self.first).double(), logits[row, column].double()])
+        column = column.clamp(max=logits.shape[1] - 1)
+        return torch.stack([(column + first + self.first).double(), logits[row, column].double()])
 
     def gradients(self, targets: Tensor, log_sum_exp: Tensor, grad_loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of hidden, weight and bias, chunk by chunk."""
@@ -230,17 +245,24 @@ class _Shard:
         rows, is_own = self._localise(targets)
         low_room = torch.empty_like(self._product)
         for chunk in self.chunks():
-            grad = self.logits(chunk, log_sum_exp).mul_(_LOG2_E).exp2_()
-            stop = chunk.first + grad.shape[1]
-            inside = is_own & (rows >= chunk.first) & (rows < stop)
-            column = torch.where(inside, rows - chunk.first, 0)
-            grad.scatter_add_(1, column[:, None], -inside[:, None].float())
-            grad.mul_(grad_loss[:, None])
-            low = low_room[: grad.numel()].view(grad.shape).copy_(grad)
+            low = _view(low_room, chunk.product.shape)
+            stop = chunk.first + low.shape[1]
+            column = torch.where(is_own & (rows >= chunk.first) & (rows < stop), rows - chunk.first, -1)
+            grad_bias[chunk.first : stop] = chunk_gradient(
+                chunk.product, chunk.bias, log_sum_exp, column, grad_loss, chunk.logits, low
+            )
             grad_hidden += low @ chunk.weight
             torch.mm(low.t(), self.hidden, out=grad_weight[chunk.first : stop])
-            torch.sum(grad, 0, out=grad_bias[chunk.first : stop])
         return self._sum(grad_hidden).to(self.hidden.dtype), grad_weight, grad_bias
+
+    def needs_greater_reference(self, totals: Tensor) -> bool:
+        """Whether some token outweighs a target by more than fp32 can say; alike on all ranks.
+
+        The GPU's kernel adds up fp64 powers, which do not overflow here.
+        """
+        if self.hidden.is_cuda:
+            return False
+        return bool((~(totals.sum(-1) < 2.0 ** (_MAX_BITS + _GRID_BITS))).any())
 
     def _localise(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Row of each id in this shard (0 where it is elsewhere), and whether it is here."""
@@ -264,6 +286,6 @@ class _Shard:
         return torch.stack(parts)
 
 
-def _needs_greater_reference(totals: Tensor) -> bool:
-    """Whether some token's weight is beyond what is added up exactly or at all; alike on all ranks."""
-    return bool((~(totals.sum(-1) < 2.0 ** (_MAX_BITS + _GRID_BITS))).any())
+def _view(room: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The beginning of `room` in that shape; all of it where it is too small to be meant for use."""
+    return room[: math.prod(shape)].view(shape) if len(room) >= math.prod(shape) else room

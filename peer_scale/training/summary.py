@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
 
+from peer_scale.kernels.availability import fused_kernels
 from peer_scale.models.config import EncoderShape
 from peer_scale.parallel.topology import Topology
 from peer_scale.settings.run import RunConfig
@@ -36,32 +36,10 @@ def startup_summary(run: RunConfig, topology: Topology, corpus: Corpus, num_para
         f"pipeline parallel {run.pipeline_parallel}, ZeRO-{run.zero_stage}, optimizer offload: {optimizer_offload}",
         "device": f"{_device(topology.device)}, {training.precision}, "
         + ("peak not known (no MFU)" if peak is None else f"peak {peak / 1e12:.3g} TFLOP/s a rank"),
-        **{f"kernel: {name}": state for name, state in fused_kernels().items()},
+        **{f"kernel: {name}": state for name, state in fused_kernels(topology.device).items()},
     }
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
-
-
-def fused_kernels() -> dict[str, str]:
-    """Which fused kernels run, and why others do not."""
-    return {
-        "attention": "fused (torch scaled_dot_product_attention)",
-        "adam": "fused (torch AdamW)",
-        "layer norm": "torch's; " + apex_state(),
-    }
-
-
-def apex_state() -> str:
-    """Whether NVIDIA Apex is there; PyPI's `apex` is another program of that name."""
-    try:
-        from apex.normalization import FusedLayerNorm  # noqa: F401
-    except ImportError:
-        try:
-            version = importlib.metadata.version("apex")
-        except importlib.metadata.PackageNotFoundError:
-            return "NVIDIA Apex is not installed"
-        return f"the installed apex {version} is not NVIDIA Apex"
-    return "NVIDIA Apex is installed, not used yet"
 
 
 def resolved_configuration(run: RunConfig) -> str:
