@@ -104,7 +104,7 @@ def test_tokenizers(refused, tmp_path):
         (("--num-levels", "1", "--taus"), ("num_levels", "at least 2")),
         (("--model", "peer-smal"), ("peer-smal", "did you mean peer-small")),
         (("--model", "teams-base"), ("TEAMS", "not there yet")),
-        (("--pipeline-model-parallel-size", "2"), ("pipeline", "not there yet")),
+        (("--pipeline-model-parallel-size", "2"), ("--pipeline-model-parallel-size 2", "must divide")),
         (("--train-iters", "0"), ("train_iters", "0")),
         (("--lr", "fast"), ("--lr", "fast")),
         (("--no-such-flag",), ("--no-such-flag",)),

@@ -1,0 +1,150 @@
+"""What the parity grid does not show of pipelines: the order that is run, ZeRO-3's corrections, fp16, failures."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from peer_scale.errors import UserError
+from peer_scale.pipeline.instructions import Backward, Forward, HeadBackward, HeadForward
+from peer_scale.pipeline.simulator import simulate
+from peer_scale.pipeline.zero3 import check_internals
+from peer_scale.settings.flags import build_parser
+from peer_scale.settings.resolve import resolve
+from peer_scale.training.job import plan_pipeline
+from runs import PROJECT, SMALL, ds_config, torchrun, train_in_pool
+from test_precision import train_in_fp16
+
+COMPUTE = (Forward, Backward, HeadForward, HeadBackward)
+
+
+def flags_for(tmp_path, text_file, *more, stage=2, name="log", **blocks):
+    return [
+        *("--data-path", str(text_file), "--cache-dir", str(tmp_path / "cache"), "--log-dir", str(tmp_path / name)),
+        *("--deepspeed_config", str(ds_config(tmp_path, stage, **blocks)), "--num-workers", "0"),
+        *("--micro-batch-size", "2", "--global-batch-size", "8", "--warmup-epochs", "0.01", *map(str, more)),
+    ]
+
+
+def train_and_note_the_order(flags) -> list:
+    from peer_scale.pipeline import executor
+
+    done, original = [], executor.PipelineStage._do
+
+    def noting(self, instruction, step):
+        original(self, instruction, step)
+        done.append(instruction)
+
+    executor.PipelineStage._do = noting
+    try:
+        train_in_pool(flags)
+    finally:
+        executor.PipelineStage._do = original
+    return done
+
+
+def test_stages_run_what_the_simulator_runs(two_ranks, tmp_path, text_file):
+    flags = flags_for(tmp_path, text_file, "--train-iters", 2, "--fp32", "--pipeline-model-parallel-size", 2)
+    executed = two_ranks.run(train_and_note_the_order, flags)
+    run = resolve(build_parser().parse_args([*SMALL, *flags]), 1)
+    schedule = plan_pipeline(run)
+    simulated = simulate(schedule)
+    for stage, instructions in enumerate(executed):
+        computed = [instruction for instruction in instructions if isinstance(instruction, COMPUTE)]
+        wanted = [event.work for event in simulated.executed[stage]]
+        assert len(wanted) > 8
+        assert computed == wanted * 2
+        assert instructions == list(schedule.stages[stage]) * 2
+
+
+def train_without(correction, flags):
+    """The trainer with one of ZeRO-3's corrections taken out."""
+    from peer_scale.pipeline import zero3
+
+    original = getattr(zero3, correction)
+    setattr(zero3, correction, lambda engine: None)
+    try:
+        return train_in_pool(flags)
+    finally:
+        setattr(zero3, correction, original)
+
+
+@pytest.mark.parametrize("correction", ["start_step", "before_backward"])
+def test_zero3_goes_wrong_without_each_of_its_corrections(correction, two_ranks, tmp_path, text_file):
+    """If this fails, DeepSpeed has changed: see whether the correction is still needed, and still right."""
+    flags = flags_for(tmp_path, text_file, "--train-iters", 4, "--fp32", "--pipeline-model-parallel-size", 2, stage=3)
+    right = [line["grad_norm"] for line in two_ranks.run(train_in_pool, flags)[0]]
+    wrong = [line["grad_norm"] for line in two_ranks.run(train_without, correction, flags)[0]]
+    assert wrong[1:] != pytest.approx(right[1:], rel=1e-3)
+
+
+def test_what_a_deepspeed_version_lacks_is_named():
+    engine = SimpleNamespace(optimizer=SimpleNamespace(micro_step_id=0))
+    with pytest.raises(RuntimeError, match=r"lacks optimizer.grad_partitions_flat_buffer, optimizer.parameter_offload"):
+        check_internals(engine)
+
+
+def test_validation_is_that_of_one_rank(one_rank, two_ranks, tmp_path, text_file):
+    common = ("--train-iters", 4, "--fp32", "--eval-interval", 2, "--eval-iters", 2)
+    whole = one_rank.run(train_in_pool, flags_for(tmp_path, text_file, *common, name="whole"))[0]
+    flags = flags_for(tmp_path, text_file, *common, "--pipeline-model-parallel-size", 2, name="stages")
+    staged = two_ranks.run(train_in_pool, flags)[0]
+    for one, other in zip(whole, staged, strict=True):
+        keys = [key for key in one if key.startswith("validation_") and key.endswith("loss")]
+        assert {key: other[key] for key in keys} == pytest.approx({key: one[key] for key in keys}, rel=1e-5)
+    assert "validation_tqr_loss" in whole[1]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_fp16_overflow_skips_the_step_on_every_stage(stage, one_rank, two_ranks, tmp_path, text_file):
+    fp16 = {"enabled": True, "initial_scale_power": 18, "hysteresis": 1, "loss_scale_window": 1000}
+    more = ("--train-iters", 12)
+    whole = one_rank.run(train_in_fp16, flags_for(tmp_path, text_file, *more, stage=stage, name="one", fp16=fp16))[0]
+    more = (*more, "--pipeline-model-parallel-size", 2)
+    staged = two_ranks.run(train_in_fp16, flags_for(tmp_path, text_file, *more, stage=stage, fp16=fp16))[0]
+    scales = [line["loss_scale"] for line in staged]
+    assert scales[0] > scales[-1] > 1, "the first steps overflow, then the scale stays"
+    assert scales == [line["loss_scale"] for line in whole]
+    assert [line["loss"] for line in staged] == pytest.approx([line["loss"] for line in whole], rel=2e-3)
+
+
+def test_activation_checkpointing_and_dropout(two_ranks, tmp_path, text_file):
+    common = ("--train-iters", 4, "--fp32", "--pipeline-model-parallel-size", 2)
+    dropout = ("--hidden-dropout", 0.1, "--attention-dropout", 0.1)
+    kept = two_ranks.run(train_in_pool, flags_for(tmp_path, text_file, *common, *dropout, name="kept"))[0]
+    more = (*common, *dropout, "--activation-checkpointing")
+    recomputed = two_ranks.run(train_in_pool, flags_for(tmp_path, text_file, *more, name="recomputed"))[0]
+    assert [m["loss"] for m in recomputed] == pytest.approx([m["loss"] for m in kept], rel=1e-6)
+
+
+def test_more_stages_than_work_are_refused():
+    args = build_parser().parse_args(["--pipeline-model-parallel-size", "9"])
+    with pytest.raises(UserError, match="stage"):
+        plan_pipeline(resolve(args, 1))
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_the_job(victim, tmp_path, text_file):
+    flags = flags_for(tmp_path, text_file, "--train-iters", 100_000, "--fp32", "--pipeline-model-parallel-size", 2)
+    command = [sys.executable, *torchrun(2), str(PROJECT / "peer_scale/pretrain.py"), *SMALL, *flags]
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    try:
+        metrics = tmp_path / "log" / "metrics.jsonl"
+        deadline = time.monotonic() + 200
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
+            assert time.monotonic() < deadline and job.poll() is None, "the job has not begun to train"
+            time.sleep(0.1)
+        ranks = {int(child.environ()["RANK"]): child for child in psutil.Process(job.pid).children()}
+        ranks[victim].send_signal(signal.SIGKILL)
+        output, _ = job.communicate(timeout=60)
+    finally:
+        job.kill()
+    assert job.returncode != 0
+    assert f"rank      : {victim}" in output and "SIGKILL" in output, output[-3000:]
+    assert not any(child.is_running() for child in ranks.values())
