@@ -34,11 +34,23 @@ def train_in_pool(flags: list[str]) -> list[dict]:
     from peer_scale.settings.resolve import resolve
     from peer_scale.training.job import arrange_ranks, train
 
+    _number_modules_afresh()
     args = build_parser().parse_args([*SMALL, *flags])
     sizes = (args.tensor_model_parallel_size, args.pipeline_model_parallel_size)
     run = resolve(args, check_parallel_sizes(dist.get_world_size(), *sizes))
     train(run, arrange_ranks(run, torch.device("cpu")), Agreement())
     return read_metrics(args.log_dir)
+
+
+def _number_modules_afresh() -> None:
+    """ZeRO-3 compares module numbers between ranks; stages of earlier runs in this process had different modules."""
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    register = DeepSpeedZeRoOffload._register_deepspeed_module
+    (count,) = getattr(register, "__wrapped__", register).__defaults__
+    count[0] = 0
+    Init.param_id = 0
 
 
 def read_metrics(log_dir: Path | str) -> list[dict]:

@@ -57,7 +57,7 @@ def test_stages_run_what_the_simulator_runs(two_ranks, tmp_path, text_file):
     for stage, instructions in enumerate(executed):
         computed = [instruction for instruction in instructions if isinstance(instruction, COMPUTE)]
         wanted = [event.work for event in simulated.executed[stage]]
-        assert len(wanted) > 8
+        assert len(wanted) >= 8
         assert computed == wanted * 2
         assert instructions == list(schedule.stages[stage]) * 2
 
@@ -144,7 +144,8 @@ def test_a_killed_rank_ends_the_job(victim, tmp_path, text_file):
         ranks[victim].send_signal(signal.SIGKILL)
         output, _ = job.communicate(timeout=60)
     finally:
-        job.kill()
+        for process in (*psutil.Process(job.pid).children(), job) if job.poll() is None else ():
+            process.kill()
     assert job.returncode != 0
     assert f"rank      : {victim}" in output and "SIGKILL" in output, output[-3000:]
     assert not any(child.is_running() for child in ranks.values())
