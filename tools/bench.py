@@ -1,0 +1,416 @@
+#!/usr/bin/env python3
+"""Speed against named peers, in one process and alternating: the table of ratios.
+
+python tools/bench.py                                  # peer-small, 32 x 128 tokens, bf16
+python tools/bench.py --rows head-forward step-plain-loop --repeats 9 --json bench.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from peer_scale.quiet import silence_libraries
+
+silence_libraries()
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from peer_scale.corpus.examples import Batch  # noqa: E402
+from peer_scale.errors import UserError  # noqa: E402
+from peer_scale.flops import actual_train_flops, measure_peak_flops, peak_flops  # noqa: E402
+from peer_scale.host_memory import keep_freed_memory  # noqa: E402
+from peer_scale.kernels.gelu import bias_gelu  # noqa: E402
+from peer_scale.kernels.norm import bias_dropout_residual_norm  # noqa: E402
+from peer_scale.objectives.tasks import GlobalCounts, PretrainingTask  # noqa: E402
+from peer_scale.parallel.environment import ProcessEnvironment  # noqa: E402
+from peer_scale.parallel.initialization import initialize_weights  # noqa: E402
+from peer_scale.parallel.topology import Topology, build_topology, init_process_group  # noqa: E402
+from peer_scale.parallel.vocab import generator_head  # noqa: E402
+from peer_scale.settings.flags import build_parser  # noqa: E402
+from peer_scale.settings.resolve import resolve  # noqa: E402
+from peer_scale.settings.run import RunConfig  # noqa: E402
+from peer_scale.training.engine import build_engine  # noqa: E402
+from peer_scale.training.metering import Meter  # noqa: E402
+from peer_scale.training.optimizer import build_optimizer  # noqa: E402
+from peer_scale.training.passes import WholeModel  # noqa: E402
+from peer_scale.training.progress import Progress  # noqa: E402
+from peer_scale.training.trainer import Trainer  # noqa: E402
+
+Action = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all rows share."""
+
+    run: RunConfig
+    topology: Topology
+    batch: Batch
+
+
+@dataclass(frozen=True)
+class Result:
+    """A row: medians of the times, and of the paired ratios peer / ours with their quartiles."""
+
+    row: str
+    peer: str
+    ours_ms: float
+    peer_ms: float
+    ratio: float
+    quartiles: tuple[float, float]
+    tokens_per_second: float | None = None
+    share_of_peak: float | None = None
+
+
+def synthetic_batch(run: RunConfig, device: torch.device) -> Batch:
+    """Full sequences of random tokens: what is timed does not depend on which."""
+    generator = torch.Generator().manual_seed(0)
+    size, seq_length = run.training.micro_batch_size, run.training.seq_length
+    num_predictions = run.objective.num_predictions(seq_length)
+    ids = torch.randint(5, run.model.vocab_size, (size, seq_length), generator=generator)
+    positions = torch.stack([torch.randperm(seq_length, generator=generator)[:num_predictions] for _ in range(size)])
+    positions = positions.sort(1).values
+    return Batch(
+        input_ids=ids,
+        masked_ids=ids.scatter(1, positions, 4),
+        token_types=torch.zeros_like(ids),
+        is_token=torch.ones_like(ids, dtype=torch.bool),
+        positions=positions,
+        is_selected=torch.ones_like(positions, dtype=torch.bool),
+        uniforms=torch.rand(positions.shape, generator=generator),
+    ).to(device)
+
+
+def our_task(setting: Setting) -> PretrainingTask:
+    """Our model with its initial weights."""
+    run = setting.run
+    task = PretrainingTask(run.model, run.objective, setting.topology)
+    model = run.model
+    initialize_weights(task, seed=run.seed, std=model.init_std, vocab_size=model.vocab_size, topology=setting.topology)
+    return task
+
+
+def our_step(setting: Setting) -> Action:
+    """The trainer's own step: DeepSpeed with ZeRO-2."""
+    engine = build_engine(our_task(setting), setting.run, setting.topology)
+    passes = WholeModel(engine, setting.topology)
+    meter = Meter(setting.run, 1, None)
+    trainer = Trainer(setting.run, setting.topology, engine, passes, meter, [], progress=Progress(), warmup_steps=0)
+    return lambda: trainer.train_step(1, [setting.batch])
+
+
+def plain_loop(setting: Setting) -> Action:
+    """Our model without DeepSpeed: weights in the run's format, fp32 masters and gradient sums, clipping, AdamW."""
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[setting.run.training.precision]
+    task = our_task(setting).to(setting.topology.device)
+    masters = [parameter.detach().clone().requires_grad_() for parameter in task.parameters()]
+    task.to(dtype)
+    holder = nn.ParameterList(masters)
+    optimizer = build_optimizer(holder, setting.run.training)
+    counts = GlobalCounts(setting.batch.is_selected.sum().float(), setting.batch.is_token.sum().float())
+
+    def step() -> None:
+        loss, _ = task(setting.batch, counts, False)
+        loss.backward()
+        for master, parameter in zip(holder, task.parameters(), strict=True):
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+            parameter.grad = None
+        nn.utils.clip_grad_norm_(holder, setting.run.training.clip_grad)
+        optimizer.step()
+        with torch.no_grad():
+            for master, parameter in zip(holder, task.parameters(), strict=True):
+                parameter.copy_(master)
+
+    return step
+
+
+class TransformersPair(nn.Module):
+    """transformers' generator and discriminator, embeddings tied and bottom layers shared as in our model."""
+
+    def __init__(self, run: RunConfig) -> None:
+        from transformers import ElectraConfig, ElectraForMaskedLM, ElectraForPreTraining
+
+        from peer_scale.conversion.electra import encoder_settings
+
+        super().__init__()
+        model = run.model
+        if model.ranker is None:
+            raise UserError(
+                f"--model {run.name}: this peer has a generator and a discriminator; choose peer- or electra-"
+            )
+
+        def config(shape: Any) -> Any:
+            settings = encoder_settings(model, shape, 0)
+            return ElectraConfig(embedding_size=model.embedding_size, **settings)
+
+        self.generator = ElectraForMaskedLM(config(model.generator))
+        self.discriminator = ElectraForPreTraining(config(model.ranker))
+        self.discriminator.electra.embeddings = self.generator.electra.embeddings
+        self.generator.generator_lm_head.weight = self.generator.electra.embeddings.word_embeddings.weight
+        for number in range(model.num_shared_layers):
+            self.discriminator.electra.encoder.layer[number] = self.generator.electra.encoder.layer[number]
+        self.tqr_weight = run.objective.tqr_weight
+
+    def forward(self, batch: Batch) -> Tensor:
+        mask = batch.is_token.long()
+        logits = self.generator(input_ids=batch.masked_ids, attention_mask=mask).logits
+        rows = torch.arange(len(logits), device=logits.device)[:, None]
+        selected = logits[rows, batch.positions].flatten(0, 1).float()
+        targets = batch.input_ids.gather(1, batch.positions).flatten()
+        with torch.no_grad():
+            noise = -torch.log(-torch.log(torch.rand_like(selected).clamp_(1e-9, 1 - 1e-7)))
+            sampled = (selected + noise).argmax(-1).view_as(batch.positions)
+        corrupted = batch.input_ids.scatter(1, batch.positions, sampled)
+        scores = self.discriminator(input_ids=corrupted, attention_mask=mask).logits.float()
+        replaced = (corrupted != batch.input_ids).float()
+        return F.cross_entropy(selected, targets) + self.tqr_weight * F.binary_cross_entropy_with_logits(
+            scores, replaced
+        )
+
+
+def transformers_step(setting: Setting, autocast: bool) -> Action:
+    """A plain torch loop around transformers' models: fp32, or bf16 autocast."""
+    pair = TransformersPair(setting.run).to(setting.topology.device).train()
+    optimizer = build_optimizer(pair, setting.run.training)
+    device = setting.topology.device.type
+
+    def step() -> None:
+        with torch.autocast(device, torch.bfloat16) if autocast else contextlib.nullcontext():
+            loss = pair(setting.batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(pair.parameters(), setting.run.training.clip_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def matrix_products(setting: Setting) -> Action:
+    """Only the step's dense products (attention's left out), forward and both gradients."""
+    model, training = setting.run.model, setting.run.training
+    tokens = training.micro_batch_size * training.seq_length
+    shapes: list[tuple[int, int, int]] = []
+    for encoder in filter(None, (model.generator, model.ranker)):
+        hidden, ffn = encoder.hidden_size, encoder.ffn_hidden_size
+        layer = [(hidden, 3 * hidden), (hidden, hidden), (hidden, ffn), (ffn, hidden)]
+        shapes += [(tokens, *pair) for pair in layer] * encoder.num_layers
+    shapes.append((setting.batch.positions.numel(), model.embedding_size, model.vocab_size))
+    device = setting.topology.device
+    operands = {
+        (n, i, o): [torch.randn(s, device=device).bfloat16() for s in ((n, i), (o, i), (n, o))] for n, i, o in shapes
+    }
+
+    def step() -> None:
+        for shape in shapes:
+            x, weight, grad = operands[shape]
+            x @ weight.t()
+            grad @ weight
+            grad.t() @ x
+
+    return step
+
+
+def head_pair(setting: Setting, *, backward: bool) -> tuple[Action, Action]:
+    """The generator head and the bare products for the same logits (backward: recomputation and two gradients)."""
+    model, device = setting.run.model, setting.topology.device
+    n = setting.batch.positions.numel()
+    hidden = torch.randn(n, model.embedding_size, device=device).bfloat16().requires_grad_()
+    weight = (0.05 * torch.randn(model.vocab_size, model.embedding_size, device=device)).bfloat16().requires_grad_()
+    bias = torch.zeros(model.vocab_size, device=device, requires_grad=True)
+    targets = torch.randint(model.vocab_size, (n,), device=device)
+    uniforms = torch.rand(n, device=device)
+    room = torch.empty(n, model.vocab_size, device=device).bfloat16()
+    if not backward:
+        with_grad = torch.no_grad()
+        return (
+            with_grad(lambda: generator_head(hidden, weight, bias, targets, uniforms)),
+            with_grad(lambda: torch.mm(hidden, weight.t(), out=room)),
+        )
+    loss = generator_head(hidden, weight, bias, targets, uniforms).loss.sum()
+
+    @torch.no_grad()
+    def products() -> None:
+        torch.mm(hidden, weight.t(), out=room)
+        room @ weight
+        room.t() @ hidden
+
+    return lambda: torch.autograd.grad(loss, (hidden, weight, bias), retain_graph=True), products
+
+
+def kernel_pair(setting: Setting, name: str) -> tuple[Action, Action]:
+    """A fused kernel and torch's composition, forward and backward."""
+    shape = setting.run.model.generator
+    width = shape.ffn_hidden_size if name == "gelu" else shape.hidden_size
+    training, device = setting.run.training, setting.topology.device
+    x, residual, grad = (
+        torch.randn(training.seq_length, training.micro_batch_size, width, device=device).bfloat16() for _ in range(3)
+    )
+    bias, weight, norm_bias = (torch.ones(width, device=device).bfloat16() for _ in range(3))
+    tensors = [t.requires_grad_() for t in (x, bias, residual, weight, norm_bias)]
+    dropout = setting.run.model.hidden_dropout
+
+    def composed() -> Tensor:
+        if name == "gelu":
+            return F.gelu(x + bias)
+        return F.layer_norm(residual + F.dropout(x + bias, dropout), (width,), weight, norm_bias, 1e-12)
+
+    def fused() -> Tensor:
+        if name == "gelu":
+            return bias_gelu(x, bias)
+        return bias_dropout_residual_norm(x, bias, residual, weight, norm_bias, dropout=dropout, eps=1e-12)
+
+    wanted = tensors[:2] if name == "gelu" else tensors
+    return lambda: torch.autograd.grad(fused(), wanted, grad), lambda: torch.autograd.grad(composed(), wanted, grad)
+
+
+ROWS: dict[str, tuple[str, bool]] = {  # name: the peer, and whether it is a whole training step
+    "step-transformers-fp32": ("transformers, tied and shared, fp32", True),
+    "step-transformers-bf16": ("transformers, tied and shared, bf16 autocast", True),
+    "step-plain-loop": ("our model without DeepSpeed", True),
+    "step-matrix-products": ("the bare matrix products", True),
+    "head-forward": ("the bare product of the logits", False),
+    "head-backward": ("its three products", False),
+    "kernel-norm": ("torch's composition", False),
+    "kernel-gelu": ("torch's composition", False),
+}
+
+
+def build_row(name: str, setting: Setting) -> tuple[Action, Action]:
+    """Ours and the peer's, ready to be called."""
+    if name.startswith("head-"):
+        return head_pair(setting, backward=name == "head-backward")
+    if name.startswith("kernel-"):
+        return kernel_pair(setting, name.removeprefix("kernel-"))
+    peers: dict[str, Callable[[], Action]] = {
+        "step-transformers-fp32": lambda: transformers_step(setting, autocast=False),
+        "step-transformers-bf16": lambda: transformers_step(setting, autocast=True),
+        "step-plain-loop": lambda: plain_loop(setting),
+        "step-matrix-products": lambda: matrix_products(setting),
+    }
+    return our_step(setting), peers[name]()
+
+
+def alternate(ours: Action, peer: Action, repeats: int, device: torch.device) -> Iterator[tuple[float, float]]:
+    """Seconds of each, in turns, after two rounds of warm-up."""
+
+    def seconds(action: Action) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        action()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    for number in range(repeats + 2):
+        pair = seconds(ours), seconds(peer)
+        if number >= 2:
+            yield pair
+
+
+def summarise(row: str, pairs: list[tuple[float, float]]) -> Result:
+    """Medians, and quartiles of the paired ratios (above 1: ours is faster)."""
+    ratios = sorted(peer / ours for ours, peer in pairs)
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+    ours, peer = (statistics.median(times) * 1e3 for times in zip(*pairs, strict=True))
+    return Result(row, ROWS[row][0], ours, peer, statistics.median(ratios), (low, high))
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="peer-small", metavar="NAME", help="preset (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--seq-length", type=int, default=128)
+    parser.add_argument(
+        "--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help=", ".join(ROWS)
+    )
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, help="of the CPU (default: torch's)")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--profile", action="store_true", help="print where our step's time goes instead")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = init_process_group(ProcessEnvironment(0, 1, 0, 1, "127.0.0.1", 0, "none"))
+    if device.type == "cpu":
+        keep_freed_memory()
+    sizes = ["--micro-batch-size", str(args.batch), "--global-batch-size", str(args.batch)]
+    flags = ["--model", args.model, "--bf16", *sizes, "--seq-length", str(args.seq_length)]
+    run = resolve(build_parser().parse_args(flags), 1)
+    setting = Setting(run, build_topology(device), synthetic_batch(run, device))
+    if args.profile:
+        profile_step(setting)
+        return
+    results = [measure(row, setting, args.repeats) for row in args.rows]
+    memory = (
+        torch.cuda.max_memory_allocated()
+        if device.type == "cuda"
+        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    )
+    print(f"peak memory of the process {memory / 2**30:.2f} GiB (everything built here)")
+    if args.json:
+        args.json.write_text(json.dumps([asdict(result) for result in results], indent=1))
+
+
+def measure(row: str, setting: Setting, repeats: int) -> Result:
+    """Build a row's pair, time it, print and return it."""
+    run, device = setting.run, setting.topology.device
+    ours, peer = build_row(row, setting)
+    result = summarise(row, list(alternate(ours, peer, repeats, device)))
+    line = (
+        f"{row:<24} ours {result.ours_ms:9.1f} ms  peer {result.peer_ms:9.1f} ms  ratio {result.ratio:5.2f} "
+        f"({result.quartiles[0]:.2f}-{result.quartiles[1]:.2f})  {result.peer}"
+    )
+    if ROWS[row][1]:
+        batch, seq_length = run.training.micro_batch_size, run.training.seq_length
+        flops = actual_train_flops(
+            run.model, seq_length=seq_length, num_predictions=run.objective.num_predictions(seq_length), samples=batch
+        )
+        peak = (
+            peak_flops(torch.cuda.get_device_name(), torch.bfloat16)
+            if device.type == "cuda"
+            else measure_peak_flops(torch.bfloat16, 2.0)
+        )
+        seconds = result.ours_ms / 1e3
+        share = flops / seconds / peak if peak else None
+        result = Result(**{**asdict(result), "tokens_per_second": batch * seq_length / seconds, "share_of_peak": share})
+        line += f"  {result.tokens_per_second:,.0f} tokens/s" + (f", {share:.1%} of the bf16 peak" if share else "")
+    print(line, flush=True)
+    return result
+
+
+def profile_step(setting: Setting) -> None:
+    """Where the milliseconds of our step go."""
+    from torch.profiler import ProfilerActivity, profile
+
+    step = our_step(setting)
+    for _ in range(3):
+        step()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if setting.topology.device.type == "cuda" else [])]
+    with profile(activities=activities) as profiler:
+        step()
+    key = "self_cuda_time_total" if setting.topology.device.type == "cuda" else "self_cpu_time_total"
+    print(profiler.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=50))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
