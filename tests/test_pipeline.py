@@ -80,7 +80,7 @@ def test_zero3_goes_wrong_without_each_of_its_corrections(correction, two_ranks,
     flags = flags_for(tmp_path, text_file, "--train-iters", 4, "--fp32", "--pipeline-model-parallel-size", 2, stage=3)
     right = [line["grad_norm"] for line in two_ranks.run(train_in_pool, flags)[0]]
     wrong = [line["grad_norm"] for line in two_ranks.run(train_without, correction, flags)[0]]
-    assert wrong[1:] != pytest.approx(right[1:], rel=1e-3)
+    assert wrong[1:] != pytest.approx(right[1:], rel=1e-4)
 
 
 def test_what_a_deepspeed_version_lacks_is_named():
