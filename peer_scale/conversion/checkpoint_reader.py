@@ -1,35 +1,26 @@
 """A checkpoint of the trainer, read without the ranks that wrote it: settings, fp32 weights, tokenizer."""
 
-import contextlib
 import dataclasses
-import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from deepspeed.utils.zero_to_fp32 import (
-    get_fp32_state_dict_from_zero_checkpoint,
-    get_model_state_files,
-    get_optim_files,
-)
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
+from peer_scale.checkpoints.folder import require_found
+from peer_scale.checkpoints.manifest import MANIFEST, TOKENIZER, VOCABULARY_PARAMETERS, Manifest
+from peer_scale.checkpoints.pieces import TensorReader, check_file
 from peer_scale.corpus.wordpiece import WordPiece, load_wordpiece
 from peer_scale.errors import UserError
 from peer_scale.models.config import ModelConfig
 from peer_scale.models.networks import PretrainingModel
 from peer_scale.objectives.config import ObjectiveConfig
 from peer_scale.parallel.topology import single_process_topology
-from peer_scale.training.checkpoint import MANIFEST, TOKENIZER, newest
 from peer_scale.training.progress import Progress
-
-# What wrappers add to the names of `PretrainingModel`: the task around it, and activation checkpointing within it.
-_TASK = "model."
-_CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module."
 
 T = TypeVar("T")
 
@@ -64,14 +55,31 @@ class Provenance:
     data_path: tuple[str, ...]
 
 
+class Weights(Mapping[str, Tensor]):
+    """The fp32 master weights, named as `PretrainingModel` names its parameters, unpadded; read when asked for."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self._tensors, self._reader = manifest.tensors, TensorReader(folder, manifest)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._tensors:
+            raise KeyError(name)
+        return self._reader.whole(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a weight, without reading it."""
+        return self._tensors[name].shape
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """One committed checkpoint.
-
-    Attributes:
-        folder: the step folder it came from.
-        weights: fp32 (the optimizer's master weights), named as `PretrainingModel` names its parameters.
-    """
+    """One committed checkpoint; `folder` is the step folder it came from."""
 
     folder: Path
     model: ModelConfig
@@ -80,37 +88,30 @@ class Checkpoint:
     layout: Layout
     provenance: Provenance
     progress: Progress
-    weights: dict[str, Tensor]
+    weights: Weights
     tokenizer: WordPiece
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read the newest committed checkpoint in `path`, or the one that `path` is; any ZeRO stage and number of ranks.
+    """Read the newest committed checkpoint in `path`, or the one that `path` is, whatever layout saved it.
 
     Raises:
-        UserError: there is none, or it is damaged, or it is split by tensor or pipeline parallelism.
+        UserError: there is none, or it is damaged.
     """
-    found = newest(path)
-    if found is None:
-        raise UserError(
-            f"--load {path}: no committed checkpoint there; give the trainer's --save folder or a step in it"
-        )
-    folder, manifest = found
-    where = f"{folder / MANIFEST}: "
-    data = _parse(Data, manifest.get("data"), where + "data")
-    layout = _parse(Layout, manifest.get("layout"), where + "layout")
-    for name in ("tensor_parallel", "pipeline_parallel"):
-        if getattr(layout, name) != 1:
-            raise UserError(f"{where}layout.{name} is {getattr(layout, name)}; only 1 can be read so far")
+    folder, manifest = require_found(path)
+    for name, entry in manifest.files.items():
+        check_file(folder / name, entry)
+    where, sections = f"{folder / MANIFEST}: ", manifest.sections
+    data = _parse(Data, sections.get("data"), where + "data")
     return Checkpoint(
         folder,
-        model=model_config_from(manifest.get("model"), where + "model"),
-        objective=settings_from(ObjectiveConfig, manifest.get("objective"), where + "objective"),
+        model=model_config_from(sections.get("model"), where + "model"),
+        objective=settings_from(ObjectiveConfig, sections.get("objective"), where + "objective"),
         data=data,
-        layout=layout,
-        provenance=_parse(Provenance, manifest.get("provenance"), where + "provenance"),
-        progress=settings_from(Progress, manifest.get("progress"), where + "progress"),
-        weights=_weights(folder),
+        layout=_parse(Layout, sections.get("layout"), where + "layout"),
+        provenance=_parse(Provenance, sections.get("provenance"), where + "provenance"),
+        progress=settings_from(Progress, sections.get("progress"), where + "progress"),
+        weights=Weights(folder, manifest),
         tokenizer=_tokenizer(folder, data.tokenizer),
     )
 
@@ -160,57 +161,29 @@ def rebuild_model(checkpoint: Checkpoint) -> PretrainingModel:
     return model.eval()
 
 
-def _fill(model: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> None:
+def _fill(model: PretrainingModel, weights: Weights, folder: Path) -> None:
     parameters = dict(model.named_parameters())
+    shapes = {name: _logical_shape(name, parameter, model) for name, parameter in parameters.items()}
     problems = [
         *(f"lacks the parameter {name}" for name in parameters if name not in weights),
         *(f"has a parameter {name} that its model has not" for name in weights if name not in parameters),
         *(
-            f"has {name} in shape {list(weights[name].shape)} where its model has {list(parameter.shape)}"
-            for name, parameter in parameters.items()
-            if name in weights and weights[name].shape != parameter.shape
+            f"has {name} in shape {list(weights.shape(name))} where its model has {list(shape)}"
+            for name, shape in shapes.items()
+            if name in weights and weights.shape(name) != shape
         ),
     ]
     if problems:
         raise UserError(f"{folder}: the checkpoint {'; '.join(problems)}")
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
+            parameter[: shapes[name][0]].copy_(weights[name])
+            parameter[shapes[name][0] :].zero_()  # rows that pad the vocabulary
 
 
-def _weights(folder: Path) -> dict[str, Tensor]:
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            state = _bf16_optimizer_weights(folder) or get_fp32_state_dict_from_zero_checkpoint(
-                str(folder.parent), tag=folder.name
-            )
-    except Exception as error:  # DeepSpeed and torch.load raise whatever damaged content leads to
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(f"{folder}: the weights cannot be read ({type(error).__name__}: {reason})") from error
-    return {name.replace(_CHECKPOINT_WRAPPER, "").removeprefix(_TASK): tensor for name, tensor in state.items()}
-
-
-def _bf16_optimizer_weights(folder: Path) -> dict[str, Tensor] | None:
-    """The fp32 weights where DeepSpeed's BF16_Optimizer wrote the shards, else None.
-
-    It is what ZeRO-1 is in bf16 with fp32 gradient sums. `zero_to_fp32` takes its files for no ZeRO checkpoint, because
-    they do not name their stage. Each rank has an equal part of each flat group; only a group's end is padded.
-    """
-    files = get_optim_files(str(folder))
-    shards = [torch.load(file, mmap=True, weights_only=False)["optimizer_state_dict"] for file in files]
-    if "zero_stage" in shards[0]:
-        return None
-    (model_file,) = get_model_state_files(str(folder))
-    groups = torch.load(model_file, mmap=True, weights_only=False)["param_shapes"]
-    weights: dict[str, Tensor] = {}
-    for index, (shapes, ranks) in enumerate(zip(groups, shards[0]["partition_count"], strict=True)):
-        if ranks != len(shards):
-            raise ValueError(f"{ranks} ranks wrote group {index}, but there are {len(shards)} files")
-        flat = torch.cat([shard["single_partition_of_fp32_groups"][index].detach() for shard in shards])
-        sizes = [shape.numel() for shape in shapes.values()]
-        parts = flat[: sum(sizes)].split(sizes)
-        weights |= {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
-    return weights
+def _logical_shape(name: str, parameter: nn.Parameter, model: PretrainingModel) -> tuple[int, ...]:
+    rows = model.config.vocab_size if name in VOCABULARY_PARAMETERS else parameter.shape[0]
+    return (rows, *parameter.shape[1:])
 
 
 def _tokenizer(folder: Path, digest: str) -> WordPiece:

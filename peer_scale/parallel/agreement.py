@@ -4,6 +4,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar, cast
 
+import torch
 import torch.distributed as dist
 
 from peer_scale.errors import UserError
@@ -36,6 +37,19 @@ class Agreement:
             if message is not None:
                 raise UserError(message)
         return cast(T, value)
+
+    def all(self, value: bool) -> bool:
+        """Whether `value` is true on all ranks."""
+        vote = torch.tensor(int(value))
+        dist.all_reduce(vote, dist.ReduceOp.MIN, group=self._group)
+        return bool(vote)
+
+    def gather(self, value: T) -> list[T]:
+        """The (picklable) values of all ranks in their order, on global rank 0; elsewhere nothing."""
+        is_first = dist.get_rank(self._group) == 0
+        values: list = [None] * dist.get_world_size(self._group) if is_first else []
+        dist.gather_object(value, values if is_first else None, dst=0, group=self._group)
+        return values
 
     def one_by_one(self, action: Callable[[], T]) -> T:
         """Rank 0 first, then all others at once: for what the first one prepares and the rest find done."""

@@ -107,6 +107,13 @@ def _add_output_flags(output: argparse._ArgumentGroup) -> None:
     output.add_argument("--save", type=Path, metavar="DIR", help="checkpoints; the last step is always saved")
     output.add_argument("--save-interval", type=int, metavar="N")
     output.add_argument("--keep-last", type=int, default=3, metavar="N", help="checkpoints kept (default: 3)")
+    output.add_argument("--keep-every", type=int, metavar="M", help="keep those of every Mth step besides")
+    output.add_argument(
+        "--async-save",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="write while training goes on, from a copy in host memory of 12 bytes a parameter of a rank's share",
+    )
     output.add_argument("--load", type=Path, metavar="DIR", help="go on from the newest checkpoint in DIR")
     output.add_argument("--log-dir", type=Path, metavar="DIR", help="metrics.jsonl, TensorBoard, run.yaml")
     output.add_argument("--log-interval", type=int, default=10, metavar="N", help="steps a printed line")

@@ -75,6 +75,8 @@ class OutputConfig:
     save: Path | None = None
     save_interval: int | None = None
     keep_last: int = 3
+    keep_every: int | None = None
+    async_save: bool = True
     load: Path | None = None
     log_dir: Path | None = None
     log_interval: int = 10
@@ -85,7 +87,7 @@ class OutputConfig:
     verbose: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("save_interval", "keep_last", "log_interval", "eval_interval", "eval_iters"):
+        for name in ("save_interval", "keep_last", "keep_every", "log_interval", "eval_interval", "eval_iters"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")

@@ -5,7 +5,6 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
@@ -38,7 +37,6 @@ def build_engine(task: nn.Module, run: RunConfig, topology: Topology, backward_c
         mpu=ModelParallelUnit(topology),
         dist_init_required=False,
     )
-    engine.checkpoint_engine = CarefulCheckpointEngine(engine.checkpoint_engine)
     return engine
 
 
@@ -50,32 +48,6 @@ def check_precision(precision: str) -> None:
         raise UserError(
             f"{precision} is not supported by DeepSpeed on this device ({accelerator.device_name()}): use bf16 or fp32"
         )
-
-
-class CarefulCheckpointEngine(TorchCheckpointEngine):
-    """Writes as DeepSpeed does, but keeps a failed write's error for `take_error` instead of raising it.
-
-    DeepSpeed meets at barriers while it saves: a rank that raised on a full disk would leave the others waiting there.
-    """
-
-    def __init__(self, original: TorchCheckpointEngine) -> None:
-        self.name = original.name
-        self.zipfile_serialization = original.zipfile_serialization
-        self._error: Exception | None = None
-
-    def save(self, state_dict: Any, path: str) -> None:
-        """Write one file unless an earlier one failed."""
-        if self._error is not None:
-            return
-        try:
-            super().save(state_dict, path)
-        except (OSError, RuntimeError) as error:
-            self._error = error
-
-    def take_error(self) -> Exception | None:
-        """The first failure since the last call."""
-        error, self._error = self._error, None
-        return error
 
 
 def loss_scale(engine: Any) -> float:

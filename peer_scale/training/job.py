@@ -10,6 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from peer_scale.checkpoints import folder, sections
+from peer_scale.checkpoints.loading import load_checkpoint
+from peer_scale.checkpoints.manifest import Manifest
+from peer_scale.checkpoints.state import TrainingState, require_supported_offload
+from peer_scale.checkpoints.writer import CheckpointWriter
 from peer_scale.corpus.examples import NUM_SPECIAL_TOKENS, ExampleBuilder
 from peer_scale.corpus.loader import BatchPlan, ExampleDataset, micro_batches
 from peer_scale.corpus.prepare import open_corpus
@@ -29,7 +34,6 @@ from peer_scale.pipeline.stage_task import StageTask
 from peer_scale.settings.resolve import resolve
 from peer_scale.settings.run import RunConfig
 from peer_scale.storage import require_writable_folder, write_atomically
-from peer_scale.training import checkpoint
 from peer_scale.training.callbacks import Callback
 from peer_scale.training.callbacks.checkpointing import Checkpointing
 from peer_scale.training.callbacks.console import ProgressLine
@@ -91,13 +95,11 @@ def train(run: RunConfig, topology: Topology, agreement: Agreement) -> None:
     agreement.first_rank(lambda: _check_folders(run))
     corpus = agreement.one_by_one(lambda: _open(run, show_progress=topology.is_first_rank))
     run = replace(run, model=replace(run.model, vocab_size=corpus.tokenizer.vocab_size))
-    identity = checkpoint.identity(
-        run,
-        data_fingerprint=corpus.store.fingerprint,
-        tokenizer_digest=corpus.tokenizer.digest,
-        data_parallel=topology.size("dp"),
+    identity = sections.identity(
+        run, data_fingerprint=corpus.store.fingerprint, tokenizer_digest=corpus.tokenizer.digest
     )
-    found = agreement.first_rank(lambda: _find_checkpoint(run, identity, say))
+    layout = sections.layout(run, topology)
+    found = agreement.first_rank(lambda: _find_checkpoint(run, identity, layout, say))
 
     pipeline = plan_pipeline(run) if topology.size("pp") > 1 else None
     if pipeline is None:
@@ -107,7 +109,8 @@ def train(run: RunConfig, topology: Topology, agreement: Agreement) -> None:
     initialize_weights(task, seed=run.seed, std=run.model.init_std, vocab_size=run.model.vocab_size, topology=topology)
     num_parameters = count_parameters(task, topology)
     engine, passes = _engine_and_passes(task, run, topology, pipeline)
-    progress = checkpoint.load(engine, *found) if found else Progress()
+    state = TrainingState(engine, topology, run.model.vocab_size)
+    progress = load_checkpoint(state, agreement, *found) if found else Progress()
     peak = device_peak(topology.device, compute_dtype(run.training.precision))
     say(startup_summary(run, topology, corpus, num_parameters, peak))
 
@@ -120,7 +123,7 @@ def train(run: RunConfig, topology: Topology, agreement: Agreement) -> None:
         engine,
         passes,
         Meter(run, dist.get_world_size(), peak),
-        _callbacks(run, topology, agreement, corpus, plan, identity, progress),
+        _callbacks(run, topology, agreement, corpus, plan, {**identity, "layout": layout}, state, progress),
         progress=progress,
         warmup_steps=_warmup_steps(run, len(corpus.training)),
     )
@@ -164,7 +167,8 @@ def _callbacks(
     agreement: Agreement,
     corpus: Corpus,
     plan: BatchPlan,
-    identity: dict,
+    identity_and_layout: dict,
+    state: TrainingState,
     progress: Progress,
 ) -> list[Callback]:
     output = run.output
@@ -182,9 +186,12 @@ def _callbacks(
     if output.exit_signal_handler:
         callbacks.append(StopOnSignal())
     if output.save is not None:
-        sections = {**identity, "provenance": checkpoint.provenance(run)}
-        folder = checkpoint.CheckpointFolder(output.save, agreement, sections, corpus.tokenizer, output.keep_last)
-        callbacks.append(Checkpointing(folder, output.save_interval))
+        kept = folder.CheckpointFolder(output.save, output.keep_last, output.keep_every)
+        said = {**identity_and_layout, **sections.about(run)}
+        writer = CheckpointWriter(
+            output.save, kept, state, agreement, said, corpus.tokenizer, in_background=output.async_save
+        )
+        callbacks.append(Checkpointing(writer, output.save_interval))
     return callbacks
 
 
@@ -217,20 +224,27 @@ def _samples(
 
 
 def _check_folders(run: RunConfig) -> None:
-    for folder, flag in ((run.output.save, "--save"), (run.output.log_dir, "--log-dir")):
-        if folder is not None:
-            require_writable_folder(folder, flag)
+    for path, flag in ((run.output.save, "--save"), (run.output.log_dir, "--log-dir")):
+        if path is not None:
+            require_writable_folder(path, flag)
+    if run.output.save is not None or run.output.load is not None:
+        require_supported_offload(run.deepspeed)
 
 
-def _find_checkpoint(run: RunConfig, identity: dict, say: Callable[[str], None]) -> tuple[Path, dict] | None:
+def _find_checkpoint(
+    run: RunConfig, identity: dict, layout: dict, say: Callable[[str], None]
+) -> tuple[Path, Manifest] | None:
     if run.output.load is None:
         return None
-    found = checkpoint.newest(run.output.load)
+    found = folder.newest(run.output.load)
     if found is None:
         say(f"--load {run.output.load}: no committed checkpoint there; starting fresh")
         return None
-    checkpoint.check_identity(*found, identity)
-    say(f"resuming from {found[0]} after step {found[1]['progress']['step']}")
+    path, manifest = found
+    sections.check_identity(path, manifest, identity)
+    changes = sections.layout_changes(manifest, layout)
+    step = manifest.sections["progress"]["step"]
+    say(f"resuming from {path} after step {step}" + (f" under another layout ({changes})" if changes else ""))
     return found
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from peer_scale.checkpoints.writer import CheckpointWriter
 from peer_scale.training.callbacks import Callback
-from peer_scale.training.checkpoint import CheckpointFolder
 
 if TYPE_CHECKING:
     from peer_scale.training.trainer import StepRecord, Trainer
@@ -14,19 +14,21 @@ if TYPE_CHECKING:
 class Checkpointing(Callback):
     """Saves every `interval` steps (None: never in between) and after the last one."""
 
-    def __init__(self, folder: CheckpointFolder, interval: int | None) -> None:
-        self._folder, self._interval = folder, interval
+    def __init__(self, writer: CheckpointWriter, interval: int | None) -> None:
+        self._writer, self._interval = writer, interval
         self._saved_step: int | None = None
 
     def on_step_end(self, trainer: Trainer, record: StepRecord) -> None:
+        self._writer.poll()
         if self._interval is not None and record.step % self._interval == 0:
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer) -> None:
         if trainer.progress.step != self._saved_step:
             self._save(trainer)
+        self._writer.close()
 
     def _save(self, trainer: Trainer) -> None:
         trainer.report(keep=0)  # what metrics.jsonl says must not lag behind the checkpoint
-        self._folder.save(trainer.engine, trainer.progress)
+        self._writer.save(trainer.progress)
         self._saved_step = trainer.progress.step

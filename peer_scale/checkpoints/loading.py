@@ -1,0 +1,30 @@
+"""Loading a checkpoint into a running engine, whatever layout saved it."""
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from peer_scale.checkpoints.manifest import Manifest
+from peer_scale.checkpoints.pieces import TensorReader, check_file
+from peer_scale.checkpoints.state import TrainingState
+from peer_scale.parallel.agreement import Agreement
+from peer_scale.training.progress import Progress
+
+
+def load_checkpoint(state: TrainingState, agreement: Agreement, folder: Path, manifest: Manifest) -> Progress:
+    """Put weights and optimizer state in place; gives how far the run had come.
+
+    The ranks share the files out among them and verify each checksum before anything is changed.
+
+    Raises:
+        UserError: on all ranks, where a file is damaged or a parameter is missing.
+    """
+    agreement.everyone(lambda: _check_files(folder, manifest))
+    agreement.everyone(lambda: state.fill(TensorReader(folder, manifest)))
+    state.publish()
+    return Progress(**manifest.sections["progress"])
+
+
+def _check_files(folder: Path, manifest: Manifest) -> None:
+    for name in sorted(manifest.files)[dist.get_rank() :: dist.get_world_size()]:
+        check_file(folder / name, manifest.files[name])

@@ -1,0 +1,160 @@
+"""What a checkpoint says of itself, and how its tensors lie in its files whatever layout wrote them.
+
+SAVE/step_00000100/peer_scale.json           the manifest, written last: what is described here
+SAVE/step_00000100/rank_00000.safetensors    what rank 0 keeps of the weights and of Adam's moments
+SAVE/step_00000100/tokenizer/                what turns text into the model's ids
+
+A tensor is cut twice. Tensor-parallel ranks have equal shards of it along one dimension (`Sharding`); ZeRO gives each
+data-parallel rank a flat range of a shard, a `Piece`. Names and shapes are those of the whole, unpadded tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import TypeAdapter, ValidationError
+
+from peer_scale.errors import UserError
+from peer_scale.storage import write_atomically
+
+FORMAT_VERSION = 2
+MANIFEST = "peer_scale.json"
+TOKENIZER = "tokenizer"
+
+WEIGHT, EXP_AVG, EXP_AVG_SQ = "weight", "exp_avg", "exp_avg_sq"
+KINDS = (WEIGHT, EXP_AVG, EXP_AVG_SQ)
+"""What is kept of each parameter, in fp32: the master weight and Adam's two moments."""
+
+VOCABULARY_PARAMETERS = ("embeddings.word.weight", "mlm_head.bias")
+"""Those with a row for each entry of the vocabulary, to which a model adds padding rows."""
+
+
+def key_of(kind: str, name: str) -> str:
+    """What a piece is called in its file."""
+    return f"{kind}/{name}"
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Equal shards of a tensor along `dim`; None: whoever has it has all of it.
+
+    `padding` rows at the end of dimension 0 make the shards equal. They are zero and never stored.
+    """
+
+    shape: tuple[int, ...]
+    dim: int | None = None
+    count: int = 1
+    padding: int = 0
+
+    @property
+    def shard_shape(self) -> tuple[int, ...]:
+        """Of one shard, with its padding."""
+        sizes = [self.shape[0] + self.padding, *self.shape[1:]]
+        if self.dim is not None:
+            sizes[self.dim] //= self.count
+        return tuple(sizes)
+
+    def stored(self, shard: int) -> int:
+        """How many numbers at the beginning of a shard are not padding."""
+        rows, *others = self.shard_shape
+        first = rows * shard if self.dim == 0 else 0
+        return max(min(rows, self.shape[0] - first), 0) * math.prod(others)
+
+
+class Piece(NamedTuple):
+    """A flat range of a shard and the file it is in."""
+
+    file: str
+    shard: int
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """A parameter by its logical shape, and the pieces that it is put together from."""
+
+    shape: tuple[int, ...]
+    shard_dim: int | None
+    shards: int
+    padding: int
+    pieces: tuple[Piece, ...]
+    dtype: str = "float32"
+
+    @property
+    def sharding(self) -> Sharding:
+        """How it was shared out by the ranks that wrote it."""
+        return Sharding(self.shape, self.shard_dim, self.shards, self.padding)
+
+    def gap(self) -> str | None:
+        """Where the pieces do not cover each number of each shard once; None where they do."""
+        for shard in range(self.shards):
+            position, length = 0, self.sharding.stored(shard)
+            for piece in sorted((p for p in self.pieces if p.shard == shard), key=lambda p: p.start):
+                if piece.start != position:
+                    return f"shard {shard}: {piece.file} goes on from {piece.start}, not from {position}"
+                position += piece.length
+            if position != length:
+                return f"shard {shard}: {position} of its {length} numbers are there"
+        return None
+
+
+class FileEntry(NamedTuple):
+    """Size and checksum of a file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All of a checkpoint but its numbers; `sections` is what is said of the run, ready for JSON."""
+
+    sections: dict[str, Any]
+    tensors: dict[str, TensorEntry]
+    files: dict[str, FileEntry]
+
+    def write(self, folder: Path) -> None:
+        """Write the manifest into `folder`, a line a section and a line a tensor."""
+        members = {"format_version": FORMAT_VERSION, **self.sections, "files": self.files}
+        lines = {key: json.dumps(value) for key, value in members.items()}
+        lines["tensors"] = _object({name: json.dumps(asdict(entry)) for name, entry in self.tensors.items()})
+        write_atomically(folder / MANIFEST, _object(lines).encode())
+
+
+def _object(members: Mapping[str, str]) -> str:
+    """A JSON object of members that are JSON already, one a line."""
+    return "{\n" + ",\n".join(f"{json.dumps(key)}: {value}" for key, value in members.items()) + "\n}"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest in `folder`.
+
+    Raises:
+        UserError: it cannot be read, is of another format, or its pieces leave a gap in a tensor.
+    """
+    path = folder / MANIFEST
+    try:
+        content = dict(json.loads(path.read_text(encoding="utf-8")))
+        version, tensors, files = (content.pop(key) for key in ("format_version", "tensors", "files"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a checkpoint's manifest: {type(error).__name__}: {error}") from None
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path}: format {version}; this version reads {FORMAT_VERSION}")
+    try:
+        tensors = TypeAdapter(dict[str, TensorEntry]).validate_python(tensors)
+        files = TypeAdapter(dict[str, FileEntry]).validate_python(files)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path}: not a checkpoint's manifest: {where}: {first['msg']}") from None
+    for name, entry in tensors.items():
+        gap = entry.gap()
+        if gap is not None:
+            raise UserError(f"{path}: {name} is not whole: {gap}")
+    return Manifest(content, tensors, files)

@@ -1,0 +1,183 @@
+"""Saving while training goes on: only the copy to host memory blocks.
+
+    save    all ranks copy their pieces into host buffers; a thread of each writes its file and syncs it
+    poll    after each later step, while a save is under way, the ranks ask each other whether all have written
+    finish  the first rank commits: manifest, rename, `latest`; at the latest before the next save and at the end
+
+Beside what it trains with, a rank holds one fp32 copy of what it saves, 12 bytes a parameter of its share, from the
+first save on; when not saving in the background, one tensor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from peer_scale.checkpoints.folder import CheckpointFolder
+from peer_scale.checkpoints.manifest import TOKENIZER, WEIGHT, FileEntry, Manifest, Piece, Sharding, TensorEntry
+from peer_scale.checkpoints.pieces import describe_file, write_tensors
+from peer_scale.checkpoints.state import OwnedPiece, TrainingState
+from peer_scale.corpus.wordpiece import WordPiece
+from peer_scale.errors import UserError
+from peer_scale.parallel.agreement import Agreement
+from peer_scale.training.progress import Progress
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What one rank has written, for the manifest."""
+
+    pieces: list[tuple[str, Sharding, Piece]]
+    files: dict[str, FileEntry]
+
+
+@dataclass(frozen=True)
+class _Pending:
+    step: int
+    sections: dict[str, Any]
+    written: Future[_Share]
+
+
+class CheckpointWriter:
+    """Saves a run's checkpoints; all ranks call the same methods in the same order.
+
+    Every method raises UserError, on all ranks, where any rank could not write; older checkpoints stay good.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        folder: CheckpointFolder,
+        state: TrainingState,
+        agreement: Agreement,
+        sections: dict[str, Any],
+        tokenizer: WordPiece,
+        *,
+        in_background: bool,
+    ) -> None:
+        self._path, self._folder, self._state, self._agreement = path, folder, state, agreement
+        self._sections, self._tokenizer = sections, tokenizer
+        self._host = _HostCopy() if in_background else None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: _Pending | None = None
+        self._rank = dist.get_rank()
+        agreement.first_rank(folder.remove_unfinished)
+
+    def save(self, progress: Progress) -> None:
+        """Begin to save the state of this moment; waits for an earlier save first."""
+        self.finish()
+        step = progress.step
+        aside = self._agreement.first_rank(lambda: self._try(lambda: self._folder.begin(step)))
+        sections = {"progress": dataclasses.asdict(progress), "optimizer": self._state.scalars(), **self._sections}
+        pieces = self._state.owned()
+        if self._host is not None:
+            written = self._thread.submit(self._write, aside, pieces, self._host.copy(pieces))
+            self._pending = _Pending(step, sections, written)
+        else:
+            written = _run_now(lambda: self._write(aside, pieces, (piece.read() for piece in pieces)))
+            self._pending = _Pending(step, sections, written)
+            self.finish()
+
+    def poll(self) -> None:
+        """Commit a save that all ranks have written; costs nothing where none is under way."""
+        if self._pending is not None and self._agreement.all(self._pending.written.done()):
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for a save that is under way and commit it."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        try:
+            share = self._agreement.everyone(lambda: self._try(pending.written.result))
+            shares = self._agreement.gather(share)
+            self._agreement.first_rank(lambda: self._try(lambda: self._commit(pending, shares)))
+        except UserError:
+            self._agreement.first_rank(lambda: self._folder.abandon(pending.step))
+            raise
+
+    def close(self) -> None:
+        """Finish, and wait until outdated checkpoints are deleted."""
+        self.finish()
+        self._thread.shutdown()
+
+    def _write(self, aside: Path, pieces: list[OwnedPiece], tensors: Iterable[Tensor]) -> _Share:
+        """Write this rank's file, and on the first rank the tokenizer."""
+        name = f"rank_{self._rank:05d}.safetensors"
+        files = {}
+        if pieces:
+            files[name] = write_tensors(aside / name, {piece.key: piece.length for piece in pieces}, tensors)
+        if self._rank == 0:
+            self._tokenizer.save(aside / TOKENIZER)
+            for path in sorted((aside / TOKENIZER).iterdir()):
+                files[f"{TOKENIZER}/{path.name}"] = describe_file(path)
+        fragments = [(piece.fragment, piece.length) for piece in pieces if piece.kind == WEIGHT]
+        return _Share([(f.name, f.sharding, Piece(name, f.shard, f.start, length)) for f, length in fragments], files)
+
+    def _commit(self, pending: _Pending, shares: list[_Share]) -> None:
+        manifest = Manifest(
+            pending.sections, _tensor_entries(shares), {name: f for share in shares for name, f in share.files.items()}
+        )
+        for outdated in self._folder.commit(pending.step, manifest):
+            self._thread.submit(shutil.rmtree, outdated, ignore_errors=True)
+
+    def _try(self, action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except OSError as error:
+            raise UserError(
+                f"--save {self._path}: the checkpoint could not be written ({error}); older ones stay good"
+            ) from None
+
+
+def _run_now(action: Callable[[], _Share]) -> Future[_Share]:
+    outcome: Future[_Share] = Future()
+    try:
+        outcome.set_result(action())
+    except OSError as error:
+        outcome.set_exception(error)
+    return outcome
+
+
+class _HostCopy:
+    """Buffers for what a rank saves, made at the first save (page-locked where there is a GPU) and used again."""
+
+    def __init__(self) -> None:
+        self._buffer: Tensor | None = None
+
+    def copy(self, pieces: list[OwnedPiece]) -> list[Tensor]:
+        """The numbers of this moment."""
+        lengths = [piece.length for piece in pieces]
+        if self._buffer is None:
+            self._buffer = torch.empty(sum(lengths), pin_memory=torch.cuda.is_available())
+        copies = list(self._buffer.split(lengths))
+        for piece, copy in zip(pieces, copies, strict=True):
+            copy.copy_(piece.read(), non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return copies
+
+
+def _tensor_entries(shares: list[_Share]) -> dict[str, TensorEntry]:
+    """What all ranks have written of each tensor; they must have written all of it, once."""
+    shardings: dict[str, Sharding] = {}
+    pieces: dict[str, list[Piece]] = {}
+    for name, sharding, piece in (item for share in shares for item in share.pieces):
+        assert shardings.setdefault(name, sharding) == sharding, f"ranks differ in the shape of {name}"
+        pieces.setdefault(name, []).append(piece)
+    entries = {}
+    for name, sharding in sorted(shardings.items()):
+        found = tuple(sorted(pieces[name], key=lambda piece: (piece.shard, piece.start)))
+        entries[name] = TensorEntry(sharding.shape, sharding.dim, sharding.count, sharding.padding, found)
+        gap = entries[name].gap()
+        assert gap is None, f"{name}: the ranks did not write it whole, or twice: {gap}"
+    return entries

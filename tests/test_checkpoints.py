@@ -1,0 +1,433 @@
+"""Checkpoints: cut and put together, kept or deleted, damaged, written while training goes on, killed while written."""
+
+import hashlib
+import importlib.util
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from peer_scale.checkpoints.folder import committed, newest
+from peer_scale.checkpoints.manifest import KINDS, FileEntry, Manifest, Piece, Sharding, TensorEntry, key_of
+from peer_scale.checkpoints.pieces import TensorReader, check_file, write_tensors
+from peer_scale.checkpoints.reshape import Cut
+from peer_scale.errors import UserError
+from rank_pool import free_port
+from runs import PROJECT, ds_config, read_metrics, train_in_pool
+
+TIMES = ("step_time_s", "data_wait_s", "tokens_per_second", "tflops_per_device", "mfu")
+
+
+def flags_for(folder, text_file, name, *more, stage=2, steps=4):
+    flags = [
+        *("--data-path", text_file, "--cache-dir", folder / "cache", "--deepspeed_config", ds_config(folder, stage)),
+        *("--model", "bert-tiny", "--num-layers", 1, "--train-iters", steps, "--global-batch-size", 4),
+        *("--micro-batch-size", 2, "--num-workers", 0, "--log-dir", folder / name, *more),
+    ]
+    return list(map(str, flags))
+
+
+def without_times(metrics):
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in metrics]
+
+
+# --- tensors cut and put together
+
+
+def random_tensors(cut, shapes, seed):
+    """Logical tensors, where they are cut and their pieces, by means of torch's own functions."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, (shape, dim) in shapes.items():
+        entry = TensorEntry(shape, dim, 1, 0, ())
+        sharding = cut.sharding(name, entry)
+        wholes = [torch.randn(shape, generator=generator) for _ in KINDS]
+        yield name, sharding, wholes, [shards_of(whole, sharding) for whole in wholes]
+
+
+def shards_of(whole, sharding):
+    padded = F.pad(whole, (0, 0) * (whole.ndim - 1) + (0, sharding.padding))
+    return [padded] if sharding.dim is None else list(padded.chunk(sharding.count, sharding.dim))
+
+
+SHAPES = {
+    "embeddings.word.weight": ((37, 6), 0),
+    "mlm_head.bias": ((37,), 0),
+    "column.weight": ((24, 5), 0),
+    "row.weight": ((7, 24), 1),
+    "norm.weight": ((9,), None),
+    "position.weight": ((5, 3), None),
+}
+
+
+@pytest.mark.parametrize("saved", [Cut(1, 1), Cut(2, 6), Cut(4, 4)])
+def test_any_slice_of_any_cut(saved, tmp_path):
+    tensors = {name: rest for name, *rest in random_tensors(saved, SHAPES, seed=saved.num_files)}
+    pieces = {name: saved.pieces(sharding) for name, (sharding, *_) in tensors.items()}
+    for file in {piece.file for found in pieces.values() for piece in found}:
+        content = {
+            key_of(kind, name): tensors[name][2][index][piece.shard].flatten()[piece.start :][: piece.length]
+            for name, found in pieces.items()
+            for piece in found
+            for index, kind in enumerate(KINDS)
+            if piece.file == file
+        }
+        entry = write_tensors(tmp_path / file, {key: len(part) for key, part in content.items()}, content.values())
+        assert entry == FileEntry(
+            (tmp_path / file).stat().st_size, hashlib.sha256((tmp_path / file).read_bytes()).hexdigest()
+        )
+        found = load_file(tmp_path / file)  # the library's own reader
+        assert found.keys() == content.keys()
+        assert all(torch.equal(found[key], content[key]) for key in content)
+    entries = {
+        name: TensorEntry(s.shape, s.dim, s.count, s.padding, tuple(pieces[name])) for name, (s, *_) in tensors.items()
+    }
+    assert all(entry.gap() is None for entry in entries.values())
+    reader = TensorReader(tmp_path, Manifest({}, entries, {}))
+    for name, (_, wholes, _) in tensors.items():
+        for kind, whole in zip(KINDS, wholes, strict=True):
+            assert torch.equal(reader.whole(name, kind), whole)
+    for wanted, (name, (_, wholes, _)) in itertools.product((Cut(1, 3), Cut(2, 2), Cut(4, 8)), tensors.items()):
+        target = wanted.sharding(name, entries[name])
+        for shard, expected in enumerate(shards_of(wholes[1], target)):
+            flat = expected.flatten()
+            for start, end in itertools.combinations(range(0, len(flat) + 1, 5), 2):
+                found = reader.flat(name, KINDS[1], target, shard, start, end - start)
+                assert torch.equal(found, flat[start:end]), (name, wanted, shard, start, end)
+
+
+def test_gaps_and_overlaps_are_told():
+    def gap(*pieces, count=1):
+        return TensorEntry((10,), 0, count, 0, tuple(Piece("f", *piece) for piece in pieces)).gap()
+
+    assert gap((0, 0, 4), (0, 4, 6)) is None
+    assert gap((0, 4, 6), (0, 0, 4)) is None
+    assert gap((0, 0, 5), (1, 0, 5), count=2) is None
+    assert gap((0, 0, 4), (0, 5, 5)) == "shard 0: f goes on from 5, not from 4"
+    assert gap((0, 0, 5), (0, 4, 6)) == "shard 0: f goes on from 4, not from 5"
+    assert gap((0, 0, 9)) == "shard 0: 9 of its 10 numbers are there"
+    assert gap((0, 0, 5), count=2) == "shard 1: 0 of its 5 numbers are there"
+
+
+def test_padding_is_not_stored():
+    sharding = Sharding((37, 6), 0, 4, 27)  # 16 rows a shard
+    assert [sharding.stored(shard) for shard in range(4)] == [16 * 6, 16 * 6, 5 * 6, 0]
+
+
+# --- the tool
+
+
+@pytest.fixture(scope="module")
+def saved(two_ranks, tmp_path_factory, text_file):
+    folder = tmp_path_factory.mktemp("saved")
+    two_ranks.run(train_in_pool, flags_for(folder, text_file, "log", "--save", folder / "save", stage=3))
+    return folder / "save" / "step_00000004"
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / saved.name)
+
+
+@pytest.fixture(scope="module")
+def main():
+    spec = importlib.util.spec_from_file_location("convert_checkpoint", PROJECT / "tools/convert_checkpoint.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.fixture
+def tool(main, capfd):
+    def run(*arguments):
+        code = main(list(map(str, arguments)))
+        captured = capfd.readouterr()
+        assert (code, bool(captured.err)) in ((0, False), (2, True))
+        if code:
+            assert captured.err.startswith("error: ")
+            assert captured.err.count("\n") == 1
+        return code, captured.err or captured.out
+
+    return run
+
+
+def test_inspect_shows_each_tensor_and_the_tie(saved, tool):
+    code, text = tool("inspect", "--load", saved.parent)
+    assert code == 0
+    tensors = json.loads((saved / "peer_scale.json").read_text())["tensors"]
+    lines = {line.split()[0]: line for line in text.splitlines() if line}
+    assert set(tensors) <= set(lines)
+    word = lines["embeddings.word.weight"]
+    assert "2000 x 128" in word and "1 along 0" in word and "float32" in word and "mlm_head" in word
+    assert "128 x 512" in lines["generator.layers.0.feed_forward.down.weight"]
+    assert "1 along 1" in lines["generator.layers.0.feed_forward.down.weight"]
+    assert "whole" in lines["embeddings.norm.weight"]
+    assert "zero_stage 3" in text and "step 4" in text
+
+
+def test_verify_names_what_is_damaged(copy, tool):
+    code, text = tool("verify", "--load", copy)
+    assert code == 0 and f"{len(list(copy.rglob('*.*'))) - 1} files" in text
+    shard = copy / "rank_00001.safetensors"
+    content = shard.read_bytes()
+
+    def refused(damaged):
+        shard.write_bytes(damaged)
+        code, text = tool("verify", "--load", copy)
+        assert code == 2 and str(shard) in text
+        return text
+
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 1
+    assert "is damaged" in refused(bytes(flipped))
+    assert f"is {len(content) - 1} bytes" in refused(content[:-1])
+    shard.unlink()
+    code, text = tool("verify", "--load", copy)
+    assert code == 2 and f"{shard}: is missing" in text
+    shard.write_bytes(content)
+    vocabulary = copy / "tokenizer" / "vocab.txt"
+    vocabulary.write_bytes(vocabulary.read_bytes().replace(b"a", b"b", 1))
+    code, text = tool("verify", "--load", copy)
+    assert code == 2 and "vocab.txt: is damaged" in text
+
+
+def test_a_manifest_that_leaves_a_gap_is_refused(copy, tool):
+    path = copy / "peer_scale.json"
+    manifest = json.loads(path.read_text())
+    manifest["tensors"]["mlm_head.bias"]["pieces"].pop()
+    path.write_text(json.dumps(manifest))
+    code, text = tool("verify", "--load", copy)
+    assert code == 2 and "mlm_head.bias is not whole: shard 0: 1000 of its 2000" in text
+    manifest["format_version"] = 1
+    path.write_text(json.dumps(manifest))
+    assert "format 1; this version reads 2" in tool("inspect", "--load", copy)[1]
+
+
+def test_reshape_gives_each_rank_a_file_and_comes_back_bit_for_bit(saved, tool, tmp_path):
+    four, one = tmp_path / "four", tmp_path / "one"
+    cut = ("--tensor-model-parallel-size", 2, "--num-files", 4)
+    code, text = tool("reshape", "--load", saved, "--output", four, *cut)
+    assert code == 0 and "bit for bit" in text
+    files = {f"rank_{rank:05d}.safetensors": load_file(four / f"rank_{rank:05d}.safetensors") for rank in range(4)}
+    assert {path.name for path in four.iterdir()} == {*files, "peer_scale.json", "tokenizer"}
+    down = "generator.layers.0.feed_forward.down.weight"
+    ours = torch.cat([load_file(saved / f"rank_{r:05d}.safetensors")[f"exp_avg/{down}"] for r in range(2)])
+    halves = ours.view(128, 512).chunk(2, dim=1)
+    for rank, content in enumerate(files.values()):
+        expected = halves[rank % 2].flatten().chunk(2)[rank // 2]
+        assert torch.equal(content[f"exp_avg/{down}"], expected)
+        assert ("weight/embeddings.norm.weight" in content) == (rank % 2 == 0)
+
+    assert tool("reshape", "--load", four, "--output", one)[0] == 0
+    whole = load_file(one / "rank_00000.safetensors")
+    parts = [load_file(saved / f"rank_{rank:05d}.safetensors") for rank in range(2)]
+    assert all(torch.equal(whole[key], torch.cat([p[key] for p in parts if key in p])) for key in whole)
+    assert set(whole) == {key for part in parts for key in part}
+
+
+def test_what_reshape_refuses(saved, copy, tool, tmp_path):
+    def refused(*arguments, load=saved):
+        code, text = tool("reshape", "--load", load, "--output", tmp_path / "out", *arguments)
+        assert code == 2 and not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+        return text
+
+    assert "--num-files 3 is not a multiple" in refused("--tensor-model-parallel-size", 2, "--num-files", 3)
+    assert "does not divide dimension" in refused("--tensor-model-parallel-size", 5)
+    shard = copy / "rank_00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-4] + b"abcd")
+    assert f"{shard}: is damaged" in refused(load=copy)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    code, text = tool("reshape", "--load", saved, "--output", tmp_path / "out")
+    assert code == 2 and "is not an empty folder" in text and (tmp_path / "out" / "mine").exists()
+
+
+# --- the trainer
+
+
+def train_to_refusal(flags):
+    try:
+        train_in_pool(flags)
+    except UserError as error:
+        return str(error)
+
+
+def test_the_trainer_names_what_is_damaged_on_all_ranks(two_ranks, copy, text_file, tmp_path):
+    flags = flags_for(tmp_path, text_file, "log", "--load", copy, steps=6)
+    shard = copy / "rank_00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 128
+    shard.write_bytes(content)
+    messages = two_ranks.run(train_to_refusal, flags)
+    assert messages[0] == messages[1] and f"{shard}: is damaged" in messages[0]
+    shard.unlink()
+    assert f"{shard}: is missing" in two_ranks.run(train_to_refusal, flags)[1]
+
+
+def test_the_newest_and_every_so_many_are_kept(one_rank, text_file, tmp_path):
+    save = tmp_path / "save"
+    (save / ".removing_step_00000001").mkdir(parents=True)
+    keep = ("--save", save, "--save-interval", 1, "--keep-last", 2, "--keep-every", 3, "--micro-batch-size", 4)
+    one_rank.run(train_in_pool, flags_for(tmp_path, text_file, "log", *keep, steps=8))
+    assert [folder.name for folder in committed(save)] == [f"step_{step:08d}" for step in (3, 6, 7, 8)]
+    assert sorted(path.name for path in save.iterdir())[:1] == ["latest"]
+    assert (save / "latest").read_text() == "step_00000008"
+
+
+def train_beside_a_slow_disk(flags, log_dir, steps):
+    """The write begins when training has gone on for some steps."""
+    from peer_scale.checkpoints import writer
+
+    def slow(*args):
+        deadline = time.monotonic() + 60
+        while len(read_metrics(log_dir)) < steps:
+            if time.monotonic() > deadline:
+                raise OSError("training does not go on")
+            time.sleep(0.02)
+        return write_tensors(*args)
+
+    writer.write_tensors = slow
+    try:
+        return train_in_pool(flags)
+    finally:
+        writer.write_tensors = write_tensors
+
+
+def test_training_goes_on_while_the_state_of_one_moment_is_written(two_ranks, text_file, tmp_path):
+    def flags(name, *more):
+        save = ("--save", tmp_path / name, "--save-interval", 2, "--keep-last", 9)
+        return flags_for(tmp_path, text_file, f"{name}-log", *save, *more, steps=8)
+
+    # step 2's save is written after step 3 has been reported, step 4's save waits for it, and so on
+    behind = two_ranks.run(train_beside_a_slow_disk, flags("behind"), str(tmp_path / "behind-log"), 3)[0]
+    at_once = two_ranks.run(train_in_pool, flags("at-once", "--no-async-save"))[0]
+    assert without_times(behind) == without_times(at_once)
+    for step in (2, 4, 6, 8):
+        found = [newest(tmp_path / name / f"step_{step:08d}")[1] for name in ("behind", "at-once")]
+        assert found[0].files == found[1].files
+        assert found[0].sections == found[1].sections
+    digests = [newest(tmp_path / "behind" / f"step_{step:08d}")[1].files["rank_00000.safetensors"] for step in (2, 4)]
+    assert digests[0] != digests[1]
+
+
+# --- killed
+
+
+def rank_of_run(rank, ranks, port, log, flags):
+    """The body of a process that is there to be killed."""
+    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    sys.stdout.reconfigure(line_buffering=True)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_SIZE=str(ranks))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    train_in_pool(flags)
+    torch.distributed.destroy_process_group()
+
+
+class KilledRuns:
+    """Two ranks, forked from a server that has imported everything: starting them takes a second or two."""
+
+    def __init__(self, folder):
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["peer_scale.training.job", "test_checkpoints"])
+        self._log = folder / "ranks.log"
+
+    def start(self, flags):
+        self._log.write_text("")
+        port = free_port()
+        processes = [
+            self._context.Process(target=rank_of_run, args=(rank, 2, port, str(self._log), flags)) for rank in range(2)
+        ]
+        for process in processes:
+            process.start()
+        return processes
+
+    @property
+    def log(self):
+        return self._log.read_text()
+
+
+def kill_while_saving(processes, save, steps_away, rng, runs):
+    """SIGKILL one rank, and a little later the other, at some moment between a save's first trace and its last."""
+
+    def wait_until(condition):
+        deadline = time.monotonic() + 90
+        while not condition():
+            assert all(process.is_alive() for process in processes), runs.log
+            assert time.monotonic() < deadline, runs.log
+            time.sleep(0.001)
+
+    first = newest_step(save)
+    wait_until(lambda: "step " in runs.log and not steps_begun(save))  # the start removes what is left over
+    wait_until(lambda: any(step > first + steps_away for step in steps_begun(save)))
+    time.sleep(rng.uniform(0, 0.06))
+    for process in rng.sample(processes, 2):
+        process.kill()  # unless the other's end was its own
+        time.sleep(rng.choice((0, 0.05)))
+    for process in processes:
+        process.join()
+
+
+def newest_step(save):
+    return max((int(folder.name[-8:]) for folder in committed(save)), default=0)
+
+
+def steps_begun(save):
+    return [int(path.name[-8:]) for path in save.glob(".writing_step_*")] if save.exists() else []
+
+
+@pytest.mark.parametrize("kills", [10, pytest.param(50, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_of_saving_it_loads_at_the_last_committed_step(kills, two_ranks, text_file, tmp_path):
+    rng = random.Random(kills)
+    steps = 4 * kills + 4
+    save = tmp_path / "save"
+
+    def flags(name, *more):
+        return flags_for(tmp_path, text_file, name, *more, "--model", "bert-tiny", steps=steps)
+
+    whole = two_ranks.run(train_in_pool, flags("whole"))[0]
+    saving = flags("cut", "--save", save, "--load", save, "--save-interval", 1, "--keep-last", 2)
+    runs = KilledRuns(tmp_path)
+    unfinished = 0
+    for _ in range(kills):
+        processes = runs.start(saving)
+        before = newest_step(save)
+        kill_while_saving(processes, save, rng.randrange(3), rng, runs)
+        if before:
+            assert f"after step {before}" in runs.log
+        unfinished += bool(steps_begun(save))
+        assert_loads(save)
+    processes = runs.start(saving)
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0, runs.log
+    assert unfinished >= kills // 4, "the kills came too late to test anything"
+    assert without_times(read_metrics(tmp_path / "cut")) == without_times(whole)
+    assert sorted(path.name for path in save.iterdir()) == [
+        "latest",
+        *(f"step_{step:08d}" for step in (steps - 1, steps)),
+    ]
+
+
+def assert_loads(save: Path):
+    found = newest(save)
+    if found is None:
+        assert not (save / "latest").exists()
+        return
+    folder, manifest = found
+    for name, entry in manifest.files.items():
+        check_file(folder / name, entry)
+    names = [path.name for path in committed(save)]
+    assert not (save / "latest").exists() or (save / "latest").read_text() in names
