@@ -30,7 +30,7 @@ OTHERS = {  # with other precisions and blocks of the ds_config
     "bf16-zero1": (2, 1, ("--bf16", "--micro-batch-size", "2"), {}),  # an optimizer of its own in DeepSpeed
     "bf16-zero3-offload": (2, 3, ("--bf16", "--activation-checkpointing", "--micro-batch-size", "4"), OFFLOAD),
     "fp32-zero2-offload": (2, 2, ("--fp32", "--micro-batch-size", "4"), OFFLOAD),
-    "fp16-zero2": (2, 2, ("--fp16", "--micro-batch-size", "4"), SCALER),
+    "fp16-zero2": (2, 2, ("--fp16", "--micro-batch-size", "4", "--model", "bert-tiny", "--num-layers", "1"), SCALER),
 }
 TIMES = ("step_time_s", "data_wait_s", "tokens_per_second", "tflops_per_device", "mfu")
 PAIRS = list(itertools.permutations(LAYOUTS, 2))

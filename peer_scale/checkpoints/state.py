@@ -91,6 +91,7 @@ class TrainingState:
 
     def scalars(self) -> dict[str, Any]:
         """Adam's count of updates, the steps that fp16 skipped, and the loss scaler's state (None: it has none)."""
+        self._store.create_missing()
         updates = {float(self._engine.optimizer.state[master]["step"]) for master in self._store.masters()}
         assert len(updates) == 1, f"Adam has counted {updates} updates"
         scaler = self._dynamic_scaler()

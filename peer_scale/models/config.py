@@ -1,5 +1,7 @@
 """What a model is: the sizes of its networks and of what they share."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 from peer_scale.errors import UserError
@@ -70,3 +72,26 @@ class ModelConfig:
             ours, theirs = getattr(self.generator, name), getattr(self.ranker, name)
             if ours != theirs:
                 raise UserError(f"shared layers need one {name}, but the generator has {ours} and the ranker {theirs}")
+
+
+@dataclass(frozen=True)
+class ModelPart:
+    """What of the model a rank has: ranges of layers (the networks' own ones count from 0), and which ends."""
+
+    shared_layers: range
+    generator_layers: range
+    ranker_layers: range
+    has_embeddings: bool = True
+    has_mlm_head: bool = True
+    has_ranking_head: bool = True
+
+    @staticmethod
+    def whole(config: ModelConfig) -> ModelPart:
+        """All of it: without pipeline parallelism."""
+        own_ranker_layers = 0 if config.ranker is None else config.ranker.num_layers - config.num_shared_layers
+        return ModelPart(
+            range(config.num_shared_layers),
+            range(config.generator.num_layers - config.num_shared_layers),
+            range(own_ranker_layers),
+            has_ranking_head=config.ranker is not None,
+        )

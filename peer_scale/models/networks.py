@@ -3,39 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from peer_scale.models.config import EncoderShape, ModelConfig
+from peer_scale.models.config import EncoderShape, ModelConfig, ModelPart
 from peer_scale.models.heads import MaskedLMHead, RankingHead
 from peer_scale.models.layers import Embeddings, TransformerLayer
 from peer_scale.parallel.sequence import join_sequence, split_sequence
 from peer_scale.parallel.topology import Topology
-
-
-@dataclass(frozen=True)
-class ModelPart:
-    """What of the model a rank has: ranges of layers (the networks' own ones count from 0), and which ends."""
-
-    shared_layers: range
-    generator_layers: range
-    ranker_layers: range
-    has_embeddings: bool = True
-    has_mlm_head: bool = True
-    has_ranking_head: bool = True
-
-    @staticmethod
-    def whole(config: ModelConfig) -> ModelPart:
-        """All of it: without pipeline parallelism."""
-        own_ranker_layers = 0 if config.ranker is None else config.ranker.num_layers - config.num_shared_layers
-        return ModelPart(
-            range(config.num_shared_layers),
-            range(config.generator.num_layers - config.num_shared_layers),
-            range(own_ranker_layers),
-            has_ranking_head=config.ranker is not None,
-        )
 
 
 class Network(nn.Module):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from peer_scale.corpus.examples import Batch
-from peer_scale.models.config import ModelConfig
-from peer_scale.models.networks import ModelPart, PretrainingModel, select
+from peer_scale.models.config import ModelConfig, ModelPart
+from peer_scale.models.networks import PretrainingModel, select
 from peer_scale.objectives.config import ObjectiveConfig
 from peer_scale.objectives.statistics import StatisticsLayout, masked_lm_statistics, ranking_statistics
 from peer_scale.objectives.tqr import rank_labels, token_losses

@@ -17,22 +17,15 @@ from peer_scale.flops import (
     projection_matmul_flops,
     score_head_matmul_flops,
 )
-from peer_scale.models.config import EncoderShape, ModelConfig
+from peer_scale.models.config import EncoderShape, ModelConfig, ModelPart
 from peer_scale.pipeline.costs import Costs, PassCosts
 from peer_scale.pipeline.instructions import Network
 from peer_scale.pipeline.splits import Load, Share, Split, best_splits
 
 
 @dataclass(frozen=True)
-class Stage:
-    """What one stage holds: ranges of indices into the model's shared, generator's own and ranker's own layers."""
-
-    shared_layers: range
-    generator_layers: range
-    ranker_layers: range
-    has_embeddings: bool
-    has_mlm_head: bool
-    has_ranking_head: bool
+class Stage(ModelPart):
+    """What one stage holds of the model."""
 
     def num_layers(self, network: Network) -> int:
         """Layers that the network's pass runs through here."""

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from peer_scale.corpus.examples import Batch
 from peer_scale.models.config import ModelConfig
-from peer_scale.models.networks import ModelPart, select
+from peer_scale.models.networks import select
 from peer_scale.objectives.config import ObjectiveConfig
 from peer_scale.objectives.tasks import GlobalCounts, PretrainingTask, corrupt
 from peer_scale.parallel.sequence import join_sequence
@@ -25,20 +25,7 @@ class StageTask(PretrainingTask):
         self, config: ModelConfig, objective: ObjectiveConfig, topology: Topology, placement: Placement
     ) -> None:
         stage = topology.rank("pp")
-        part = placement.stages[stage]
-        super().__init__(
-            config,
-            objective,
-            topology,
-            ModelPart(
-                part.shared_layers,
-                part.generator_layers,
-                part.ranker_layers,
-                part.has_embeddings,
-                part.has_mlm_head,
-                part.has_ranking_head,
-            ),
-        )
+        super().__init__(config, objective, topology, placement.stages[stage])
         self._ends = {network: stage == placement.path(network)[-1] for network in placement.networks}
         self._topology = topology
 
