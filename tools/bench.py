@@ -185,14 +185,46 @@ class TransformersPair(nn.Module):
 def transformers_step(setting: Setting, autocast: bool) -> Action:
     """A plain torch loop around transformers' models: fp32, or bf16 autocast."""
     pair = TransformersPair(setting.run).to(setting.topology.device).train()
-    optimizer = build_optimizer(pair, setting.run.training)
+    return plain_step(setting, pair, lambda: pair(setting.batch), autocast)
+
+
+class MissingPeer(RuntimeError):
+    """A peer that is not installed; the message says how to get it."""
+
+
+class LogitsOnly(nn.Module):
+    """A model of transformers as electra-pytorch wants it: ids in, logits out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.model(input_ids=ids).logits
+
+
+def electra_pytorch_step(setting: Setting, autocast: bool) -> Action:
+    """electra-pytorch's wrapper, which masks, samples and weighs the losses, around the same models."""
+    try:
+        from electra_pytorch import Electra
+    except ImportError:
+        raise MissingPeer("pip install --no-deps electra-pytorch") from None
+    pair = TransformersPair(setting.run)
+    wrapper = Electra(LogitsOnly(pair.generator), LogitsOnly(pair.discriminator), mask_token_id=4, pad_token_id=0)
+    wrapper.to(setting.topology.device).train()
+    return plain_step(setting, wrapper, lambda: wrapper(setting.batch.input_ids).loss, autocast)
+
+
+def plain_step(setting: Setting, module: nn.Module, forward: Callable[[], Tensor], autocast: bool) -> Action:
+    """Forward, backward, clipping and AdamW of a peer's module."""
+    optimizer = build_optimizer(module, setting.run.training)
     device = setting.topology.device.type
 
     def step() -> None:
         with torch.autocast(device, torch.bfloat16) if autocast else contextlib.nullcontext():
-            loss = pair(setting.batch)
+            loss = forward()
         loss.backward()
-        nn.utils.clip_grad_norm_(pair.parameters(), setting.run.training.clip_grad)
+        nn.utils.clip_grad_norm_(module.parameters(), setting.run.training.clip_grad)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -280,6 +312,8 @@ def kernel_pair(setting: Setting, name: str) -> tuple[Action, Action]:
 ROWS: dict[str, tuple[str, bool]] = {  # name: the peer, and whether it is a whole training step
     "step-transformers-fp32": ("transformers, tied and shared, fp32", True),
     "step-transformers-bf16": ("transformers, tied and shared, bf16 autocast", True),
+    "step-electra-pytorch-fp32": ("electra-pytorch around them, fp32", True),
+    "step-electra-pytorch-bf16": ("electra-pytorch around them, bf16 autocast", True),
     "step-plain-loop": ("our model without DeepSpeed", True),
     "step-matrix-products": ("the bare matrix products", True),
     "head-forward": ("the bare product of the logits", False),
@@ -298,10 +332,13 @@ def build_row(name: str, setting: Setting) -> tuple[Action, Action]:
     peers: dict[str, Callable[[], Action]] = {
         "step-transformers-fp32": lambda: transformers_step(setting, autocast=False),
         "step-transformers-bf16": lambda: transformers_step(setting, autocast=True),
+        "step-electra-pytorch-fp32": lambda: electra_pytorch_step(setting, autocast=False),
+        "step-electra-pytorch-bf16": lambda: electra_pytorch_step(setting, autocast=True),
         "step-plain-loop": lambda: plain_loop(setting),
         "step-matrix-products": lambda: matrix_products(setting),
     }
-    return our_step(setting), peers[name]()
+    peer = peers[name]()
+    return our_step(setting), peer
 
 
 def alternate(ours: Action, peer: Action, repeats: int, device: torch.device) -> Iterator[tuple[float, float]]:
@@ -356,7 +393,12 @@ def main() -> None:
     if args.profile:
         profile_step(setting)
         return
-    results = [measure(row, setting, args.repeats) for row in args.rows]
+    results = []
+    for row in args.rows:
+        try:
+            results.append(measure(row, setting, args.repeats))
+        except MissingPeer as missing:
+            print(f"{row:<26} left out: its peer is not installed ({missing})")
     memory = (
         torch.cuda.max_memory_allocated()
         if device.type == "cuda"
@@ -373,7 +415,7 @@ def measure(row: str, setting: Setting, repeats: int) -> Result:
     ours, peer = build_row(row, setting)
     result = summarise(row, list(alternate(ours, peer, repeats, device)))
     line = (
-        f"{row:<24} ours {result.ours_ms:9.1f} ms  peer {result.peer_ms:9.1f} ms  ratio {result.ratio:5.2f} "
+        f"{row:<26} ours {result.ours_ms:9.1f} ms  peer {result.peer_ms:9.1f} ms  ratio {result.ratio:5.2f} "
         f"({result.quartiles[0]:.2f}-{result.quartiles[1]:.2f})  {result.peer}"
     )
     if ROWS[row][1]:
