@@ -53,28 +53,30 @@ def assert_same(found, reference):
         assert labels == expected_labels, f"step {step}"
 
 
-ROWS = [
-    (1, 1, "4", "peer-tiny"),
-    (1, 2, "8", "peer-tiny"),
-    (1, 2, "4", "peer-tiny"),
-    (1, 3, "8", "peer-tiny"),
-    (1, 3, "2", "peer-tiny"),
-    (2, 1, "4", "peer-tiny"),
-    (2, 2, "4", "peer-tiny"),
-    (2, 3, "4", "peer-tiny"),
-    (2, 1, "2", "peer-tiny"),
-    (2, 2, "2", "peer-tiny"),
-    (2, 3, "1", "peer-tiny"),
-    (2, 2, "2", "electra-tiny"),
-    (2, 3, "4", "electra-tiny"),
-    (2, 2, "2", "bert-tiny"),
-    (2, 3, "4", "bert-tiny"),
-]
-
-
 def slow(*rows):
     """Rows that only `pytest -m slow` runs: the grid is wider than ten minutes."""
     return [pytest.param(*row, marks=pytest.mark.slow) for row in rows]
+
+
+ROWS = [  # ranks, ZeRO stage, micro-batch, model
+    (1, 2, "4", "peer-tiny"),
+    (1, 3, "2", "peer-tiny"),
+    (2, 1, "4", "peer-tiny"),
+    (2, 2, "2", "peer-tiny"),
+    (2, 3, "4", "peer-tiny"),
+    (2, 2, "2", "electra-tiny"),
+    (2, 3, "4", "bert-tiny"),
+    *slow(
+        (1, 1, "4", "peer-tiny"),
+        (1, 2, "8", "peer-tiny"),
+        (1, 3, "8", "peer-tiny"),
+        (2, 2, "4", "peer-tiny"),
+        (2, 1, "2", "peer-tiny"),
+        (2, 3, "1", "peer-tiny"),
+        (2, 3, "4", "electra-tiny"),
+        (2, 2, "2", "bert-tiny"),
+    ),
+]
 
 
 @pytest.fixture
