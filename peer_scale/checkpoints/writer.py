@@ -11,7 +11,10 @@ first save on; when not saving in the background, one tensor.
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
+import sys
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -67,7 +70,7 @@ class CheckpointWriter:
         self._path, self._folder, self._state, self._agreement = path, folder, state, agreement
         self._sections, self._tokenizer = sections, tokenizer
         self._host = _HostCopy() if in_background else None
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=_yield_to_training)
         self._pending: _Pending | None = None
         self._rank = dist.get_rank()
         agreement.first_rank(folder.remove_unfinished)
@@ -137,6 +140,12 @@ class CheckpointWriter:
             raise UserError(
                 f"--save {self._path}: the checkpoint could not be written ({error}); older ones stay good"
             ) from None
+
+
+def _yield_to_training() -> None:
+    """Let the thread have what training on the same cores leaves over (Linux has a priority for each thread)."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 def _run_now(action: Callable[[], _Share]) -> Future[_Share]:
