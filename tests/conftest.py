@@ -79,3 +79,9 @@ def two_ranks():
 def four_ranks():
     with RankPool(4) as pool:
         yield pool
+
+
+@pytest.fixture(scope="module")
+def eight_ranks():
+    with RankPool(8) as pool:
+        yield pool

@@ -100,6 +100,7 @@ def test_validation_is_that_of_one_rank(one_rank, two_ranks, tmp_path, text_file
     assert "validation_tqr_loss" in whole[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_fp16_overflow_skips_the_step_on_every_stage(stage, one_rank, two_ranks, tmp_path, text_file):
     fp16 = {"enabled": True, "initial_scale_power": 18, "hysteresis": 1, "loss_scale_window": 1000}
@@ -128,7 +129,7 @@ def test_more_stages_than_work_are_refused():
         plan_pipeline(resolve(args, 1))
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_rank_ends_the_job(victim, tmp_path, text_file):
     flags = flags_for(tmp_path, text_file, "--train-iters", 100_000, "--fp32", "--pipeline-model-parallel-size", 2)
     command = [sys.executable, *torchrun(2), str(PROJECT / "peer_scale/pretrain.py"), *SMALL, *flags]

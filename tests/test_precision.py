@@ -17,7 +17,7 @@ def mean_loss(metrics, last=20):
     return sum(line["loss"] for line in metrics[-last:]) / last
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_bf16_trains_under_every_stage(stage, two_ranks, tmp_path, text_file):
     losses = {}
     for precision in ("fp32", "bf16"):
@@ -30,6 +30,7 @@ def test_bf16_trains_under_every_stage(stage, two_ranks, tmp_path, text_file):
         assert half["loss"] == pytest.approx(single["loss"], rel=0.02)
 
 
+@pytest.mark.slow
 def test_bf16_stays_within_2_percent_of_fp32_after_200_steps(one_rank, tmp_path, text_file):
     means = {}
     for precision in ("fp32", "bf16"):
@@ -54,6 +55,7 @@ def train_in_fp16(flags):
         accelerator.is_fp16_supported = refusal
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_fp16_lowers_its_scale_until_steps_are_taken(stage, two_ranks, tmp_path, text_file):
     fp16 = {"enabled": True, "initial_scale_power": 14, "hysteresis": 1, "loss_scale_window": 1000}

@@ -46,7 +46,7 @@ def without_times(metrics):
     return [{key: value for key, value in line.items() if key not in TIMES} for line in metrics]
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(stage, two_ranks, tmp_path, text_file):
     whole = two_ranks.run(train_in_pool, list(map(str, flags_for(tmp_path, text_file, stage, "whole"))))[0]
 

@@ -30,7 +30,7 @@ T = TypeVar("T")
 def resolve(args: argparse.Namespace, data_parallel: int, environ: Mapping[str, str] = os.environ) -> RunConfig:
     """The whole run, checked; raises UserError for whatever does not hold together."""
     ds_config = read_ds_config(args.deepspeed_config)
-    preset = _with_yaml(find_preset(args.model), args.config)
+    preset = with_yaml(find_preset(args.model), args.config)
     flags = {key: value for key, value in vars(args).items() if value is not None}
     objective = _objective(preset.objective, flags)
     training = _training(preset.training, flags, ds_config, data_parallel)
@@ -57,7 +57,8 @@ def _override(config: T, values: Mapping[str, Any]) -> T:
     return replace(config, **chosen)  # type: ignore[type-var]
 
 
-def _with_yaml(preset: Preset, path: Path | None) -> Preset:
+def with_yaml(preset: Preset, path: Path | None) -> Preset:
+    """The preset with what the file changes of its model, objective and training; UserError for what is not known."""
     if path is None:
         return preset
     try:

@@ -1,0 +1,269 @@
+"""One layout's memory, traffic and time, and the search through all layouts."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from peer_scale.errors import UserError
+from peer_scale.flops import actual_train_flops
+from peer_scale.pipeline.costs import Costs, PassCosts
+from peer_scale.pipeline.executor import num_backward_calls
+from peer_scale.pipeline.instructions import Network
+from peer_scale.pipeline.placement import Placement
+from peer_scale.pipeline.schedule import Schedule, build_schedule
+from peer_scale.pipeline.search import choose_placement
+from peer_scale.pipeline.simulator import simulate
+from peer_scale.planning import memory, traffic
+from peer_scale.planning.inventory import Inventory, take_inventory
+from peer_scale.planning.layout import Cluster, Layout, Workload, check_layout
+
+_NANOSECONDS = 1e9
+_LAYER_KERNELS = 15  # started for a layer's forward; backward takes about twice as many
+_LIVE_PARAMETERS = 10**9  # DeepSpeed's stage3_max_live_parameters
+_MOST_STAGES = 16  # of the search
+_BUCKETS = 2 * 4 * (1 << 20)  # ZeRO's bucket of at least so many numbers, and its copy
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes on a rank of one stage."""
+
+    state: memory.State
+    activations: int
+    head: int
+    working: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.state.total + self.activations + self.head + self.working
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a layout takes. Times are seconds a step; `bubble` is the idle share of the busiest stage."""
+
+    layout: Layout
+    placement: Placement
+    num_micro_batches: int
+    stages: tuple[StageMemory, ...]
+    traffic: traffic.Traffic
+    compute_time: float
+    tensor_time: float
+    zero_time: float
+    step_time: float
+    bubble: float
+    mfu: float
+    tokens_per_second: float
+    days: float
+    fits: bool
+
+    @property
+    def peak_memory(self) -> int:
+        """Of the fullest stage."""
+        return max(stage.total for stage in self.stages)
+
+    @property
+    def fullest_stage(self) -> int:
+        """The one that needs the most memory."""
+        return max(range(len(self.stages)), key=lambda index: self.stages[index].total)
+
+
+def make_plan(workload: Workload, cluster: Cluster, layout: Layout) -> Plan:
+    """Everything about one layout.
+
+    Raises:
+        UserError: the model, the sequence or the batch cannot be cut so.
+    """
+    check_layout(layout, workload)
+    num_micro = layout.num_micro_batches(workload.global_batch_size)
+    placement = _placement(workload, layout.pipeline_parallel, layout.activation_checkpointing)
+    few = min(num_micro, 4 * layout.pipeline_parallel)
+    schedule = build_schedule("two_pass", placement, few)
+    key = (workload, cluster, replace(layout, zero_stage=1), schedule)
+    makespan, busiest, bubble_time, activations = _simulated(*key)
+    # the middle of a long step repeats itself
+    pipeline_time = makespan + (num_micro - few) * busiest
+    inventories = _inventories(workload, placement, layout.tensor_parallel)
+    calls = num_micro if layout.pipeline_parallel == 1 else num_backward_calls(schedule.stages[0]) * num_micro // few
+    stages = tuple(
+        _stage_memory(workload, layout, inventory, held, is_first=stage == 0)
+        for stage, (inventory, held) in enumerate(zip(inventories, activations, strict=True))
+    )
+    sent = max(
+        (
+            _traffic(workload, layout, placement, stage, inventories[stage], calls, num_micro)
+            for stage in range(len(stages))
+        ),
+        key=lambda one: one.total,
+    )
+    stride = layout.tensor_parallel
+    exchanged = (sent.gradients + sent.parameters) / cluster.bandwidth(layout.data_parallel, stride)
+    zero_time = exchanged * (1 - cluster.overlap)
+    step_time = pipeline_time + zero_time
+    flops = actual_train_flops(
+        workload.model,
+        seq_length=workload.seq_length,
+        num_predictions=workload.num_predictions,
+        samples=workload.global_batch_size,
+    )
+    ranks = layout.data_parallel * layout.tensor_parallel * layout.pipeline_parallel
+    tokens_per_second = workload.global_batch_size * workload.seq_length / step_time
+    tensor_bandwidth = cluster.bandwidth(layout.tensor_parallel, 1)
+    return Plan(
+        layout=layout,
+        placement=placement,
+        num_micro_batches=num_micro,
+        stages=stages,
+        traffic=sent,
+        compute_time=num_micro * busiest - sent.tensor / tensor_bandwidth,
+        tensor_time=sent.tensor / tensor_bandwidth,
+        zero_time=zero_time,
+        step_time=step_time,
+        bubble=bubble_time / pipeline_time,
+        mfu=flops / (step_time * ranks * cluster.peak_flops),
+        tokens_per_second=tokens_per_second,
+        days=workload.tokens / tokens_per_second / 86400,
+        fits=max(stage.total for stage in stages) + cluster.reserved <= cluster.memory,
+    )
+
+
+def search_plans(workload: Workload, cluster: Cluster) -> list[Plan]:
+    """All layouts that the model, the batch and the nodes allow: those that fit first, the fastest of them first.
+
+    Tensor parallelism stays within a node. ZeRO stages that are as fast are ordered by memory.
+    """
+    plans = []
+    for layout in _layouts(workload, cluster):
+        try:
+            plans.append(make_plan(workload, cluster, layout))
+        except UserError:
+            continue  # a cut that this model or batch does not allow
+    if not plans:
+        raise UserError(
+            f"no layout of {cluster.num_ranks} ranks allows --global-batch-size {workload.global_batch_size}: give a "
+            "multiple of the data-parallel size"
+        )
+    return sorted(plans, key=lambda plan: (not plan.fits, round(plan.step_time, 6), plan.peak_memory))
+
+
+def _layouts(workload: Workload, cluster: Cluster) -> Iterator[Layout]:
+    tensor_sizes = [size for size in _powers(cluster.gpus_per_node) if cluster.gpus_per_node % size == 0]
+    for tensor, pipeline in itertools.product(tensor_sizes, _powers(_MOST_STAGES)):
+        if cluster.num_ranks % (tensor * pipeline):
+            continue
+        data = cluster.num_ranks // (tensor * pipeline)
+        if workload.global_batch_size % data:
+            continue
+        sizes = [size for size in _powers(64) if workload.global_batch_size % (data * size) == 0]
+        for micro, stage, again in itertools.product(sizes, (1, 2, 3), (False, True)):
+            yield Layout(data, tensor, pipeline, stage, micro, tensor > 1, again)
+
+
+def _powers(limit: int) -> list[int]:
+    return [2**exponent for exponent in range(limit.bit_length()) if 2**exponent <= limit]
+
+
+@lru_cache(maxsize=256)
+def _placement(workload: Workload, num_stages: int, activation_checkpointing: bool) -> Placement:
+    return choose_placement(
+        workload.model,
+        num_stages,
+        seq_length=workload.seq_length,
+        num_predictions=workload.num_predictions,
+        activation_checkpointing=activation_checkpointing,
+    )
+
+
+@lru_cache(maxsize=256)
+def _inventories(workload: Workload, placement: Placement, tensor_parallel: int) -> tuple[Inventory, ...]:
+    return take_inventory(workload.model, workload.objective.num_levels, placement, tensor_parallel)
+
+
+@lru_cache(maxsize=4096)
+def _simulated(
+    workload: Workload, cluster: Cluster, layout: Layout, schedule: Schedule
+) -> tuple[float, float, float, tuple[int, ...]]:
+    """Seconds of the schedule, of one micro-batch on the busiest stage, idle on it; activation bytes of each stage."""
+    placement = schedule.placement
+    costs = _costs_on(workload, cluster, layout, placement)
+    result = simulate(schedule, costs)
+    busiest = max(costs.stage_times()) / _NANOSECONDS
+    makespan = result.makespan / _NANOSECONDS
+    return makespan, busiest, makespan - max(result.busy) / _NANOSECONDS, result.peak_activations
+
+
+def _costs_on(workload: Workload, cluster: Cluster, layout: Layout, placement: Placement) -> Costs:
+    """The placement's costs in nanoseconds of a micro-batch on the cluster, and in bytes."""
+    rate = cluster.peak_flops * cluster.efficiency * layout.tensor_parallel / layout.micro_batch_size
+    bandwidth = cluster.bandwidth(layout.tensor_parallel, 1)
+
+    def pass_costs(network: Network) -> PassCosts:
+        flops = placement.costs.of_network(network)
+        if network not in placement.networks:
+            return flops
+        a_layer = traffic.layer_traffic(traffic.shape_of(workload, network), workload, layout) / bandwidth
+        a_layer += 2 * cluster.latency * (layout.tensor_parallel > 1)
+        layers = [stage.num_layers(network) for stage in placement.stages]
+        again = layout.activation_checkpointing  # backward runs the forward once more
+        launch = cluster.launch * _LAYER_KERNELS
+        return PassCosts(
+            forward=tuple(
+                _nanoseconds(max(one / rate, count * launch) + count * a_layer)
+                for one, count in zip(flops.forward, layers, strict=True)
+            ),
+            backward=tuple(
+                _nanoseconds(max(one / rate, (2 + again) * count * launch) + (1 + again) * count * a_layer)
+                for one, count in zip(flops.backward, layers, strict=True)
+            ),
+            activations=tuple(
+                memory.pass_activations(placement, stage, network, workload, layout)
+                for stage in range(placement.num_stages)
+            ),
+        )
+
+    stride = layout.tensor_parallel * layout.data_parallel
+    message = max(traffic.hidden_states_bytes(workload, layout, network) for network in placement.networks)
+    latency = cluster.latency + message / cluster.bandwidth(2, stride)
+    return Costs(
+        pass_costs("generator"),
+        pass_costs("ranker"),
+        head_forward=_nanoseconds(placement.costs.head_forward / rate),
+        # chunks of logits are made once more in backward
+        head_backward=_nanoseconds((placement.costs.head_backward + placement.costs.head_forward) / rate),
+        latency=_nanoseconds(latency),
+    )
+
+
+def _nanoseconds(seconds: float) -> int:
+    return round(1e9 * seconds)
+
+
+def _stage_memory(
+    workload: Workload, layout: Layout, inventory: Inventory, activations: int, *, is_first: bool
+) -> StageMemory:
+    state = memory.state_memory(inventory, layout, workload.precision)
+    working = memory.gathered_memory(inventory, layout, workload, _LIVE_PARAMETERS)
+    working += memory.recomputed_layer(workload, layout) + _BUCKETS
+    return StageMemory(state, activations, memory.head_activations(workload, layout) * is_first, working)
+
+
+def _traffic(
+    workload: Workload,
+    layout: Layout,
+    placement: Placement,
+    stage: int,
+    inventory: Inventory,
+    num_calls: int,
+    num_micro: int,
+) -> traffic.Traffic:
+    gradients, parameters = traffic.zero_traffic(inventory, layout, workload, num_calls, num_micro)
+    return traffic.Traffic(
+        tensor=num_micro * traffic.tensor_traffic(placement, stage, workload, layout),
+        pipeline=num_micro * traffic.pipeline_traffic(placement, stage, workload, layout),
+        gradients=gradients,
+        parameters=parameters,
+    )

@@ -1,0 +1,237 @@
+import importlib.util
+import itertools
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from peer_scale.errors import UserError
+from peer_scale.models.config import EncoderShape
+from peer_scale.pipeline.search import choose_placement
+from peer_scale.planning.estimate import make_plan, search_plans
+from peer_scale.planning.inventory import take_inventory
+from peer_scale.planning.layout import GIB, Cluster, Layout, Workload
+from peer_scale.planning.memory import layer_activations, state_memory
+from peer_scale.planning.traffic import pipeline_traffic, tensor_traffic
+from peer_scale.settings.presets import find_preset
+from runs import PROJECT, ds_config, train_in_pool
+
+CLUSTER = Cluster(4, 8, 80 * GIB, 989.4e12, 300e9, 40e9)
+
+
+def workload(name, **changes):
+    preset = find_preset(name)
+    training = preset.training
+    return replace(
+        Workload(preset.model, preset.objective, training.seq_length, training.global_batch_size, 1e9), **changes
+    )
+
+
+# --- against runs
+
+
+def storage_bytes(tensors):
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def held_by(engine):
+    """Bytes of parameters, of gradients, of masters and moments, each storage once."""
+    optimizer, parameters = engine.optimizer, list(engine.module.parameters())
+    if engine.zero_optimization_stage() == 3:
+        masters = optimizer.fp32_partitioned_groups_flat
+        weights = [p.ds_tensor for p in parameters]
+        gradients = [optimizer.grad_partitions_flat_buffer]
+    else:
+        masters = [master for group in optimizer.param_groups for master in group["params"]]
+        weights = [p.data for p in parameters]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        gradients += getattr(optimizer, "fp32_groups_gradients_flat", [])
+        for kept in ("averaged_gradients", "all_grad_tensors"):
+            by_group = getattr(optimizer, kept, None) or {}
+            gradients += [one for tensors in by_group.values() for one in tensors or []]
+    states = optimizer.state if engine.zero_optimization_stage() < 3 else optimizer.optimizer.state
+    moments = [value for state in states.values() for name, value in state.items() if name != "step"]
+    return storage_bytes(weights), storage_bytes(gradients), storage_bytes([*masters, *moments])
+
+
+def observed_run(flags):
+    """Train two steps; gives what the engine holds between the last two backward calls."""
+    from peer_scale.training.trainer import Trainer
+
+    found = []
+    plain_step = Trainer.train_step
+
+    def train_step(trainer, step, micro_batches):
+        if step == 2:
+            engine, update = trainer.engine, type(trainer.engine).step
+
+            def look(*args, **kwargs):
+                if not engine.is_gradient_accumulation_boundary():
+                    found[:] = [held_by(engine)]
+                return update(engine, *args, **kwargs)
+
+            engine.step = look
+        return plain_step(trainer, step, micro_batches)
+
+    Trainer.train_step = train_step
+    try:
+        train_in_pool(flags)
+    finally:
+        Trainer.train_step = plain_step
+    (held,) = found
+    return held
+
+
+LAYOUTS = [  # ranks, TP, PP, ZeRO stage, precision
+    (1, 1, 1, 1, "fp32"),
+    (2, 1, 1, 1, "bf16"),
+    (4, 2, 2, 3, "fp32"),
+    *(
+        pytest.param(*row, marks=pytest.mark.slow)
+        for row in (
+            (2, 1, 1, 1, "fp32"),
+            (2, 1, 1, 2, "bf16"),
+            (2, 1, 1, 3, "fp32"),
+            (2, 2, 1, 2, "fp32"),
+            (2, 1, 2, 1, "fp32"),
+            (4, 2, 1, 3, "bf16"),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("ranks", "tensor", "pipeline", "stage", "precision"), LAYOUTS)
+def test_state_is_predicted_to_the_byte(ranks, tensor, pipeline, stage, precision, request, tmp_path, text_file):
+    pool = request.getfixturevalue({1: "one_rank", 2: "two_ranks", 4: "four_ranks"}[ranks])
+    flags = ["--deepspeed_config", str(ds_config(tmp_path, stage)), f"--{precision}", "--train-iters", "2"]
+    flags += ["--data-path", str(text_file), "--cache-dir", str(tmp_path), "--log-dir", str(tmp_path / "log")]
+    flags += ["--micro-batch-size", "2", "--global-batch-size", "8", "--tensor-model-parallel-size", str(tensor)]
+    flags += ["--pipeline-model-parallel-size", str(pipeline)]
+    found = pool.run(observed_run, flags)
+    preset = find_preset("peer-tiny")
+    model = replace(preset.model, vocab_size=2000, max_position_embeddings=128)
+    placement = choose_placement(model, pipeline, seq_length=64, num_predictions=10)
+    layout = Layout(ranks // tensor // pipeline, tensor, pipeline, stage)
+    expected = [
+        state_memory(inventory, layout, precision)
+        for inventory in take_inventory(model, preset.objective.num_levels, placement, tensor)
+    ]
+    ranks_a_stage = ranks // pipeline
+    for rank, held in enumerate(found):
+        state = expected[rank // ranks_a_stage]
+        assert held == (state.parameters, state.gradients, state.optimizer), (rank, layout)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_layers_activations(dropout):
+    """Against what autograd really keeps of one layer on the CPU."""
+    from peer_scale.models.layers import TransformerLayer
+    from peer_scale.parallel.topology import single_process_topology
+
+    shape = EncoderShape(num_layers=1, hidden_size=128, ffn_hidden_size=512, num_attention_heads=2)
+    work = workload("peer-tiny", precision="fp32")
+    work = replace(work, model=replace(work.model, hidden_dropout=dropout, attention_dropout=dropout))
+    layer = TransformerLayer(shape, work.model, single_process_topology())
+    parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    hidden = torch.randn(work.seq_length, 4, 128, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = layer(hidden, torch.ones(4, work.seq_length, dtype=torch.bool))
+    kept.pop(output.untyped_storage().data_ptr(), None)
+    expected = layer_activations(shape, work, Layout(1, micro_batch_size=4), on_cpu=True)
+    assert storage_bytes(kept.values()) == pytest.approx(expected, rel=0.15)
+
+
+# --- by itself
+
+
+def test_checkpointing_and_sequence_parallelism_save_activations():
+    work = workload("peer-base")
+    whole, split, again = (
+        make_plan(work, CLUSTER, Layout(8, 4, 1, 2, 8, sequence_parallel=sp, activation_checkpointing=ck))
+        for sp, ck in ((False, False), (True, False), (False, True))
+    )
+    assert split.stages[0].activations < whole.stages[0].activations
+    assert again.stages[0].activations < whole.stages[0].activations / 4
+    assert again.step_time > whole.step_time
+
+
+def test_zero_stages_trade_memory_for_traffic():
+    plans = [
+        make_plan(workload("peer-large"), CLUSTER, Layout(32, zero_stage=stage, micro_batch_size=8))
+        for stage in (1, 2, 3)
+    ]
+    assert [p.stages[0].state.total for p in plans] == sorted((p.stages[0].state.total for p in plans), reverse=True)
+    assert plans[0].traffic.gradients < plans[1].traffic.gradients
+    assert plans[1].traffic.parameters < plans[2].traffic.parameters
+
+
+def test_traffic_by_hand():
+    work = workload("bert-base")
+    placement = choose_placement(work.model, 2, seq_length=512, num_predictions=77)
+    layout = Layout(1, 2, 2, 2, 4)
+    states = 4 * 512 * 768 * 2
+    layers = placement.stages[1].num_layers("generator")
+    # two all-reduces of a layer forward, two backward; a ring of two sends each tensor once
+    assert tensor_traffic(placement, 1, work, layout) == 4 * layers * states
+    # the gradient of what came, and the selected positions' states; nothing goes on to a later stage
+    assert pipeline_traffic(placement, 1, work, layout) == states + 4 * 77 * 768 * 2
+
+
+def test_more_bandwidth_or_overlap_is_never_slower_and_search_finds_the_fastest():
+    work = workload("peer-large")
+    layout = Layout(4, 2, 4, 2, 4)
+    slow = make_plan(work, CLUSTER, layout)
+    assert make_plan(work, replace(CLUSTER, inter_bandwidth=80e9), layout).step_time <= slow.step_time
+    assert make_plan(work, replace(CLUSTER, overlap=1.0), layout).step_time < slow.step_time
+    found = search_plans(work, CLUSTER)
+    assert found[0].fits
+    assert found[0].step_time <= slow.step_time
+    fitting = [plan.step_time for plan in found if plan.fits]
+    assert all(a <= b + 1e-6 for a, b in itertools.pairwise(fitting))
+
+
+def test_a_layout_that_does_not_fit_says_why():
+    from peer_scale.planning.report import verdict
+
+    small = replace(CLUSTER, memory=10 * GIB)
+    assert "activations" in verdict(make_plan(workload("peer-large"), small, Layout(32, micro_batch_size=64)), small)
+    tiny = replace(CLUSTER, memory=5 * GIB)
+    plan = make_plan(workload("peer-large"), tiny, Layout(32, zero_stage=1, micro_batch_size=1))
+    assert "does not fit: stage 0" in verdict(plan, tiny)
+
+
+@pytest.mark.parametrize(
+    ("layout", "named"),
+    [
+        (Layout(8, 5), "num_attention_heads"),
+        (Layout(32, micro_batch_size=3), "--global-batch-size"),
+        (Layout(1, 1, 64), "--pipeline-model-parallel-size"),
+    ],
+)
+def test_what_cannot_be_cut_is_named(layout, named):
+    with pytest.raises(UserError, match=named):
+        make_plan(workload("peer-base"), CLUSTER, layout)
+
+
+def test_the_command(capsys):
+    spec = importlib.util.spec_from_file_location("plan_tool", PROJECT / "tools/plan.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    flags = ["--model", "peer-base", "--nodes", "256", "--gpus-per-node", "8", "--global-batch-size", "4096"]
+    assert tool.main([*flags, "--micro-batch-size", "2"]) == 0
+    assert "fits" in capsys.readouterr().out
+    assert tool.main([*flags, "--micro-batch-size", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["layout"]["data_parallel"] == 2048
+    assert tool.main([*flags, "--micro-batch-size", "3"]) == 2
+    assert "--global-batch-size 4096" in capsys.readouterr().err
+    assert tool.main([*flags, "--gpu", "abacus"]) == 2
+    assert "abacus" in capsys.readouterr().err
