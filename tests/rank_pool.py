@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import multiprocessing
 import os
+import random
 import socket
 import sys
 import tempfile
@@ -97,9 +98,12 @@ class RankPool:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Below the range from which outgoing connections take theirs: those could have it before it is used."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
 
 
 def _serve(pipe: Connection, rank: int, world_size: int, port: int, log: str, threads: int) -> None:
