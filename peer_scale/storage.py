@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,28 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write a small file whole, or not at all."""
     with write_aside(path) as file:
         file.write(content)
+
+
+@contextlib.contextmanager
+def new_folder(output: Path, flag: str) -> Iterator[Path]:
+    """A folder to fill, which gets the name `output` when the block ends without an exception; else nothing is left.
+
+    Raises:
+        UserError: `output` holds something, or cannot be written.
+    """
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise UserError(f"{flag} {output}: exists and is not an empty folder; give another one")
+    aside = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        fsync_folder(aside)
+        aside.replace(output)  # an empty folder gives way
+        fsync_folder(output.absolute().parent)
+    except OSError as error:
+        raise UserError(f"{flag} {output}: cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def fsync_folder(folder: Path) -> None:

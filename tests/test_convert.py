@@ -281,10 +281,10 @@ import importlib.util, sys
 from peer_scale.quiet import silence_libraries
 silence_libraries()
 from peer_scale.conversion import electra
-right = electra.ranker_entries
-def wrong(config):
-    return [e._replace(convert=lambda w: (w,)) if "score" in e.ours else e for e in right(config)]
-electra.ranker_entries = wrong
+right = electra.ranking_head_entries
+def wrong():
+    return [e._replace(convert=lambda w: (w,)) if "score" in e.ours else e for e in right()]
+electra.ranking_head_entries = wrong
 spec = importlib.util.spec_from_file_location("tool", {str(TOOL)!r})
 tool = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tool)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from peer_scale.conversion.checkpoint_reader import read_checkpoint, rebuild_model
+from peer_scale.conversion.checkpoint_reader import our_weights, read_checkpoint
 from peer_scale.corpus.examples import ExampleBuilder, collate
 from peer_scale.corpus.loader import ExampleDataset
 from peer_scale.corpus.prepare import open_corpus
@@ -25,7 +25,7 @@ def scores_and_labels(save, cache, text_file, num_samples=3072):
     )
     assert tokenizer.digest == checkpoint.tokenizer.digest
     task = PretrainingTask(checkpoint.model, checkpoint.objective, single_process_topology()).eval()
-    task.model = rebuild_model(checkpoint)
+    task.model.load_state_dict({name: our_weights(checkpoint, name) for name in checkpoint.weights})
     seq_length = checkpoint.data.seq_length
     windows = Windows(store, width=seq_length - 3, first=0, last=store.num_documents)
     samples = ExampleDataset(windows, ExampleBuilder(tokenizer, checkpoint.objective, seq_length, seed=99))

@@ -2,14 +2,19 @@
 """Looks into checkpoints of the trainer, checks them, cuts them anew, converts them to other formats."""
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout need not be installed
 
 from peer_scale.errors import USER_ERROR_EXIT_CODE, UserError
 from peer_scale.quiet import silence_libraries
+
+if TYPE_CHECKING:
+    from peer_scale.conversion.hugging_face_folder import HuggingFaceFolder
 
 _TO_HF_EXAMPLE = """\
 example:
@@ -23,6 +28,17 @@ example:
   "
 
 The checkpoint may be of any layout; its fp32 master weights are taken.
+"""
+_FROM_HF_EXAMPLE = """\
+example:
+  python tools/convert_checkpoint.py from-hf --model peer-base --discriminator google/electra-base-discriminator \\
+      --output runs/start
+  deepspeed peer_scale/pretrain.py --deepspeed_config ds_configs/zero2.json --model peer-base \\
+      --config runs/start/model.yaml --tokenizer runs/start/step_00000000/tokenizer --load runs/start --data-path ...
+
+The sizes of the ranker (and of the generator, where one is given) are those of the given models; the rest of the model is
+the preset's, or the flags'. What no given model has starts as in a fresh run. The trainer's --config takes the sizes
+from runs/start/model.yaml. With --bert there is a generator only, for --model bert-base and the like.
 """
 _INSPECT_EXAMPLE = """\
 example:
@@ -49,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_to_hf(commands)
+    _add_from_hf(commands)
     text = "the manifest as a table"
     _add(
         commands,
@@ -71,6 +88,8 @@ def _add(
     text: str,
     description: str,
     epilog: str,
+    *,
+    has_load: bool = True,
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         name,
@@ -80,13 +99,9 @@ def _add(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
-    parser.add_argument(
-        "--load",
-        required=True,
-        type=Path,
-        metavar="DIR",
-        help="the trainer's --save folder (its newest step) or a step in it",
-    )
+    if has_load:
+        text = "the trainer's --save folder (its newest step) or a step in it"
+        parser.add_argument("--load", required=True, type=Path, metavar="DIR", help=text)
     return parser
 
 
@@ -114,6 +129,25 @@ def _add_to_hf(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--no-verify", action="store_true", help="do not compare the written folder's logits with our own model's"
     )
+
+
+def _add_from_hf(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    from peer_scale.settings.flags import add_model_flags, add_objective_flags
+
+    text = "Writes a checkpoint of step 0 with the weights of ELECTRA or BERT models, from which the trainer starts."
+    parser = _add(
+        commands, "from-hf", from_hf, "start from Hugging Face weights", text, _FROM_HF_EXAMPLE, has_load=False
+    )
+    network = parser.add_mutually_exclusive_group(required=True)
+    network.add_argument("--discriminator", metavar="P", help="becomes the ranker: folder or Hugging Face id")
+    network.add_argument("--bert", metavar="P", help="becomes all of a BERT model: folder or Hugging Face id")
+    parser.add_argument("--generator", metavar="P", help="beside --discriminator: becomes the generator")
+    parser.add_argument("--tokenizer", metavar="P", help="default: the one in the (first) model's folder")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="new or empty folder, for --load")
+    parser.add_argument("--seed", type=int, default=1234, help="of the weights that start afresh")
+    parser.add_argument("--no-verify", action="store_true", help="do not compare our logits with transformers'")
+    add_model_flags(parser.add_argument_group("model"), default=None)
+    add_objective_flags(parser.add_argument_group("objective"))
 
 
 def _add_reshape(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -171,19 +205,74 @@ def to_hf(args: argparse.Namespace) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from peer_scale.conversion.checkpoint_reader import read_checkpoint
-    from peer_scale.conversion.to_hugging_face import TOLERANCE, to_hugging_face
+    from peer_scale.conversion.architecture import TOLERANCE
+    from peer_scale.conversion.to_hugging_face import to_hugging_face
 
     disable_progress_bar()
     checkpoint = read_checkpoint(args.load)
     network = args.network or ("generator" if checkpoint.model.ranker is None else "ranker")
     output = args.output or checkpoint.folder.with_name(f"hf_{network}_{checkpoint.progress.step:08d}")
     try:
-        export = to_hugging_face(checkpoint, output, network=network, verify=not args.no_verify)
+        architecture = to_hugging_face(checkpoint, output, network=network, verify=not args.no_verify)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
     verified = "not verified" if args.no_verify else f"logits equal to our model's within {TOLERANCE:g}"
-    print(f"{output}: the {network} of {checkpoint.folder} as {export.architecture}, {verified}")
+    print(f"{output}: the {network} of {checkpoint.folder} as {architecture.class_name}, {verified}")
+
+
+def from_hf(args: argparse.Namespace) -> None:
+    """Runs the subcommand `from-hf`."""
+    import torch.distributed as dist
+
+    from peer_scale.conversion.architecture import GENERATOR, RANKER, TOLERANCE
+    from peer_scale.conversion.from_hugging_face import MODEL_FILE, Source, from_hugging_face, model_of
+    from peer_scale.conversion.hugging_face_folder import open_folder
+    from peer_scale.corpus.wordpiece import load_wordpiece
+    from peer_scale.settings.resolve import resolve_model
+
+    if args.bert is not None and args.generator is not None:
+        raise UserError("--generator goes with --discriminator; --bert is a generator already")
+    given = ((args.discriminator, RANKER), (args.generator, GENERATOR), (args.bert, GENERATOR))
+    flags = {args.discriminator: "--discriminator", args.generator: "--generator", args.bert: "--bert"}
+    sources = [Source.of(network, open_folder(path, flags[path])) for path, network in given if path is not None]
+    args.model = args.model or ("bert-base" if args.bert else "electra-base" if args.generator else "peer-base")
+    _take_sizes(args, sources[0].folder, "")
+    if args.generator is not None:
+        _take_sizes(args, sources[1].folder, "generator_")
+    preset = resolve_model(args)
+    if (preset.model.ranker is None) != (args.bert is not None):
+        wanted = "--bert" if preset.model.ranker is None else "--discriminator"
+        raise UserError(f"--model {args.model} starts from {wanted}")
+    tokenizer = load_wordpiece(args.tokenizer or str(sources[0].folder.path))
+    preset = model_of(preset, sources, tokenizer.vocab_size)
+    try:
+        done = from_hugging_face(
+            sources, args.model, preset, tokenizer, args.output, seed=args.seed, verify=not args.no_verify
+        )
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    verified = "not verified" if args.no_verify else f"logits equal to transformers' within {TOLERANCE:g}"
+    print(f"{done.step_folder}: {args.model} from {', '.join(source.folder.name for source in sources)}, {verified}")
+    if done.has_other_embeddings:
+        print(f"embeddings: those of {sources[0].folder.name}; {sources[1].folder.name} has others")
+    for what, names in (("left out", done.left_out), ("start afresh", done.fresh)):
+        if names:
+            print(f"{what}: {', '.join(names)}")
+    print(
+        f"train with: --model {args.model} --config {args.output / MODEL_FILE} "
+        f"--tokenizer {done.step_folder / 'tokenizer'} --load {args.output}"
+    )
+
+
+def _take_sizes(args: argparse.Namespace, folder: "HuggingFaceFolder", prefix: str) -> None:
+    """Put the folder's sizes in the place of flags; UserError where a flag says otherwise."""
+    for name, value in dataclasses.asdict(folder.shape).items():
+        given = getattr(args, prefix + name)
+        if given not in (None, value):
+            raise UserError(f"--{(prefix + name).replace('_', '-')} {given}, but {folder.name} has {value}")
+        setattr(args, prefix + name, value)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from peer_scale.checkpoints.manifest import KINDS, Manifest, TensorEntry
+from peer_scale.checkpoints.manifest import IMPORTED, KINDS, Manifest, TensorEntry
 
 _NUMBER_BYTES = 4
 _UNITS = ("B", "kB", "MB", "GB", "TB")
@@ -29,7 +29,7 @@ def listing(folder: Path, manifest: Manifest) -> str:
 
 
 def _facts(sections: dict[str, Any]) -> list[tuple[str, str]]:
-    names = ("provenance", "progress", "layout", "optimizer", "data", "reshaped")
+    names = ("provenance", IMPORTED, "progress", "layout", "optimizer", "data", "reshaped")
     return [(name, _flat(sections[name])) for name in names if name in sections]
 
 

@@ -25,6 +25,8 @@ from peer_scale.storage import write_atomically
 FORMAT_VERSION = 2
 MANIFEST = "peer_scale.json"
 TOKENIZER = "tokenizer"
+IMPORTED = "imported"
+"""The section of a checkpoint of step 0 whose weights come from elsewhere: from where, by network."""
 
 WEIGHT, EXP_AVG, EXP_AVG_SQ = "weight", "exp_avg", "exp_avg_sq"
 KINDS = (WEIGHT, EXP_AVG, EXP_AVG_SQ)

@@ -22,20 +22,23 @@ _CHUNK = 8 << 20
 _OPEN_FILES = 64
 
 
-def write_tensors(path: Path, lengths: Mapping[str, int], tensors: Iterable[Tensor]) -> FileEntry:
-    """Write flat fp32 tensors of the given lengths as they come, synced to disk; gives the file's size and checksum.
+def write_tensors(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[Tensor], **metadata: str
+) -> FileEntry:
+    """Write fp32 tensors of the given shapes as they come, synced to disk; gives the file's size and checksum.
 
     The library's own writer wants all tensors at once and does not give the checksum. Raises OSError.
     """
-    header, end = {}, 0
-    for key, length in lengths.items():
-        header[key] = {"dtype": "F32", "shape": [length], "data_offsets": [end, end + 4 * length]}
-        end += 4 * length
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for key, shape in shapes.items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[key] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
     with path.open("wb") as file:
-        for block in _blocks(len(text).to_bytes(8, "little") + text, lengths, tensors):
+        for block in _blocks(len(text).to_bytes(8, "little") + text, shapes, tensors):
             file.write(block)
             digest.update(block)
         file.flush()
@@ -43,11 +46,11 @@ def write_tensors(path: Path, lengths: Mapping[str, int], tensors: Iterable[Tens
         return FileEntry(file.tell(), digest.hexdigest())
 
 
-def _blocks(header: bytes, lengths: Mapping[str, int], tensors: Iterable[Tensor]) -> Iterable[Any]:
+def _blocks(header: bytes, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[Tensor]) -> Iterable[Any]:
     yield header
-    for (key, length), tensor in zip(lengths.items(), tensors, strict=True):
-        assert tensor.shape == (length,), f"{key}: {tuple(tensor.shape)} where {length} numbers were announced"
-        numbers: Any = tensor.to("cpu", torch.float32).contiguous().numpy()
+    for (key, shape), tensor in zip(shapes.items(), tensors, strict=True):
+        assert tensor.shape == shape, f"{key}: {tuple(tensor.shape)} where {shape} was announced"
+        numbers: Any = tensor.to("cpu", torch.float32).flatten().contiguous().numpy()
         content = memoryview(numbers).cast("B")
         for start in range(0, len(content), _CHUNK):
             yield content[start : start + _CHUNK]

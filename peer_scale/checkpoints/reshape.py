@@ -6,7 +6,6 @@ Any layout loads any checkpoint as it is. This saves the ranks of a large run fr
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from peer_scale.checkpoints.manifest import (
 from peer_scale.checkpoints.pieces import TensorReader, check_file, write_tensors
 from peer_scale.errors import UserError
 from peer_scale.models.layers import padded_vocab_size
-from peer_scale.storage import fsync_folder
+from peer_scale.storage import new_folder
 
 
 @dataclass(frozen=True)
@@ -80,23 +79,13 @@ def reshape(folder: Path, manifest: Manifest, output: Path, cut: Cut, *, verify:
         UserError: the checkpoint is damaged, the cut does not go, or `output` holds something or cannot be written;
             then nothing is left there.
     """
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise UserError(f"--output {output}: exists and is not an empty folder; give another one")
-    for name, entry in manifest.files.items():
-        check_file(folder / name, entry)
-    shardings = {name: cut.sharding(name, entry) for name, entry in manifest.tensors.items()}
-    aside = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
-        aside.mkdir(parents=True)
+    with new_folder(output, "--output") as aside:
+        for name, entry in manifest.files.items():
+            check_file(folder / name, entry)
+        shardings = {name: cut.sharding(name, entry) for name, entry in manifest.tensors.items()}
         written = _write(TensorReader(folder, manifest), shardings, cut, aside)
         if verify:
             _compare(TensorReader(folder, manifest), TensorReader(aside, written))
-        aside.replace(output)  # an empty folder gives way
-        fsync_folder(output.absolute().parent)
-    except OSError as error:
-        raise UserError(f"--output {output}: cannot be written: {error}") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _write(reader: TensorReader, shardings: dict[str, Sharding], cut: Cut, aside: Path) -> Manifest:
@@ -125,8 +114,8 @@ def _write_file(
             for kind in KINDS:
                 yield reader.flat(name, kind, shardings[name], piece.shard, piece.start, piece.length)
 
-    lengths = {key_of(kind, name): piece.length for name, piece in content for kind in KINDS}
-    return write_tensors(path, lengths, tensors())
+    shapes = {key_of(kind, name): (piece.length,) for name, piece in content for kind in KINDS}
+    return write_tensors(path, shapes, tensors())
 
 
 def _compare(old: TensorReader, new: TensorReader) -> None:

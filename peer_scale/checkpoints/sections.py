@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from peer_scale.checkpoints.manifest import Manifest
+from peer_scale.checkpoints.manifest import IMPORTED, Manifest
 from peer_scale.errors import UserError
 from peer_scale.parallel.topology import Topology
 from peer_scale.settings.run import RunConfig
@@ -16,8 +16,10 @@ _RANDOM = (
     "no generator's state is kept: the order of the data, masking, sampling and initial weights are functions of the "
     "seed and a sample's number, dropout of (seed, step, micro-batch, data-parallel rank)"
 )
+# what of the model a run that starts from imported weights may choose
+_OF_TRAINING = ("hidden_dropout", "attention_dropout", "init_std")
 # what stands in two places of the model under one name
-_TIES = {"output matrix of mlm_head": "embeddings.word.weight"}
+TIES = {"output matrix of mlm_head": "embeddings.word.weight"}
 
 
 def identity(run: RunConfig, *, data_fingerprint: str, tokenizer_digest: str) -> dict[str, Any]:
@@ -53,17 +55,33 @@ def about(run: RunConfig) -> dict[str, Any]:
         "provenance": {"model": run.name, "data_path": [str(path) for path in run.data.data_path]},
         "training": dataclasses.asdict(run.training),
         "random": {"seed": run.seed, "streams": _RANDOM},
-        "ties": _TIES,
+        "ties": TIES,
     }
 
 
 def check_identity(folder: Path, manifest: Manifest, run_identity: dict[str, Any]) -> None:
-    """Raise UserError naming every field in which the checkpoint and the run differ."""
-    found = {section: manifest.sections.get(section) for section in run_identity}
+    """Raise UserError naming every field in which the checkpoint and the run differ.
+
+    Imported weights may go on with any data, dropout and objective of as many levels.
+    """
+    if IMPORTED in manifest.sections:
+        run_identity = _of_weights(run_identity)
+        saved = _of_weights(manifest.sections)
+    else:
+        saved = manifest.sections
+    found = {section: saved.get(section) for section in run_identity}
     differences = _differences(found, run_identity)
     if differences:
         told = "; ".join(f"{where} {saved} there, {here} here" for where, saved, here in differences)
         raise UserError(f"--load {folder}: saved by another run: {told}")
+
+
+def _of_weights(sections: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "model": {key: value for key, value in sections["model"].items() if key not in _OF_TRAINING},
+        "objective": {"num_levels": sections["objective"]["num_levels"]},
+        "data": {"tokenizer": sections["data"]["tokenizer"]},
+    }
 
 
 def layout_changes(manifest: Manifest, run_layout: dict[str, Any]) -> str:

@@ -70,6 +70,18 @@ class OwnedPiece:
         return key_of(self.kind, self.fragment.name)
 
 
+def sharding_of(name: str, parameter: nn.Parameter, tensor_parallel: int, vocab_size: int) -> Sharding:
+    """How tensor-parallel ranks share the parameter, of which `parameter` is one rank's part."""
+    shape = list(getattr(parameter, "ds_shape", parameter.shape))
+    dim = getattr(parameter, "partition_dim", -1)
+    if dim < 0 or not getattr(parameter, "tensor_model_parallel", False):
+        return Sharding(tuple(shape))
+    shape[dim] *= tensor_parallel
+    padding = shape[0] - vocab_size if name in VOCABULARY_PARAMETERS else 0
+    shape[0] -= padding
+    return Sharding(tuple(shape), dim, tensor_parallel, padding)
+
+
 class TrainingState:
     """The weights and the optimizer's state that a rank has under a DeepSpeed engine."""
 
@@ -129,21 +141,10 @@ class TrainingState:
         """One for each parameter of the model that this rank has a part of, in the model's order."""
         for wrapped_name, parameter in self._engine.module.named_parameters():
             name = wrapped_name.replace(_CHECKPOINT_WRAPPER, "").removeprefix(_TASK)
-            sharding = self._sharding(name, parameter)
+            sharding = sharding_of(name, parameter, self._topology.size("tp"), self._vocab_size)
             shard = self._topology.rank("tp") if sharding.dim is not None else 0
             start, length = self._store.span(parameter)
             yield Fragment(name, parameter, sharding, shard, start, length)
-
-    def _sharding(self, name: str, parameter: nn.Parameter) -> Sharding:
-        shape = list(getattr(parameter, "ds_shape", parameter.shape))
-        dim = getattr(parameter, "partition_dim", -1)
-        if dim < 0 or not getattr(parameter, "tensor_model_parallel", False):
-            return Sharding(tuple(shape))
-        count = self._topology.size("tp")
-        shape[dim] *= count
-        padding = shape[0] - self._vocab_size if name in VOCABULARY_PARAMETERS else 0
-        shape[0] -= padding
-        return Sharding(tuple(shape), dim, count, padding)
 
     def _saved_length(self, fragment: Fragment) -> int:
         if fragment.sharding.dim is None and self._topology.rank("tp"):

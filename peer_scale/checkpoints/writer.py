@@ -118,7 +118,7 @@ class CheckpointWriter:
         name = f"rank_{self._rank:05d}.safetensors"
         files = {}
         if pieces:
-            files[name] = write_tensors(aside / name, {piece.key: piece.length for piece in pieces}, tensors)
+            files[name] = write_tensors(aside / name, {piece.key: (piece.length,) for piece in pieces}, tensors)
         if self._rank == 0:
             self._tokenizer.save(aside / TOKENIZER)
             for path in sorted((aside / TOKENIZER).iterdir()):

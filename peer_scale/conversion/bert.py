@@ -1,21 +1,24 @@
-"""Our parameter names and Hugging Face's BERT names: what a BERT checkpoint becomes is a BertForMaskedLM."""
+"""Our parameter names and Hugging Face's BERT names: a BERT checkpoint of ours is a BertForMaskedLM."""
 
 from transformers import BertConfig
 
-from peer_scale.conversion.electra import Entry, dense_entries, encoder_entries, encoder_settings, without_padding
+from peer_scale.conversion.electra import Entry, dense_entries, encoder_settings, without_padding
 from peer_scale.models.config import ModelConfig
 
+HEAD = "cls.predictions"
+TIES = {
+    f"{HEAD}.decoder.weight": "bert.embeddings.word_embeddings.weight",
+    f"{HEAD}.decoder.bias": f"{HEAD}.bias",
+}
 
-def masked_lm_entries(config: ModelConfig) -> list[Entry]:
-    """The map to BertForMaskedLM; its output matrix is tied to the word embeddings, its bias stands in two places."""
-    head = "cls.predictions"
+
+def mlm_head_entries(config: ModelConfig) -> list[Entry]:
+    """The head of BertForMaskedLM; its output matrix is the word embeddings (`TIES`)."""
     cut = without_padding(config.vocab_size)
     return [
-        *encoder_entries(config, config.generator, "generator", "bert"),
-        *dense_entries("mlm_head.dense", f"{head}.transform.dense"),
-        *dense_entries("mlm_head.norm", f"{head}.transform.LayerNorm"),
-        Entry("mlm_head.bias", (f"{head}.bias", f"{head}.decoder.bias"), lambda bias: cut(bias) * 2),
-        Entry("embeddings.word.weight", (f"{head}.decoder.weight",), cut),
+        *dense_entries("mlm_head.dense", f"{HEAD}.transform.dense"),
+        *dense_entries("mlm_head.norm", f"{HEAD}.transform.LayerNorm"),
+        Entry("mlm_head.bias", (f"{HEAD}.bias",), cut, lambda t: cut(t[0])[0]),
     ]
 
 

@@ -12,11 +12,12 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from peer_scale.checkpoints.folder import require_found
-from peer_scale.checkpoints.manifest import MANIFEST, TOKENIZER, VOCABULARY_PARAMETERS, Manifest
+from peer_scale.checkpoints.manifest import IMPORTED, MANIFEST, TOKENIZER, VOCABULARY_PARAMETERS, Manifest
 from peer_scale.checkpoints.pieces import TensorReader, check_file
 from peer_scale.corpus.wordpiece import WordPiece, load_wordpiece
 from peer_scale.errors import UserError
 from peer_scale.models.config import ModelConfig
+from peer_scale.models.layers import padded_vocab_size
 from peer_scale.models.networks import PretrainingModel
 from peer_scale.objectives.config import ObjectiveConfig
 from peer_scale.parallel.topology import single_process_topology
@@ -27,13 +28,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Data:
-    """What the manifest says of the training data; `fingerprint` and `tokenizer` are digests."""
+    """What the manifest says of the training data; `fingerprint` is a digest."""
 
     fingerprint: str
-    tokenizer: str
     seed: int
     seq_length: int
     global_batch_size: int
+
+
+@dataclass(frozen=True)
+class _TokenizerDigest:
+    tokenizer: str
 
 
 @dataclass(frozen=True)
@@ -79,13 +84,17 @@ class Weights(Mapping[str, Tensor]):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One committed checkpoint; `folder` is the step folder it came from."""
+    """One committed checkpoint; `folder` is the step folder it came from.
+
+    One that was imported (`imported` says from where, by network) has seen no data here and has no layout.
+    """
 
     folder: Path
     model: ModelConfig
     objective: ObjectiveConfig
-    data: Data
-    layout: Layout
+    imported: dict[str, str] | None
+    data: Data | None
+    layout: Layout | None
     provenance: Provenance
     progress: Progress
     weights: Weights
@@ -101,18 +110,26 @@ def read_checkpoint(path: Path) -> Checkpoint:
     folder, manifest = require_found(path)
     for name, entry in manifest.files.items():
         check_file(folder / name, entry)
+    return read_sections(folder, manifest)
+
+
+def read_sections(folder: Path, manifest: Manifest) -> Checkpoint:
+    """As `read_checkpoint`, of files that need not be checked."""
     where, sections = f"{folder / MANIFEST}: ", manifest.sections
-    data = _parse(Data, sections.get("data"), where + "data")
+    imported = _parse(dict[str, str] | None, sections.get(IMPORTED), where + IMPORTED)  # type: ignore[arg-type]
+    data = sections.get("data")
+    tokenizer = _parse(_TokenizerDigest, data, where + "data")
     return Checkpoint(
         folder,
         model=model_config_from(sections.get("model"), where + "model"),
         objective=settings_from(ObjectiveConfig, sections.get("objective"), where + "objective"),
-        data=data,
-        layout=_parse(Layout, sections.get("layout"), where + "layout"),
+        imported=imported,
+        data=_parse(Data, data, where + "data") if imported is None else None,
+        layout=_parse(Layout, sections.get("layout"), where + "layout") if imported is None else None,
         provenance=_parse(Provenance, sections.get("provenance"), where + "provenance"),
         progress=settings_from(Progress, sections.get("progress"), where + "progress"),
         weights=Weights(folder, manifest),
-        tokenizer=_tokenizer(folder, data.tokenizer),
+        tokenizer=_tokenizer(folder, tokenizer.tokenizer),
     )
 
 
@@ -150,23 +167,18 @@ def _keys(values: object, prefix: str = "") -> set[str]:
     return own.union(*(_keys(value, f"{prefix}{key}.") for key, value in values.items()))
 
 
-def rebuild_model(checkpoint: Checkpoint) -> PretrainingModel:
-    """Our own model with the checkpoint's weights, in evaluation mode, in a group of one process.
+def empty_model(checkpoint: Checkpoint) -> PretrainingModel:
+    """Our own model on the meta device, in evaluation mode, for `our_weights`.
 
     Raises:
         UserError: a parameter is missing, superfluous or of another shape than the manifest's model has; all are named.
     """
-    model = PretrainingModel(checkpoint.model, checkpoint.objective.num_levels, single_process_topology())
-    _fill(model, checkpoint.weights, checkpoint.folder)
-    return model.eval()
-
-
-def _fill(model: PretrainingModel, weights: Weights, folder: Path) -> None:
-    parameters = dict(model.named_parameters())
-    shapes = {name: _logical_shape(name, parameter, model) for name, parameter in parameters.items()}
+    model = model_without_weights(checkpoint.model, checkpoint.objective.num_levels)
+    weights = checkpoint.weights
+    shapes = {name: _logical_shape(name, parameter, model) for name, parameter in model.named_parameters()}
     problems = [
-        *(f"lacks the parameter {name}" for name in parameters if name not in weights),
-        *(f"has a parameter {name} that its model has not" for name in weights if name not in parameters),
+        *(f"lacks the parameter {name}" for name in shapes if name not in weights),
+        *(f"has a parameter {name} that its model has not" for name in weights if name not in shapes),
         *(
             f"has {name} in shape {list(weights.shape(name))} where its model has {list(shape)}"
             for name, shape in shapes.items()
@@ -174,11 +186,27 @@ def _fill(model: PretrainingModel, weights: Weights, folder: Path) -> None:
         ),
     ]
     if problems:
-        raise UserError(f"{folder}: the checkpoint {'; '.join(problems)}")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter[: shapes[name][0]].copy_(weights[name])
-            parameter[shapes[name][0] :].zero_()  # rows that pad the vocabulary
+        raise UserError(f"{checkpoint.folder}: the checkpoint {'; '.join(problems)}")
+    return model
+
+
+def model_without_weights(config: ModelConfig, num_levels: int) -> PretrainingModel:
+    """Our own model on the meta device, in evaluation mode, in a group of one process."""
+    topology = single_process_topology()
+    with torch.device("meta"):
+        model = PretrainingModel(config, num_levels, topology).eval()
+    # nothing is padding where the reader of the logits leaves out what is
+    model.mlm_head.register_buffer("is_padding", torch.zeros(len(model.mlm_head.bias), dtype=torch.bool))
+    return model
+
+
+def our_weights(checkpoint: Checkpoint, name: str) -> Tensor:
+    """A weight as the model has it: with rows that pad the vocabulary."""
+    weight = checkpoint.weights[name]
+    if name not in VOCABULARY_PARAMETERS:
+        return weight
+    padding = padded_vocab_size(len(weight), tensor_parallel=1) - len(weight)
+    return torch.cat([weight, weight.new_zeros(padding, *weight.shape[1:])])
 
 
 def _logical_shape(name: str, parameter: nn.Parameter, model: PretrainingModel) -> tuple[int, ...]:

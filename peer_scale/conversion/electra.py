@@ -1,67 +1,60 @@
 """Our parameter names and Hugging Face's ELECTRA names, one explicit map.
 
-A network of ours becomes an `ElectraModel` with its head: the ranker an ElectraForPreTraining, the generator an
-ElectraForMaskedLM. Shared layers and embeddings are written into each.
+A network of ours is an `ElectraModel` with its head: the ranker an ElectraForPreTraining, the generator an
+ElectraForMaskedLM. Shared layers and embeddings stand in each. One map serves both directions.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import ElectraConfig
 
-from peer_scale.errors import UserError
 from peer_scale.models.config import EncoderShape, ModelConfig
 
 
+# Names under which some files hold a tensor once more, and the names that are taken.
+TIES = {"generator_lm_head.weight": "electra.embeddings.word_embeddings.weight"}
+
+RANKER_HEAD, GENERATOR_HEAD = "discriminator_predictions", ("generator_predictions", "generator_lm_head")
+
+
 class Entry(NamedTuple):
-    """One of our parameters, and what it becomes: Hugging Face names and the tensors for them."""
+    """One of our parameters and what it is at Hugging Face: names there, and the way to the tensors and back."""
 
     ours: str
     theirs: tuple[str, ...]
     convert: Callable[[Tensor], tuple[Tensor, ...]]
+    restore: Callable[[tuple[Tensor, ...]], Tensor]
 
 
-def ranker_entries(config: ModelConfig) -> list[Entry]:
-    """The map to ElectraForPreTraining. Its logit for "replaced" is -w.h + xi_{K-1} (Eq. 3)."""
-    if config.ranker is None:
-        raise UserError("this checkpoint is of a BERT model: it has no ranker, only a generator")
-    head = "discriminator_predictions"
+def ranking_head_entries() -> list[Entry]:
+    """The head of ElectraForPreTraining, whose logit for "replaced" is -w.h + xi_{K-1} (Eq. 3).
+
+    Of the thresholds it has the last only.
+    """
+    score = f"{RANKER_HEAD}.dense_prediction"
     return [
-        *encoder_entries(config, config.ranker, "ranker"),
-        *dense_entries("ranking_head.dense", f"{head}.dense"),
-        Entry("ranking_head.score.weight", (f"{head}.dense_prediction.weight",), lambda w: (-w,)),
-        Entry("ranking_head.free_thresholds", (f"{head}.dense_prediction.bias",), lambda xi: (xi[-1:],)),
+        *dense_entries("ranking_head.dense", f"{RANKER_HEAD}.dense"),
+        Entry("ranking_head.score.weight", (f"{score}.weight",), lambda w: (-w,), lambda t: -t[0]),
+        Entry("ranking_head.free_thresholds", (f"{score}.bias",), lambda xi: (xi[-1:],), _first),
     ]
 
 
-def generator_entries(config: ModelConfig) -> list[Entry]:
-    """The map to ElectraForMaskedLM; its output matrix is tied to the word embeddings."""
+def mlm_head_entries(config: ModelConfig) -> list[Entry]:
+    """The head of ElectraForMaskedLM; its output matrix is the word embeddings (`TIES`)."""
     cut = without_padding(config.vocab_size)
     return [
-        *encoder_entries(config, config.generator, "generator"),
         *dense_entries("mlm_head.dense", "generator_predictions.dense"),
         *dense_entries("mlm_head.norm", "generator_predictions.LayerNorm"),
-        Entry("mlm_head.bias", ("generator_lm_head.bias",), cut),
-        Entry("embeddings.word.weight", ("generator_lm_head.weight",), cut),
+        Entry("mlm_head.bias", ("generator_lm_head.bias",), cut, lambda t: cut(t[0])[0]),
     ]
 
 
-def convert(state: Mapping[str, Tensor], entries: list[Entry]) -> dict[str, Tensor]:
-    """Hugging Face's state of the entries; UserError naming a parameter that `state` lacks."""
-    converted: dict[str, Tensor] = {}
-    for entry in entries:
-        if entry.ours not in state:
-            raise UserError(f"the checkpoint lacks the parameter {entry.ours}")
-        tensors = entry.convert(state[entry.ours])
-        converted.update((name, t.clone().contiguous()) for name, t in zip(entry.theirs, tensors, strict=True))
-    return converted
-
-
-def electra_config(config: ModelConfig, shape: EncoderShape, pad_token_id: int) -> ElectraConfig:
+def electra_config(config: ModelConfig, shape: EncoderShape, pad_token_id: int, **more: Any) -> ElectraConfig:
     """Hugging Face's configuration of one network."""
-    return ElectraConfig(embedding_size=config.embedding_size, **encoder_settings(config, shape, pad_token_id))
+    return ElectraConfig(embedding_size=config.embedding_size, **encoder_settings(config, shape, pad_token_id), **more)
 
 
 def encoder_settings(config: ModelConfig, shape: EncoderShape, pad_token_id: int) -> dict[str, Any]:
@@ -86,10 +79,11 @@ def encoder_settings(config: ModelConfig, shape: EncoderShape, pad_token_id: int
 def encoder_entries(config: ModelConfig, shape: EncoderShape, network: str, theirs: str = "electra") -> list[Entry]:
     """The map of `network` ("generator" or "ranker") to the encoder that Hugging Face's model keeps under `theirs`."""
     names = f"{theirs}.embeddings"
+    cut = without_padding(config.vocab_size)
     entries = [
-        Entry("embeddings.word.weight", (f"{names}.word_embeddings.weight",), without_padding(config.vocab_size)),
-        Entry("embeddings.position.weight", (f"{names}.position_embeddings.weight",), _same),
-        Entry("embeddings.token_type.weight", (f"{names}.token_type_embeddings.weight",), _same),
+        Entry("embeddings.word.weight", (f"{names}.word_embeddings.weight",), cut, lambda t: cut(t[0])[0]),
+        Entry("embeddings.position.weight", (f"{names}.position_embeddings.weight",), _same, _first),
+        Entry("embeddings.token_type.weight", (f"{names}.token_type_embeddings.weight",), _same, _first),
         *dense_entries("embeddings.norm", f"{names}.LayerNorm"),
     ]
     if config.embedding_size != shape.hidden_size:
@@ -104,10 +98,10 @@ def encoder_entries(config: ModelConfig, shape: EncoderShape, network: str, thei
 def _layer_entries(ours: str, theirs: str, shape: EncoderShape) -> list[Entry]:
     attention = f"{theirs}.attention"
     parts = [f"{attention}.self.{part}" for part in ("query", "key", "value")]
-    split = _split_qkv(shape)
+    split, join = _split_qkv(shape), _join_qkv(shape)
     return [
         *(
-            Entry(f"{ours}.attention.qkv.{kind}", tuple(f"{part}.{kind}" for part in parts), split)
+            Entry(f"{ours}.attention.qkv.{kind}", tuple(f"{part}.{kind}" for part in parts), split, join)
             for kind in ("weight", "bias")
         ),
         *dense_entries(f"{ours}.attention.dense", f"{attention}.output.dense"),
@@ -120,11 +114,15 @@ def _layer_entries(ours: str, theirs: str, shape: EncoderShape) -> list[Entry]:
 
 def dense_entries(ours: str, theirs: str) -> list[Entry]:
     """A weight and its bias, as they are."""
-    return [Entry(f"{ours}.{kind}", (f"{theirs}.{kind}",), _same) for kind in ("weight", "bias")]
+    return [Entry(f"{ours}.{kind}", (f"{theirs}.{kind}",), _same, _first) for kind in ("weight", "bias")]
 
 
 def _same(tensor: Tensor) -> tuple[Tensor, ...]:
     return (tensor,)
+
+
+def _first(tensors: tuple[Tensor, ...]) -> Tensor:
+    return tensors[0]
 
 
 def without_padding(rows: int) -> Callable[[Tensor], tuple[Tensor, ...]]:
@@ -140,3 +138,11 @@ def _split_qkv(shape: EncoderShape) -> Callable[[Tensor], tuple[Tensor, ...]]:
         return tuple(part.flatten(0, 1) for part in torch.unbind(fused, dim=1))
 
     return split
+
+
+def _join_qkv(shape: EncoderShape) -> Callable[[tuple[Tensor, ...]], Tensor]:
+    def join(parts: tuple[Tensor, ...]) -> Tensor:
+        heads = [part.view(shape.num_attention_heads, shape.head_size, *part.shape[1:]) for part in parts]
+        return torch.stack(heads, dim=1).flatten(0, 2)
+
+    return join

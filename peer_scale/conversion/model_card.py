@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 from peer_scale.conversion.checkpoint_reader import Checkpoint
 from peer_scale.flops import paper_train_flops
@@ -15,23 +16,10 @@ _USE = {
 
 def model_card(checkpoint: Checkpoint, architecture: str) -> str:
     """Returns Markdown with the front matter that model hubs read; the licence is the publisher's to choose."""
-    data, layout, progress = checkpoint.data, checkpoint.layout, checkpoint.progress
-    flops = paper_train_flops(checkpoint.model, seq_length=data.seq_length, samples=progress.samples)
-    facts = {
-        "Model": checkpoint.provenance.model,
-        "Step": progress.step,
-        "Sequences seen": f"{progress.samples:,}",
-        "Tokens seen": f"{progress.tokens:,}",
-        "Training FLOPs (paper accounting)": f"{flops:.4g}",
-        "Sequence length": data.seq_length,
-        "Global batch size": data.global_batch_size,
-        "Data": ", ".join(checkpoint.provenance.data_path),
-        "Data fingerprint": data.fingerprint,
-        "Tokenizer digest": data.tokenizer,
-        "Seed": data.seed,
-        "Objective": _objective(checkpoint),
-        "Layout": f"ZeRO-{layout.zero_stage}, data parallel {layout.data_parallel}, {layout.precision}",
-    }
+    facts = {"Model": checkpoint.provenance.model, "Step": checkpoint.progress.step, **_training(checkpoint)}
+    facts |= {"Tokenizer digest": checkpoint.tokenizer.digest, "Objective": _objective(checkpoint)}
+    if checkpoint.imported is not None:
+        facts |= {f"Weights of the {network}": source for network, source in checkpoint.imported.items()}
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     return f"""---
 library_name: transformers
@@ -39,7 +27,7 @@ tags:
 - {architecture}
 ---
 
-# {checkpoint.provenance.model}, step {progress.step}
+# {checkpoint.provenance.model}, step {checkpoint.progress.step}
 
 {_USE[architecture]} The weights are the fp32 masters of a checkpoint written by peer_scale.
 
@@ -59,6 +47,24 @@ logits = model(**tokenizer("The quick brown fox ate over the lazy dog.", return_
 
 None is given here: choose one before publishing, with the terms of the training text in mind.
 """
+
+
+def _training(checkpoint: Checkpoint) -> dict[str, Any]:
+    data, layout, progress = checkpoint.data, checkpoint.layout, checkpoint.progress
+    if data is None or layout is None:
+        return {}
+    flops = paper_train_flops(checkpoint.model, seq_length=data.seq_length, samples=progress.samples)
+    return {
+        "Sequences seen": f"{progress.samples:,}",
+        "Tokens seen": f"{progress.tokens:,}",
+        "Training FLOPs (paper accounting)": f"{flops:.4g}",
+        "Sequence length": data.seq_length,
+        "Global batch size": data.global_batch_size,
+        "Data": ", ".join(checkpoint.provenance.data_path),
+        "Data fingerprint": data.fingerprint,
+        "Seed": data.seed,
+        "Layout": f"ZeRO-{layout.zero_stage}, data parallel {layout.data_parallel}, {layout.precision}",
+    }
 
 
 def _objective(checkpoint: Checkpoint) -> str:

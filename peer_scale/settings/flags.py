@@ -26,8 +26,8 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    _add_model_flags(parser.add_argument_group("model"))
-    _add_objective_flags(parser.add_argument_group("objective"))
+    add_model_flags(parser.add_argument_group("model"))
+    add_objective_flags(parser.add_argument_group("objective"))
     _add_training_flags(parser.add_argument_group("training"))
     _add_parallel_flags(parser.add_argument_group("parallelism"))
     _add_data_flags(parser.add_argument_group("data"))
@@ -35,8 +35,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_model_flags(model: argparse._ArgumentGroup) -> None:
-    model.add_argument("--model", default="peer-tiny", metavar="NAME", help="preset (default: %(default)s)")
+def add_model_flags(model: argparse._ArgumentGroup, default: str | None = "peer-tiny") -> None:
+    """Those that say what is trained."""
+    model.add_argument("--model", default=default, metavar="NAME", help="preset (default: %(default)s)")
     model.add_argument("--config", type=Path, metavar="YAML", help="own sizes: sections model, objective, training")
     for name in ("num-layers", "hidden-size", "ffn-hidden-size", "num-attention-heads"):
         model.add_argument(f"--{name}", type=int, help="of the ranker (BERT: of the encoder)")
@@ -48,7 +49,8 @@ def _add_model_flags(model: argparse._ArgumentGroup) -> None:
     model.add_argument("--attention-dropout", type=float)
 
 
-def _add_objective_flags(objective: argparse._ArgumentGroup) -> None:
+def add_objective_flags(objective: argparse._ArgumentGroup) -> None:
+    """Those that say what it learns."""
     objective.add_argument("--num-levels", type=int, metavar="K", help="levels of the ranker; 2 is ELECTRA")
     objective.add_argument("--taus", type=float, nargs="*", help="K-2 partitioning ratios, ascending")
     objective.add_argument("--top-t", type=int, metavar="T")

@@ -30,24 +30,29 @@ T = TypeVar("T")
 def resolve(args: argparse.Namespace, data_parallel: int, environ: Mapping[str, str] = os.environ) -> RunConfig:
     """The whole run, checked; raises UserError for whatever does not hold together."""
     ds_config = read_ds_config(args.deepspeed_config)
-    preset = with_yaml(find_preset(args.model), args.config)
+    preset = resolve_model(args)
     flags = {key: value for key, value in vars(args).items() if value is not None}
-    objective = _objective(preset.objective, flags)
     training = _training(preset.training, flags, ds_config, data_parallel)
-    model = _model(preset.model, flags, training.seq_length)
     return RunConfig(
         name=args.model,
-        model=model,
-        objective=objective,
+        model=preset.model,
+        objective=preset.objective,
         training=training,
         data=_data(flags, environ),
         output=_override(OutputConfig(), flags),
-        deepspeed=_deepspeed(ds_config, training, model, data_parallel),
+        deepspeed=_deepspeed(ds_config, training, preset.model, data_parallel),
         seed=args.seed,
         tensor_parallel=args.tensor_model_parallel_size,
         pipeline_parallel=args.pipeline_model_parallel_size,
         sequence_parallel=args.sequence_parallel,
     )
+
+
+def resolve_model(args: argparse.Namespace) -> Preset:
+    """The preset with what the file and the flags change of its model and objective; `training` as the file has it."""
+    preset = with_yaml(find_preset(args.model), args.config)
+    flags = {key: value for key, value in vars(args).items() if value is not None}
+    return replace(preset, model=_model(preset.model, flags), objective=_objective(preset.objective, flags))
 
 
 def _override(config: T, values: Mapping[str, Any]) -> T:
@@ -108,7 +113,7 @@ def _objective(objective: ObjectiveConfig, flags: Mapping[str, Any]) -> Objectiv
     return _override(objective, values)
 
 
-def _model(model: ModelConfig, flags: Mapping[str, Any], seq_length: int) -> ModelConfig:
+def _model(model: ModelConfig, flags: Mapping[str, Any]) -> ModelConfig:
     main = {key: flags[key] for key in _SHAPE_FIELDS if key in flags}
     prefix = "generator_"
     narrow = {key: flags[prefix + key] for key in _SHAPE_FIELDS if prefix + key in flags}

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from peer_scale.checkpoints import folder, sections
 from peer_scale.checkpoints.loading import load_checkpoint
-from peer_scale.checkpoints.manifest import Manifest
+from peer_scale.checkpoints.manifest import IMPORTED, Manifest
 from peer_scale.checkpoints.state import TrainingState, require_supported_offload
 from peer_scale.checkpoints.writer import CheckpointWriter
 from peer_scale.corpus.examples import NUM_SPECIAL_TOKENS, ExampleBuilder
@@ -242,6 +242,9 @@ def _find_checkpoint(
         return None
     path, manifest = found
     sections.check_identity(path, manifest, identity)
+    if IMPORTED in manifest.sections:
+        say(f"starting from {path}: weights of {', '.join(manifest.sections[IMPORTED].values())}")
+        return found
     changes = sections.layout_changes(manifest, layout)
     step = manifest.sections["progress"]["step"]
     say(f"resuming from {path} after step {step}" + (f" under another layout ({changes})" if changes else ""))
