@@ -141,7 +141,9 @@ def _add_from_hf(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     network = parser.add_mutually_exclusive_group(required=True)
     network.add_argument("--discriminator", metavar="P", help="becomes the ranker: folder or Hugging Face id")
     network.add_argument("--bert", metavar="P", help="becomes all of a BERT model: folder or Hugging Face id")
-    parser.add_argument("--generator", metavar="P", help="beside --discriminator: becomes the generator")
+    parser.add_argument(
+        "--generator", dest="generator_source", metavar="P", help="beside --discriminator: becomes the generator"
+    )
     parser.add_argument("--tokenizer", metavar="P", help="default: the one in the (first) model's folder")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="new or empty folder, for --load")
     parser.add_argument("--seed", type=int, default=1234, help="of the weights that start afresh")
@@ -231,14 +233,14 @@ def from_hf(args: argparse.Namespace) -> None:
     from peer_scale.corpus.wordpiece import load_wordpiece
     from peer_scale.settings.resolve import resolve_model
 
-    if args.bert is not None and args.generator is not None:
+    if args.bert is not None and args.generator_source is not None:
         raise UserError("--generator goes with --discriminator; --bert is a generator already")
-    given = ((args.discriminator, RANKER), (args.generator, GENERATOR), (args.bert, GENERATOR))
-    flags = {args.discriminator: "--discriminator", args.generator: "--generator", args.bert: "--bert"}
+    given = ((args.discriminator, RANKER), (args.generator_source, GENERATOR), (args.bert, GENERATOR))
+    flags = {args.discriminator: "--discriminator", args.generator_source: "--generator", args.bert: "--bert"}
     sources = [Source.of(network, open_folder(path, flags[path])) for path, network in given if path is not None]
-    args.model = args.model or ("bert-base" if args.bert else "electra-base" if args.generator else "peer-base")
+    args.model = args.model or ("bert-base" if args.bert else "electra-base" if args.generator_source else "peer-base")
     _take_sizes(args, sources[0].folder, "")
-    if args.generator is not None:
+    if args.generator_source is not None:
         _take_sizes(args, sources[1].folder, "generator_")
     preset = resolve_model(args)
     if (preset.model.ranker is None) != (args.bert is not None):
@@ -259,11 +261,18 @@ def from_hf(args: argparse.Namespace) -> None:
         print(f"embeddings: those of {sources[0].folder.name}; {sources[1].folder.name} has others")
     for what, names in (("left out", done.left_out), ("start afresh", done.fresh)):
         if names:
-            print(f"{what}: {', '.join(names)}")
+            print(f"{what}: {', '.join(sorted({_module(name) for name in names}))}")
     print(
         f"train with: --model {args.model} --config {args.output / MODEL_FILE} "
         f"--tokenizer {done.step_folder / 'tokenizer'} --load {args.output}"
     )
+
+
+def _module(name: str) -> str:
+    """What a parameter belongs to: a layer or what lies beside the layers."""
+    parts = name.split(".")
+    numbers = [index for index, part in enumerate(parts) if part.isdecimal()]
+    return ".".join(parts[: numbers[0] + 1]) if numbers else ".".join(parts[:-1])
 
 
 def _take_sizes(args: argparse.Namespace, folder: "HuggingFaceFolder", prefix: str) -> None:
