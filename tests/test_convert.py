@@ -12,11 +12,16 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, BertForMaskedLM, ElectraForMaskedLM, ElectraForPreTraining
 
+from peer_scale.conversion.checkpoint_reader import read_checkpoint
+from peer_scale.corpus.examples import ExampleBuilder, collate
+from peer_scale.corpus.loader import ExampleDataset
+from peer_scale.corpus.prepare import open_corpus
+from peer_scale.corpus.windows import Windows, split_documents
 from peer_scale.corpus.wordpiece import load_wordpiece
 from peer_scale.models.config import EncoderShape, ModelConfig
 from peer_scale.models.networks import PretrainingModel
 from peer_scale.parallel.topology import single_process_topology
-from runs import PROJECT, ds_config, train_in_pool
+from runs import PROJECT, ds_config, read_metrics, train_in_pool
 
 TOOL = PROJECT / "tools/convert_checkpoint.py"
 STEPS = 12
@@ -208,6 +213,44 @@ def test_bf16_with_activation_checkpointing_gives_the_fp32_masters(stage, two_ra
     }.items():
         assert torch.equal(written[theirs], masters[ours])
         assert (written[theirs] != written[theirs].bfloat16().float()).float().mean() > 0.9
+
+
+@torch.no_grad()
+def test_the_trainers_rtd_auc_comes_out_of_transformers_too(one_rank, tool, tmp_path, text_file):
+    """Its own models mask-fill and tell apart what the trainer's validation does; the samples are drawn from theirs."""
+    flags = ("--model", "peer-tiny", "--fp32", "--eval-iters", "6", "--eval-interval", str(STEPS))
+    folder = train(one_rank, tmp_path / "run", text_file, 1, *flags, "--validation-fraction", "0.5")
+    (last,) = read_metrics(tmp_path / "log-run")[-1:]
+    models = {}
+    for network, cls in (("ranker", ElectraForPreTraining), ("generator", ElectraForMaskedLM)):
+        tool.main(["to-hf", "--load", str(folder), "--network", network, "--output", str(tmp_path / network)])
+        models[network] = cls.from_pretrained(tmp_path / network).eval()
+    saved = json.loads((folder / "peer_scale.json").read_text())
+    assert saved["data"]["seq_length"] == 64
+    store, tokenizer = open_corpus(
+        [str(text_file)], None, vocab_size=2000, text_key="text", cache_dir=text_file.parent / "cache", workers=1
+    )
+    windows = Windows(store, width=61, first=split_documents(store.num_documents, 0.5), last=store.num_documents)
+    objective = read_checkpoint(folder).objective
+    samples = ExampleDataset(windows, ExampleBuilder(tokenizer, objective, 64, saved["data"]["seed"] + 2**32))
+    batch = collate([samples[number] for number in range(6 * 8)])
+
+    common = {"token_type_ids": batch.token_types, "attention_mask": batch.is_token}
+    logits = models["generator"](input_ids=batch.masked_ids, **common).logits.double()
+    chosen = logits.gather(1, batch.positions[..., None].expand(-1, -1, logits.shape[2]))
+    below = chosen.softmax(-1).cumsum(-1) <= batch.uniforms[..., None]
+    sampled = torch.where(batch.is_selected, below.sum(-1), batch.input_ids.gather(1, batch.positions))
+    corrupted = batch.input_ids.scatter(1, batch.positions, sampled)
+    flags = models["ranker"](input_ids=corrupted, **common).logits
+    in_order = pairs = 0
+    for row in range(len(flags)):
+        is_replaced = corrupted[row] != batch.input_ids[row]
+        replaced, original = flags[row][is_replaced], flags[row][batch.is_token[row] & ~is_replaced]
+        in_order += (replaced[:, None] > original).sum().item()
+        pairs += len(replaced) * len(original)
+    assert pairs > 10_000
+    assert last["validation_rtd_auc"] == pytest.approx(in_order / pairs, abs=1e-6)
+    assert abs(last["validation_rtd_auc"] - 0.5) > 1e-3
 
 
 def test_parameters_that_do_not_match_the_model(copy, refused):

@@ -186,7 +186,9 @@ def test_files_of_other_kinds(saved, run, tmp_path):
     for source in (folder, old, sharded):
         said = run("from-hf", "--bert", source, "--output", tmp_path / f"start-{source.name}")
         assert "left out: bert.pooler.dense, cls.seq_relationship\n" in said
-        reader = TensorReader(tmp_path / f"start-{source.name}/step_00000000", newest(tmp_path / f"start-{source.name}")[1])
+        reader = TensorReader(
+            tmp_path / f"start-{source.name}/step_00000000", newest(tmp_path / f"start-{source.name}")[1]
+        )
         found.append({name: reader.whole(name) for name in reader.manifest.tensors})
     for other in found[1:]:
         assert other.keys() == found[0].keys()
@@ -224,7 +226,14 @@ def test_what_was_trained_comes_back_bit_for_bit(one_rank, run, tmp_path, text_f
 
 def flags(tmp_path, text_file, name, *more):
     return [
-        *("--data-path", str(text_file), "--cache-dir", str(tmp_path / "cache"), "--log-dir", str(tmp_path / f"{name}-log")),
+        *(
+            "--data-path",
+            str(text_file),
+            "--cache-dir",
+            str(tmp_path / "cache"),
+            "--log-dir",
+            str(tmp_path / f"{name}-log"),
+        ),
         *("--deepspeed_config", str(ds_config(tmp_path, 2)), "--seq-length", "32", "--num-workers", "0", "--fp32"),
         *("--train-iters", "10", "--global-batch-size", "8", "--warmup-epochs", "0", "--lr-warmup-iters", "1"),
         *("--hidden-dropout", "0", "--attention-dropout", "0", *map(str, more)),
@@ -315,9 +324,9 @@ def test_a_run_of_another_model_or_tokenizer_is_refused(saved, run, one_rank, tm
     run("from-hf", "--bert", saved / "bert", "--model", "bert-tiny", "--output", tmp_path / "start")
     start = ("--model", "bert-tiny", "--load", tmp_path / "start")
     tokenizer = ("--tokenizer", tmp_path / "start/step_00000000/tokenizer")
-    with pytest.raises(Exception, match="model.generator.hidden_size 32 there, 128 here"):
+    with pytest.raises(Exception, match=r"model\.generator.hidden_size 32 there, 128 here"):
         one_rank.run(train_in_pool, flags(tmp_path, text_file, "a", *start, *tokenizer))
-    with pytest.raises(Exception, match="data.tokenizer"):
+    with pytest.raises(Exception, match=r"data\.tokenizer"):
         one_rank.run(train_in_pool, flags(tmp_path, text_file, "b", *start, "--config", tmp_path / "start/model.yaml"))
 
 
@@ -355,5 +364,8 @@ def test_a_real_bert(run, one_rank, two_ranks, tmp_path, text_file):
     run("to-hf", "--load", tmp_path / "run", "--output", tmp_path / "out")
     after, report = BertForMaskedLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(report.values())
-    moved = (after.bert.encoder.layer[5].output.dense.weight - ours.state_dict()["generator.layers.5.feed_forward.down.weight"]).abs()
+    moved = (
+        after.bert.encoder.layer[5].output.dense.weight
+        - ours.state_dict()["generator.layers.5.feed_forward.down.weight"]
+    ).abs()
     assert 0 < moved.max() < 0.01

@@ -57,6 +57,8 @@ def test_figures_against_a_plain_count():
     assert figures["replaced_fraction"] == len(replaced) / len(tokens)
     assert figures["rtd_precision"] == len(flagged & replaced) / len(flagged)
     assert figures["rtd_recall"] == len(flagged & replaced) / len(replaced)
+    both = [(a, b) for a in replaced for b in {*tokens} - replaced if a[0] == b[0]]
+    assert figures["rtd_auc"] == sum(scores[a].item() < scores[b].item() for a, b in both) / len(both)
     assert figures["rank_concordance"] == sum(pairs) / len(pairs)
     for name, share in figures["rank_label_fractions"].items():
         assert share == sum(label == float(name) for label in label_of.values()) / len(selected)

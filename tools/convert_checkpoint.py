@@ -36,8 +36,8 @@ example:
   deepspeed peer_scale/pretrain.py --deepspeed_config ds_configs/zero2.json --model peer-base \\
       --config runs/start/model.yaml --tokenizer runs/start/step_00000000/tokenizer --load runs/start --data-path ...
 
-The sizes of the ranker (and of the generator, where one is given) are those of the given models; the rest of the model is
-the preset's, or the flags'. What no given model has starts as in a fresh run. The trainer's --config takes the sizes
+The sizes of the ranker (and of the generator, where one is given) are those of the given models; the rest of the model
+is the preset's, or the flags'. What no given model has starts as in a fresh run. The trainer's --config takes the sizes
 from runs/start/model.yaml. With --bert there is a generator only, for --model bert-base and the like.
 """
 _INSPECT_EXAMPLE = """\
@@ -206,8 +206,8 @@ def to_hf(args: argparse.Namespace) -> None:
     import torch.distributed as dist
     from transformers.utils.logging import disable_progress_bar
 
-    from peer_scale.conversion.checkpoint_reader import read_checkpoint
     from peer_scale.conversion.architecture import TOLERANCE
+    from peer_scale.conversion.checkpoint_reader import read_checkpoint
     from peer_scale.conversion.to_hugging_face import to_hugging_face
 
     disable_progress_bar()

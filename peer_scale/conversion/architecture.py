@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +34,7 @@ class Architecture:
 
     @property
     def class_name(self) -> str:
-        """transformers' class."""
+        """Transformers' class."""
         prefix = self.family.capitalize()
         if not self.has_head:
             return f"{prefix}Model"
@@ -64,7 +63,7 @@ class Architecture:
         return entries + heads[self.family](config)
 
     def build(self, config: Any) -> nn.Module:
-        """transformers' model on the meta device."""
+        """Transformers' model on the meta device."""
         cls: Any = getattr(transformers, self.class_name)
         has_pooler = "add_pooling_layer" in inspect.signature(cls).parameters
         with torch.device("meta"):

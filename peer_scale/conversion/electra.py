@@ -13,7 +13,6 @@ from transformers import ElectraConfig
 
 from peer_scale.models.config import EncoderShape, ModelConfig
 
-
 # Names under which some files hold a tensor once more, and the names that are taken.
 TIES = {"generator_lm_head.weight": "electra.embeddings.word_embeddings.weight"}
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 
+from peer_scale.conversion.architecture import GENERATOR, RANKER
 from peer_scale.models.config import ModelConfig, ModelPart
 from peer_scale.models.networks import PretrainingModel
 from peer_scale.parallel.initialization import initialize_weights
@@ -36,14 +38,18 @@ class FreshWeights(Mapping[str, Tensor]):
 
     def _part(self, name: str) -> ModelPart:
         """The smallest part of the model with the parameter."""
-        nothing = ModelPart(range(0), range(0), range(0), False, False, False)
-        top, *path = name.split(".")
-        if "layers" in path or top == "shared_layers":
-            number = int(path[0] if top == "shared_layers" else path[1])
-            return replace(nothing, **{top if top == "shared_layers" else f"{top}_layers": range(number, number + 1)})
-        if top == "mlm_head":
+        nothing = ModelPart(
+            range(0), range(0), range(0), has_embeddings=False, has_mlm_head=False, has_ranking_head=False
+        )
+        numbers = [int(key) for key in name.split(".") if key.isdecimal()]
+        if numbers:
+            (number,) = numbers
+            field = {"shared_layers": "shared_layers", GENERATOR: "generator_layers", RANKER: "ranker_layers"}
+            layers: dict[str, Any] = {field[name.split(".", maxsplit=1)[0]]: range(number, number + 1)}
+            return replace(nothing, **layers)
+        if name.startswith("mlm_head."):
             return replace(nothing, has_mlm_head=True)
-        if top == "ranking_head":
+        if name.startswith("ranking_head."):
             return replace(nothing, has_ranking_head=True)
         return replace(nothing, has_embeddings=True)  # with the projections
 

@@ -67,7 +67,9 @@ def open_folder(name: str, flag: str) -> HuggingFaceFolder:
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{flag} {name}: no config.json that transformers opens: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"{flag} {name}: no config.json that transformers opens: {str(error).splitlines()[0]}"
+        ) from None
     if config.model_type not in FAMILIES:
         raise UserError(f"{flag} {name}: a {config.model_type} model; it must be one of {', '.join(FAMILIES)}")
     for key, wanted in (("hidden_act", "gelu"), ("position_embedding_type", "absolute"), ("is_decoder", False)):
@@ -75,7 +77,9 @@ def open_folder(name: str, flag: str) -> HuggingFaceFolder:
         if found != wanted:
             raise UserError(f"{flag} {name}: config.json: {key} is {found!r}, but the models here have {wanted!r}")
     if config.type_vocab_size < 2:
-        raise UserError(f"{flag} {name}: config.json: type_vocab_size is {config.type_vocab_size}; samples have 2 types")
+        raise UserError(
+            f"{flag} {name}: config.json: type_vocab_size is {config.type_vocab_size}; samples have 2 types"
+        )
     return HuggingFaceFolder(name, path, config.model_type, config, HuggingFaceWeights(path, config.model_type))
 
 

@@ -9,7 +9,10 @@ from peer_scale.corpus.examples import Batch
 from peer_scale.objectives.tqr import BUFFER_OFFSET, UNKNOWN_LABEL
 
 _MASKED_LM = ("mlm_loss", "mlm_correct", "selected", "tokens")
-_RANKING = ("tqr_loss", "replaced", "rtd_predicted", "rtd_correct", "rank_pairs", "rank_pairs_in_order")
+_RANKING = (
+    *("tqr_loss", "replaced", "rtd_predicted", "rtd_correct", "rtd_pairs", "rtd_pairs_in_order"),
+    *("rank_pairs", "rank_pairs_in_order"),
+)
 
 
 def possible_labels(num_levels: int) -> list[float]:
@@ -57,6 +60,7 @@ class StatisticsLayout:
             "replaced_fraction": sums["replaced"] / sums["tokens"],
             "rtd_precision": _share(sums["rtd_correct"], sums["rtd_predicted"]),
             "rtd_recall": _share(sums["rtd_correct"], sums["replaced"]),
+            "rtd_auc": _share(sums["rtd_pairs_in_order"], sums["rtd_pairs"]),
             "rank_concordance": _share(sums["rank_pairs_in_order"], sums["rank_pairs"]),
             "rank_label_fractions": {f"{label:g}": count / sums["selected"] for label, count in counts.items()},
             "level_accuracy": {
@@ -88,8 +92,9 @@ def ranking_statistics(
 ) -> dict[str, Tensor]:
     """Sums of the ranker's pass: RTD over all tokens; labels, levels and pairs at the selected positions.
 
-    A pair is two replaced tokens of one sequence whose levels are known and differ: it is in order where the better one
-    has the greater score. Half of the pairs of an ignorant ranker are, whatever the mix of levels.
+    A pair is two tokens of one sequence, in order where the better one has the greater score. Half of the pairs of an
+    ignorant ranker are, whatever the mix. Of RTD one is replaced and one is not: the share in order is the area under
+    the ROC curve. Of ranks both are replaced, and their levels are known and differ.
     """
     num_levels = len(thresholds) + 1
     is_replaced = corrupted_ids != batch.input_ids
@@ -101,6 +106,11 @@ def ranking_statistics(
         "rtd_correct": (flagged & is_replaced).sum(),
     }
     scores_BP = scores.gather(1, batch.positions)
+    replaced_BP = batch.is_selected & is_replaced.gather(1, batch.positions)
+    is_original = batch.is_token & ~is_replaced
+    sums["rtd_pairs"] = (replaced_BP.sum(1) * is_original.sum(1)).sum()
+    is_below = (scores_BP[:, :, None] < scores[:, None, :]) & replaced_BP[:, :, None] & is_original[:, None, :]
+    sums["rtd_pairs_in_order"] = is_below.sum()
     labels_BP = torch.where(batch.is_selected, labels.gather(1, batch.positions), torch.nan)
     is_level = (labels_BP >= 1) & (labels_BP < num_levels) & (labels_BP == labels_BP.round())
     is_pair = (labels_BP[:, :, None] < labels_BP[:, None, :]) & is_level[:, :, None] & is_level[:, None, :]

@@ -30,5 +30,5 @@ class Validation(Callback):
             batches = [batch.to(trainer.topology.device) for batch in step]
             sums += trainer.passes.evaluate(batches, trainer.global_counts(batches), warmup)
         figures = layout.figures(trainer.global_sums(sums).tolist(), trainer.run.objective.tqr_weight)
-        names = ("loss", "mlm_loss", "tqr_loss", "mlm_accuracy", "rtd_recall", "rank_concordance")
+        names = ("loss", "mlm_loss", "tqr_loss", "mlm_accuracy", "rtd_recall", "rtd_auc", "rank_concordance")
         return {f"validation_{name}": figures[name] for name in names if name in figures}
