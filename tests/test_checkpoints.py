@@ -75,7 +75,7 @@ def test_any_slice_of_any_cut(saved, tmp_path):
             for index, kind in enumerate(KINDS)
             if piece.file == file
         }
-        entry = write_tensors(tmp_path / file, {key: len(part) for key, part in content.items()}, content.values())
+        entry = write_tensors(tmp_path / file, {key: (len(part),) for key, part in content.items()}, content.values())
         assert entry == FileEntry(
             (tmp_path / file).stat().st_size, hashlib.sha256((tmp_path / file).read_bytes()).hexdigest()
         )

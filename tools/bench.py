@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import resource
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -29,13 +31,18 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from peer_scale.checkpoints.folder import CheckpointFolder  # noqa: E402
+from peer_scale.checkpoints.state import TrainingState  # noqa: E402
+from peer_scale.checkpoints.writer import CheckpointWriter  # noqa: E402
 from peer_scale.corpus.examples import Batch  # noqa: E402
+from peer_scale.corpus.wordpiece import MIN_VOCAB_SIZE, train_wordpiece  # noqa: E402
 from peer_scale.errors import UserError  # noqa: E402
 from peer_scale.flops import actual_train_flops, measure_peak_flops, peak_flops  # noqa: E402
 from peer_scale.host_memory import keep_freed_memory  # noqa: E402
 from peer_scale.kernels.gelu import bias_gelu  # noqa: E402
 from peer_scale.kernels.norm import bias_dropout_residual_norm  # noqa: E402
 from peer_scale.objectives.tasks import GlobalCounts, PretrainingTask  # noqa: E402
+from peer_scale.parallel.agreement import Agreement  # noqa: E402
 from peer_scale.parallel.environment import ProcessEnvironment  # noqa: E402
 from peer_scale.parallel.initialization import initialize_weights  # noqa: E402
 from peer_scale.parallel.topology import Topology, build_topology, init_process_group  # noqa: E402
@@ -104,13 +111,48 @@ def our_task(setting: Setting) -> PretrainingTask:
     return task
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What is timed after something that is not."""
+
+    prepare: Action
+    action: Action
+
+    def __call__(self) -> object:
+        return self.action()
+
+
 def our_step(setting: Setting) -> Action:
     """The trainer's own step: DeepSpeed with ZeRO-2."""
+    return our_trainer(setting)[1]
+
+
+def our_trainer(setting: Setting) -> tuple[Any, Action]:
+    """DeepSpeed's engine, and the trainer's own step with it."""
     engine = build_engine(our_task(setting), setting.run, setting.topology)
     passes = WholeModel(engine, setting.topology)
     meter = Meter(setting.run, 1, None)
     trainer = Trainer(setting.run, setting.topology, engine, passes, meter, [], progress=Progress(), warmup_steps=0)
-    return lambda: trainer.train_step(1, [setting.batch])
+    return engine, lambda: trainer.train_step(1, [setting.batch])
+
+
+def saving_pair(setting: Setting, folder: Path, *, copy_alone: bool) -> tuple[Action, Action]:
+    """A step while a checkpoint is written (or what a save holds training up for), and a step while none is."""
+    engine, step = our_trainer(setting)
+    tokenizer = train_wordpiece([__doc__ or ""], MIN_VOCAB_SIZE)
+    state = TrainingState(engine, setting.topology, setting.run.model.vocab_size)
+    kept = CheckpointFolder(folder, keep_last=1)
+    writer = CheckpointWriter(folder, kept, state, Agreement(), {}, tokenizer, in_background=True)
+    numbers = itertools.count(1)
+
+    def save() -> None:
+        writer.save(Progress(next(numbers)))
+
+    def begin() -> None:
+        writer.finish()
+        save()
+
+    return Prepared(writer.finish, save) if copy_alone else Prepared(begin, step), Prepared(writer.finish, step)
 
 
 def plain_loop(setting: Setting) -> Action:
@@ -316,6 +358,8 @@ ROWS: dict[str, tuple[str, bool]] = {  # name: the peer, and whether it is a who
     "step-electra-pytorch-bf16": ("electra-pytorch around them, bf16 autocast", True),
     "step-plain-loop": ("our model without DeepSpeed", True),
     "step-matrix-products": ("the bare matrix products", True),
+    "step-while-saving": ("the same step while nothing is saved", True),
+    "save-copy": ("a step: what a background save holds training up for", False),
     "head-forward": ("the bare product of the logits", False),
     "head-backward": ("its three products", False),
     "kernel-norm": ("torch's composition", False),
@@ -323,8 +367,10 @@ ROWS: dict[str, tuple[str, bool]] = {  # name: the peer, and whether it is a who
 }
 
 
-def build_row(name: str, setting: Setting) -> tuple[Action, Action]:
-    """Ours and the peer's, ready to be called."""
+def build_row(name: str, setting: Setting, folder: Path) -> tuple[Action, Action]:
+    """Ours and the peer's, ready to be called; `folder` is for files."""
+    if name in ("step-while-saving", "save-copy"):
+        return saving_pair(setting, folder, copy_alone=name == "save-copy")
     if name.startswith("head-"):
         return head_pair(setting, backward=name == "head-backward")
     if name.startswith("kernel-"):
@@ -345,6 +391,8 @@ def alternate(ours: Action, peer: Action, repeats: int, device: torch.device) ->
     """Seconds of each, in turns, after two rounds of warm-up."""
 
     def seconds(action: Action) -> float:
+        if isinstance(action, Prepared):
+            action.prepare()
         if device.type == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
@@ -412,8 +460,9 @@ def main() -> None:
 def measure(row: str, setting: Setting, repeats: int) -> Result:
     """Build a row's pair, time it, print and return it."""
     run, device = setting.run, setting.topology.device
-    ours, peer = build_row(row, setting)
-    result = summarise(row, list(alternate(ours, peer, repeats, device)))
+    with tempfile.TemporaryDirectory() as folder:
+        ours, peer = build_row(row, setting, Path(folder))
+        result = summarise(row, list(alternate(ours, peer, repeats, device)))
     line = (
         f"{row:<26} ours {result.ours_ms:9.1f} ms  peer {result.peer_ms:9.1f} ms  ratio {result.ratio:5.2f} "
         f"({result.quartiles[0]:.2f}-{result.quartiles[1]:.2f})  {result.peer}"

@@ -41,6 +41,7 @@ def write_tensors(
         for block in _blocks(len(text).to_bytes(8, "little") + text, shapes, tensors):
             file.write(block)
             digest.update(block)
+            del block  # a view of a tensor, which is to be gone before the next is made
         file.flush()
         os.fsync(file.fileno())
         return FileEntry(file.tell(), digest.hexdigest())
@@ -48,12 +49,18 @@ def write_tensors(
 
 def _blocks(header: bytes, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[Tensor]) -> Iterable[Any]:
     yield header
-    for (key, shape), tensor in zip(shapes.items(), tensors, strict=True):
-        assert tensor.shape == shape, f"{key}: {tuple(tensor.shape)} where {shape} was announced"
-        numbers: Any = tensor.to("cpu", torch.float32).flatten().contiguous().numpy()
-        content = memoryview(numbers).cast("B")
-        for start in range(0, len(content), _CHUNK):
-            yield content[start : start + _CHUNK]
+    remaining = iter(tensors)
+    for key, shape in shapes.items():  # not zip, which holds a tensor while the next is made
+        yield from _content(key, shape, next(remaining))
+    assert next(remaining, None) is None, "more tensors than were announced"
+
+
+def _content(key: str, shape: tuple[int, ...], tensor: Tensor) -> Iterable[memoryview]:
+    assert tensor.shape == shape, f"{key}: {tuple(tensor.shape)} where {shape} was announced"
+    numbers: Any = tensor.to("cpu", torch.float32).flatten().contiguous().numpy()
+    content = memoryview(numbers).cast("B")
+    for start in range(0, len(content), _CHUNK):
+        yield content[start : start + _CHUNK]
 
 
 def describe_file(path: Path) -> FileEntry:
@@ -104,6 +111,8 @@ class TensorReader:
         sharding = self.manifest.tensors[name].sharding
         rows, *others = sharding.shard_shape
         row = math.prod(others)
+        if sharding.count == 1:
+            return self._range(name, kind, 0, first * row, last * row).view(-1, *others)
         found = torch.empty(last - first, *sharding.shape[1:])
         for shard in range(sharding.count):
             base = rows * shard if sharding.dim == 0 else 0
@@ -133,6 +142,9 @@ class TensorReader:
 
     def _range(self, name: str, kind: str, shard: int, start: int, end: int) -> Tensor:
         """Flat range of a shard as it was saved."""
+        for piece in self.manifest.tensors[name].pieces:
+            if piece.shard == shard and piece.start <= start and end <= piece.start + piece.length:
+                return self._slice(piece.file, key_of(kind, name), start - piece.start, end - piece.start)
         found = torch.empty(end - start)
         for piece in self.manifest.tensors[name].pieces:
             low, high = max(start, piece.start), min(end, piece.start + piece.length)

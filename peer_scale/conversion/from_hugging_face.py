@@ -265,9 +265,8 @@ def _write(
 
     def tensors() -> Iterator[Tensor]:
         for our in shardings:
-            found = weight(our).flatten()
             for kind in KINDS:
-                yield found if kind == WEIGHT else torch.zeros_like(found)
+                yield weight(our).flatten() if kind == WEIGHT else torch.zeros(lengths[our])
 
     lengths = {our: sharding.stored(0) for our, sharding in shardings.items()}
     shapes = {key_of(kind, our): (length,) for our, length in lengths.items() for kind in KINDS}
