@@ -10,7 +10,6 @@ from functools import lru_cache
 from peer_scale.errors import UserError
 from peer_scale.flops import actual_train_flops
 from peer_scale.pipeline.costs import Costs, PassCosts
-from peer_scale.pipeline.executor import num_backward_calls
 from peer_scale.pipeline.instructions import Network
 from peer_scale.pipeline.placement import Placement
 from peer_scale.pipeline.schedule import Schedule, build_schedule
@@ -88,16 +87,12 @@ def make_plan(workload: Workload, cluster: Cluster, layout: Layout) -> Plan:
     # the middle of a long step repeats itself
     pipeline_time = makespan + (num_micro - few) * busiest
     inventories = _inventories(workload, placement, layout.tensor_parallel)
-    calls = num_micro if layout.pipeline_parallel == 1 else num_backward_calls(schedule.stages[0]) * num_micro // few
     stages = tuple(
         _stage_memory(workload, layout, inventory, held, is_first=stage == 0)
         for stage, (inventory, held) in enumerate(zip(inventories, activations, strict=True))
     )
     sent = max(
-        (
-            _traffic(workload, layout, placement, stage, inventories[stage], calls, num_micro)
-            for stage in range(len(stages))
-        ),
+        (_traffic(workload, layout, placement, stage, inventories[stage], num_micro) for stage in range(len(stages))),
         key=lambda one: one.total,
     )
     stride = layout.tensor_parallel
@@ -257,10 +252,9 @@ def _traffic(
     placement: Placement,
     stage: int,
     inventory: Inventory,
-    num_calls: int,
     num_micro: int,
 ) -> traffic.Traffic:
-    gradients, parameters = traffic.zero_traffic(inventory, layout, workload, num_calls, num_micro)
+    gradients, parameters = traffic.zero_traffic(inventory, layout, workload, num_micro)
     return traffic.Traffic(
         tensor=num_micro * traffic.tensor_traffic(placement, stage, workload, layout),
         pipeline=num_micro * traffic.pipeline_traffic(placement, stage, workload, layout),

@@ -20,11 +20,14 @@ from peer_scale.pipeline.placement import Placement
 class Inventory:
     """Sizes of a rank's parameters (its tensor-parallel share), those that decay and those that do not.
 
-    These are the optimizer's two groups, which DeepSpeed lays out one after the other.
+    These are the optimizer's two groups, which DeepSpeed lays out one after the other. `reached` counts the numbers
+    whose gradients each backward call of a micro-batch gives: all in one call, but between stages a call a pass and one
+    of the MLM head.
     """
 
     decayed: tuple[int, ...]
     others: tuple[int, ...]
+    reached: tuple[int, ...]
 
     @property
     def count(self) -> int:
@@ -42,11 +45,22 @@ def take_inventory(
     inventories = []
     for stage in placement.stages:
         with torch.device("meta"):
-            parameters = list(PretrainingModel(padded, num_levels, topology, stage).parameters())
-        sizes = [(p.ndim, _local_size(p, tensor_parallel)) for p in parameters]
-        decayed = tuple(size for ndim, size in sizes if ndim >= 2)
-        inventories.append(Inventory(decayed, tuple(size for ndim, size in sizes if ndim < 2)))
+            parameters = dict(PretrainingModel(padded, num_levels, topology, stage).named_parameters())
+        sizes = {name: _local_size(parameter, tensor_parallel) for name, parameter in parameters.items()}
+        decayed = tuple(size for name, size in sizes.items() if parameters[name].ndim >= 2)
+        others = tuple(size for name, size in sizes.items() if parameters[name].ndim < 2)
+        calls = _CALLS if placement.num_stages > 1 else (("",),)
+        reached = [sum(size for name, size in sizes.items() if name.startswith(call)) for call in calls]
+        inventories.append(Inventory(decayed, others, tuple(count for count in reached if count)))
     return tuple(inventories)
+
+
+# which parameters the backward calls between stages reach
+_CALLS = (
+    ("mlm_head.", "embeddings.word."),
+    ("embeddings.", "shared_layers.", "generator."),
+    ("embeddings.", "shared_layers.", "ranker.", "ranking_head."),
+)
 
 
 def _local_size(parameter: nn.Parameter, tensor_parallel: int) -> int:

@@ -40,8 +40,7 @@ def state_memory(inventory: Inventory, layout: Layout, precision: str) -> State:
     if layout.zero_stage == 3:
         share = sum(-(-size // ranks) for size in (*inventory.decayed, *inventory.others))
         return State(low * share, 4 * share, 12 * share)
-    groups = (sum(inventory.decayed), sum(inventory.others))
-    padded = sum(_round_up(group, _ALIGNMENT * ranks) for group in groups)
+    padded = sum(padded_groups(inventory, ranks))
     parameters, optimizer = low * padded, 12 * padded // ranks
     if layout.zero_stage == 2:
         return State(parameters, 4 * padded // ranks, optimizer)
@@ -49,6 +48,12 @@ def state_memory(inventory: Inventory, layout: Layout, precision: str) -> State:
         return State(parameters, 4 * inventory.count, optimizer)
     # DeepSpeed's BF16_Optimizer adds bf16 gradients into an fp32 buffer
     return State(parameters, 4 * padded + low * inventory.count, optimizer)
+
+
+def padded_groups(inventory: Inventory, ranks: int) -> tuple[int, int]:
+    """Sizes of the two flat groups that ZeRO-1 and 2 make of the parameters."""
+    decayed, others = (_round_up(sum(group), _ALIGNMENT * ranks) for group in (inventory.decayed, inventory.others))
+    return decayed, others
 
 
 def gathered_memory(inventory: Inventory, layout: Layout, workload: Workload, live_parameters: int) -> int:
@@ -98,7 +103,8 @@ def pass_activations(
     held = part.num_layers(network) * layer_activations(shape, workload, layout, on_cpu=on_cpu)
     tokens = layout.micro_batch_size * workload.seq_length
     if part.has_embeddings:
-        held += 3 * tokens * workload.model.embedding_size * workload.number_bytes
+        kept = 1 + (workload.model.hidden_dropout > 0)
+        held += kept * tokens * workload.model.embedding_size * workload.number_bytes
     if network == "ranker" and part.has_ranking_head:
         held += 3 * tokens * shape.hidden_size * workload.number_bytes
     return held

@@ -9,8 +9,11 @@ from peer_scale.pipeline.instructions import Network
 from peer_scale.pipeline.placement import Placement
 from peer_scale.planning.inventory import Inventory
 from peer_scale.planning.layout import Layout, Workload
+from peer_scale.planning.memory import padded_groups
 
-_HEAD_BYTES = 36  # a position sends so much over tensor-parallel ranks in `generator_head`
+REUSE_DISTANCE = 10**9  # DeepSpeed's stage3_max_reuse_distance: what is used again sooner stays gathered
+# of a position in `generator_head`: five fp32 numbers are reduced over tensor-parallel ranks, four gathered
+_HEAD_REDUCED, _HEAD_GATHERED = 20, 16
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,9 @@ def layer_traffic(shape: EncoderShape, workload: Workload, layout: Layout) -> fl
 
 def head_traffic(workload: Workload, layout: Layout) -> float:
     """The MLM head over vocabulary shards, forward and backward of one micro-batch."""
-    positions = layout.micro_batch_size * workload.num_predictions
-    gradient = all_reduce(4 * positions * workload.model.embedding_size, layout.tensor_parallel)
-    return positions * _HEAD_BYTES * (layout.tensor_parallel > 1) + gradient
+    positions, ranks = layout.micro_batch_size * workload.num_predictions, layout.tensor_parallel
+    gradient = 4 * positions * workload.model.embedding_size
+    return all_reduce(gradient + positions * _HEAD_REDUCED, ranks) + positions * _HEAD_GATHERED * (ranks - 1)
 
 
 def tensor_traffic(placement: Placement, stage: int, workload: Workload, layout: Layout) -> float:
@@ -51,8 +54,14 @@ def tensor_traffic(placement: Placement, stage: int, workload: Workload, layout:
     passes = 3 if layout.activation_checkpointing else 2
     total = 0.0
     for network in placement.networks:
-        shape = shape_of(workload, network)
-        total += passes * placement.stages[stage].num_layers(network) * layer_traffic(shape, workload, layout)
+        shape, num_layers = shape_of(workload, network), placement.stages[stage].num_layers(network)
+        total += passes * num_layers * layer_traffic(shape, workload, layout)
+        if layout.sequence_parallel:
+            # gradients of biases and LayerNorms; the whole sequence at the top, its gradient at the bottom
+            path, states = placement.path(network), shape.hidden_size * workload.number_bytes
+            total += num_layers * 2 * all_reduce(3 * states, layout.tensor_parallel)
+            tokens = layout.micro_batch_size * workload.seq_length
+            total += ((stage == path[0]) + (stage == path[-1])) * scatter(tokens * states, layout.tensor_parallel)
     if placement.stages[stage].has_embeddings:
         tokens = layout.micro_batch_size * workload.seq_length
         embedded = tokens * workload.model.embedding_size * workload.number_bytes
@@ -88,22 +97,26 @@ def hidden_states_bytes(workload: Workload, layout: Layout, network: Network) ->
 
 
 def zero_traffic(
-    inventory: Inventory, layout: Layout, workload: Workload, num_backward_calls: int, num_micro_batches: int
+    inventory: Inventory, layout: Layout, workload: Workload, num_micro_batches: int
 ) -> tuple[float, float]:
     """Gradients and parameters that the data-parallel ranks exchange in one step.
 
-    ZeRO-1 reduces gradients once a step (in fp32 for bf16 weights), ZeRO-2 and 3 at every backward call. ZeRO-1 and 2
-    gather the weights once a step, ZeRO-3 for every forward and every backward of a micro-batch.
+    Gradients: ZeRO-1 all-reduces them once a step; ZeRO-2 all-reduces what each backward call has reached, as
+    DeepSpeed's buckets belong to several ranks at once; ZeRO-3 reduce-scatters it. Parameters: ZeRO-1 and 2 gather them
+    once a step. ZeRO-3 gathers them for every micro-batch: once where they stay from forward to backward, as DeepSpeed
+    has it where they are few and every call uses the same ones, else for each.
     """
-    weights = inventory.count * workload.number_bytes
-    gather = scatter(weights, layout.data_parallel)
-    if layout.zero_stage == 1:
-        sums = inventory.count * 4
-        return all_reduce(sums, layout.data_parallel), gather
-    reductions = num_backward_calls * scatter(weights, layout.data_parallel)
+    ranks, number = layout.data_parallel, workload.number_bytes
+    reached = num_micro_batches * number * sum(inventory.reached)
+    if layout.zero_stage == 3:
+        stay = len(inventory.reached) == 1 and 2 * inventory.count <= REUSE_DISTANCE
+        return scatter(reached, ranks), scatter(reached, ranks) * (1 if stay else 2)
+    groups = number * sum(padded_groups(inventory, ranks))
     if layout.zero_stage == 2:
-        return reductions, gather
-    return reductions, 2 * num_micro_batches * gather
+        return all_reduce(reached, ranks), scatter(groups, ranks)
+    # DeepSpeed's BF16_Optimizer, which ZeRO-1 gets with bf16, reduces the groups with their padding
+    once = groups if workload.precision == "bf16" else number * inventory.count
+    return all_reduce(once, ranks), scatter(groups, ranks)
 
 
 def shape_of(workload: Workload, network: Network) -> EncoderShape:
