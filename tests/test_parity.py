@@ -167,6 +167,39 @@ def test_pipeline_layouts_agree(
     assert_same(found, references(model, *FOUR_HEADS))
 
 
+COUNTS = [  # stages, micro-batches of one sample: 1, P-1, P and 4P
+    (stages, count) for stages in (2, 4) for count in sorted({1, stages - 1, stages, 4 * stages})
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["peer-tiny", "electra-tiny", "bert-tiny"])
+@pytest.mark.parametrize(("stages", "count"), COUNTS)
+def test_any_number_of_micro_batches_agrees(stages, count, model, references, pool_of, tmp_path, text_file, cache):
+    batch = (*FOUR_HEADS, "--global-batch-size", str(count))
+    flags = ("--model", model, "--pipeline-model-parallel-size", str(stages), "--micro-batch-size", "1", *batch)
+    found = curve(pool_of(stages), tmp_path, text_file, cache, stage=1 + count % 3, flags=flags)
+    assert_same(found, references(model, *batch, "--micro-batch-size", str(count)))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stage", "model"),
+    [
+        (2, 2, "peer-tiny"),
+        *slow(
+            (2, 1, "peer-tiny"), (2, 3, "peer-tiny"), (4, 2, "electra-tiny"), (4, 3, "peer-tiny"), (4, 3, "bert-tiny")
+        ),
+    ],
+)
+def test_stages_with_the_optimizer_on_the_host_agree(
+    ranks, stage, model, references, pool_of, tmp_path, text_file, cache
+):
+    offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    flags = ("--model", model, "--pipeline-model-parallel-size", "2", "--micro-batch-size", "2", *FOUR_HEADS)
+    found = curve(pool_of(ranks), tmp_path, text_file, cache, stage=stage, flags=flags, blocks=offload)
+    assert_same(found, references(model, *FOUR_HEADS))
+
+
 def test_the_curve_goes_down(references):
     first, last = references("peer-tiny")[0][0], references("peer-tiny")[-1][0]
     assert last < 0.9 * first

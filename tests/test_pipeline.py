@@ -13,7 +13,7 @@ import pytest
 from peer_scale.errors import UserError
 from peer_scale.pipeline.instructions import Backward, Forward, HeadBackward, HeadForward
 from peer_scale.pipeline.simulator import simulate
-from peer_scale.pipeline.zero3 import check_internals
+from peer_scale.pipeline.zero import Adaptation
 from peer_scale.settings.flags import build_parser
 from peer_scale.settings.resolve import resolve
 from peer_scale.training.job import plan_pipeline
@@ -63,30 +63,43 @@ def test_stages_run_what_the_simulator_runs(two_ranks, tmp_path, text_file):
 
 
 def train_without(correction, flags):
-    """The trainer with one of ZeRO-3's corrections taken out."""
-    from peer_scale.pipeline import zero3
-
-    original = getattr(zero3, correction)
-    setattr(zero3, correction, lambda engine: None)
+    """The trainer with one of ZeRO's corrections taken out."""
+    original = getattr(Adaptation, correction)
+    setattr(Adaptation, correction, lambda self: None)
     try:
         return train_in_pool(flags)
     finally:
-        setattr(zero3, correction, original)
+        setattr(Adaptation, correction, original)
 
 
-@pytest.mark.parametrize("correction", ["start_step", "before_backward"])
-def test_zero3_goes_wrong_without_each_of_its_corrections(correction, two_ranks, tmp_path, text_file):
+OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+
+
+@pytest.mark.parametrize(
+    ("stage", "offload", "correction"),
+    [
+        (3, False, "after_update"),
+        (3, False, "before_backward"),
+        *(
+            pytest.param(stage, True, correction, marks=pytest.mark.slow)
+            for stage, correction in ((2, "after_update"), (2, "before_update"), (3, "before_update"))
+        ),
+    ],
+)
+def test_zero_goes_wrong_without_each_of_its_corrections(stage, offload, correction, two_ranks, tmp_path, text_file):
     """If this fails, DeepSpeed has changed: see whether the correction is still needed, and still right."""
-    flags = flags_for(tmp_path, text_file, "--train-iters", 4, "--fp32", "--pipeline-model-parallel-size", 2, stage=3)
+    more = ("--train-iters", 4, "--fp32", "--pipeline-model-parallel-size", 2)
+    flags = flags_for(tmp_path, text_file, *more, stage=stage, **(dict(OFFLOAD) if offload else {}))
     right = [line["grad_norm"] for line in two_ranks.run(train_in_pool, flags)[0]]
     wrong = [line["grad_norm"] for line in two_ranks.run(train_without, correction, flags)[0]]
     assert wrong[1:] != pytest.approx(right[1:], rel=1e-4)
 
 
 def test_what_a_deepspeed_version_lacks_is_named():
-    engine = SimpleNamespace(optimizer=SimpleNamespace(micro_step_id=0))
+    optimizer = SimpleNamespace(micro_step_id=0)
+    engine = SimpleNamespace(optimizer=optimizer, zero_optimization_stage=lambda: 3, zero_cpu_offload=lambda: False)
     with pytest.raises(RuntimeError, match=r"lacks optimizer.grad_partitions_flat_buffer, optimizer.parameter_offload"):
-        check_internals(engine)
+        Adaptation(engine, None)
 
 
 def test_validation_is_that_of_one_rank(one_rank, two_ranks, tmp_path, text_file):

@@ -12,7 +12,6 @@ from torch import Tensor
 from peer_scale.corpus.examples import Batch
 from peer_scale.objectives.tasks import GlobalCounts
 from peer_scale.parallel.topology import Topology
-from peer_scale.pipeline import zero3
 from peer_scale.pipeline.instructions import (
     Backward,
     Forward,
@@ -28,6 +27,7 @@ from peer_scale.pipeline.instructions import (
 )
 from peer_scale.pipeline.messages import Messenger, PassOn
 from peer_scale.pipeline.placement import Placement
+from peer_scale.pipeline.zero import Adaptation
 from peer_scale.settings.run import RunConfig
 from peer_scale.training.engine import compute_dtype
 
@@ -69,9 +69,7 @@ class PipelineStage:
         if run.model.ranker is not None:
             self._hidden_sizes["ranker"] = run.model.ranker.hidden_size
         self._dtype = compute_dtype(run.training.precision)
-        self._is_zero3 = engine.zero_optimization_stage() == 3
-        if self._is_zero3:
-            zero3.adapt_to_stages(engine, topology.group("dp"))
+        self._zero = Adaptation(engine, topology.group("dp"))
 
     def train(
         self, batches: Sequence[Batch], counts: GlobalCounts, warmup: bool, seed_dropout: Callable[..., None]
@@ -122,9 +120,9 @@ class PipelineStage:
             case Backward(network, micro):
                 self._backward_network(network, micro, step)
             case OptimizerStep():
+                self._zero.before_update()
                 self._count_backward(step)
-                if self._is_zero3:
-                    zero3.start_step(self._engine)
+                self._zero.after_update()
 
     def _forward_generator(self, micro: int, step: _Step) -> None:
         arrived = self._arrived("generator", micro, step)
@@ -179,8 +177,7 @@ class PipelineStage:
         arrived, output = step.graphs.pop((work, micro))
         # DeepSpeed averages over data-parallel ranks; our loss is a share of the global sum
         loss = output * self._topology.size("dp") if grad is None else PassOn.apply(output, grad)
-        if self._is_zero3:
-            zero3.before_backward(self._engine)
+        self._zero.before_backward()
         self._count_backward(step)
         self._engine.backward(loss, scale_wrt_gas=False)
         step.has_uncounted_backward = True
