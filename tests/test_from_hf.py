@@ -246,9 +246,11 @@ TP2 = ("--tensor-model-parallel-size", 2, "--micro-batch-size", 8)
 @pytest.mark.parametrize(
     ("model", "sources"),
     [
-        ("electra-tiny", {"--discriminator": "discriminator", "--generator": "generator"}),
         ("peer-tiny", {"--discriminator": "discriminator"}),
-        ("bert-tiny", {"--bert": "bert-with-all"}),
+        pytest.param(
+            "electra-tiny", {"--discriminator": "discriminator", "--generator": "generator"}, marks=pytest.mark.slow
+        ),
+        pytest.param("bert-tiny", {"--bert": "bert-with-all"}, marks=pytest.mark.slow),
     ],
 )
 def test_training_goes_on_under_any_layout(model, sources, saved, run, one_rank, two_ranks, tmp_path, text_file):
