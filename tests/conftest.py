@@ -1,4 +1,4 @@
-import importlib
+import importlib.util
 import inspect
 from pathlib import Path
 
@@ -37,6 +37,33 @@ def text_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("text") / "documents.txt"
     path.write_text("\n\n".join(documents) + "\n", encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def tool():
+    """tools/convert_checkpoint.py as a module."""
+    path = Path(__file__).resolve().parent.parent / "tools/convert_checkpoint.py"
+    spec = importlib.util.spec_from_file_location("convert_checkpoint", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def refusal(tool, capfd, tmp_path):
+    """Run the tool on what it must refuse; gives the one line. Nothing may be left behind."""
+
+    def run(*arguments):
+        assert tool.main(list(map(str, arguments))) == 2
+        captured = capfd.readouterr()
+        assert captured.out == ""
+        assert captured.err.startswith("error: ")
+        assert captured.err.count("\n") == 1, captured.err
+        assert not (tmp_path / "out").exists()
+        assert not list(tmp_path.glob(".*")), "nothing half-written stays"
+        return captured.err
+
+    return run
 
 
 @pytest.fixture(scope="module")

@@ -24,9 +24,8 @@ from peer_scale.checkpoints.pieces import TensorReader
 from peer_scale.conversion.checkpoint_reader import our_weights, read_checkpoint
 from peer_scale.models.networks import PretrainingModel
 from peer_scale.parallel.topology import single_process_topology
-from runs import PROJECT, ds_config, train_in_pool
+from runs import ds_config, train_in_pool
 
-TOOL = PROJECT / "tools/convert_checkpoint.py"
 SIZES = {
     "num_hidden_layers": 3,
     "hidden_size": 32,
@@ -36,14 +35,6 @@ SIZES = {
 }
 NARROW = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
 BERT_SIZES = {**SIZES, "layer_norm_eps": 1e-7}
-
-
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("convert_checkpoint", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -58,17 +49,8 @@ def run(tool, capfd):
 
 
 @pytest.fixture
-def refused(tool, capfd, tmp_path):
-    def refused(*arguments):
-        assert tool.main(["from-hf", "--output", str(tmp_path / "out"), *map(str, arguments)]) == 2
-        captured = capfd.readouterr()
-        assert captured.err.startswith("error: ")
-        assert captured.err.count("\n") == 1, captured.err
-        assert not (tmp_path / "out").exists()
-        assert not list(tmp_path.glob(".*")), "nothing half-written stays"
-        return captured.err
-
-    return refused
+def refused(refusal, tmp_path):
+    return lambda *arguments: refusal("from-hf", "--output", tmp_path / "out", *arguments)
 
 
 def randomized(model, seed=0):

@@ -1,3 +1,4 @@
+import contextlib
 import importlib.util
 import itertools
 import json
@@ -56,14 +57,24 @@ def held_by(engine):
     return storage_bytes(weights), storage_bytes(gradients), storage_bytes([*masters, *moments])
 
 
-def observed_run(flags):
-    """Train two steps; gives what the engine holds between the last two backward calls."""
+@contextlib.contextmanager
+def train_step_replaced(replacement):
+    """Within, a trainer's step is `replacement(plain_step, trainer, step, micro_batches)`."""
     from peer_scale.training.trainer import Trainer
 
-    found = []
     plain_step = Trainer.train_step
+    Trainer.train_step = lambda *args: replacement(plain_step, *args)
+    try:
+        yield
+    finally:
+        Trainer.train_step = plain_step
 
-    def train_step(trainer, step, micro_batches):
+
+def observed_run(flags):
+    """Train two steps; gives what the engine holds between the last two backward calls."""
+    found = []
+
+    def train_step(plain_step, trainer, step, micro_batches):
         if step == 2:
             engine, update = trainer.engine, type(trainer.engine).step
 
@@ -75,11 +86,8 @@ def observed_run(flags):
             engine.step = look
         return plain_step(trainer, step, micro_batches)
 
-    Trainer.train_step = train_step
-    try:
+    with train_step_replaced(train_step):
         train_in_pool(flags)
-    finally:
-        Trainer.train_step = plain_step
     (held,) = found
     return held
 
@@ -129,8 +137,6 @@ def sent_in_a_step(flags):
     import torch.distributed as dist
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from peer_scale.training.trainer import Trainer
-
     class Counter(TorchDispatchMode):
         def __init__(self, topology, num_figures):
             super().__init__()
@@ -170,9 +176,8 @@ def sent_in_a_step(flags):
         return [t for item in value for t in tensors_in(item)] if isinstance(value, (list, tuple)) else []
 
     found = []
-    plain_step = Trainer.train_step
 
-    def train_step(trainer, step, micro_batches):
+    def train_step(plain_step, trainer, step, micro_batches):
         if step < 4:
             return plain_step(trainer, step, micro_batches)
         with Counter(trainer.topology, len(trainer.engine.module.statistics) + 1) as counter:
@@ -180,11 +185,8 @@ def sent_in_a_step(flags):
         found.append(counter.sent)
         return record
 
-    Trainer.train_step = train_step
-    try:
+    with train_step_replaced(train_step):
         train_in_pool(flags)
-    finally:
-        Trainer.train_step = plain_step
     (sent,) = found
     return sent
 

@@ -15,7 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from peer_scale.checkpoints.manifest import MANIFEST, WEIGHT, FileEntry, Manifest, Sharding, key_of
+from peer_scale.checkpoints.manifest import MANIFEST, TOKENIZER, WEIGHT, FileEntry, Manifest, Sharding, key_of
+from peer_scale.corpus.wordpiece import WordPiece
 from peer_scale.errors import UserError
 
 _CHUNK = 8 << 20
@@ -61,6 +62,13 @@ def _content(key: str, shape: tuple[int, ...], tensor: Tensor) -> Iterable[memor
     content = memoryview(numbers).cast("B")
     for start in range(0, len(content), _CHUNK):
         yield content[start : start + _CHUNK]
+
+
+def write_tokenizer(folder: Path, tokenizer: WordPiece) -> dict[str, FileEntry]:
+    """Write a checkpoint's tokenizer; gives what the manifest says of its files. Raises OSError and UserError."""
+    tokenizer.save(folder / TOKENIZER)
+    paths = sorted((folder / TOKENIZER).iterdir())
+    return {f"{TOKENIZER}/{path.name}": describe_file(path) for path in paths}
 
 
 def describe_file(path: Path) -> FileEntry:

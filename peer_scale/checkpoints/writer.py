@@ -26,8 +26,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from peer_scale.checkpoints.folder import CheckpointFolder
-from peer_scale.checkpoints.manifest import TOKENIZER, WEIGHT, FileEntry, Manifest, Piece, Sharding, TensorEntry
-from peer_scale.checkpoints.pieces import describe_file, write_tensors
+from peer_scale.checkpoints.manifest import WEIGHT, FileEntry, Manifest, Piece, Sharding, TensorEntry
+from peer_scale.checkpoints.pieces import write_tensors, write_tokenizer
 from peer_scale.checkpoints.state import OwnedPiece, TrainingState
 from peer_scale.corpus.wordpiece import WordPiece
 from peer_scale.errors import UserError
@@ -120,9 +120,7 @@ class CheckpointWriter:
         if pieces:
             files[name] = write_tensors(aside / name, {piece.key: (piece.length,) for piece in pieces}, tensors)
         if self._rank == 0:
-            self._tokenizer.save(aside / TOKENIZER)
-            for path in sorted((aside / TOKENIZER).iterdir()):
-                files[f"{TOKENIZER}/{path.name}"] = describe_file(path)
+            files |= write_tokenizer(aside, self._tokenizer)
         fragments = [(piece.fragment, piece.length) for piece in pieces if piece.kind == WEIGHT]
         return _Share([(f.name, f.sharding, Piece(name, f.shard, f.start, length)) for f, length in fragments], files)
 

@@ -16,7 +16,7 @@ from peer_scale.models.config import EncoderShape, ModelConfig
 # Names under which some files hold a tensor once more, and the names that are taken.
 TIES = {"generator_lm_head.weight": "electra.embeddings.word_embeddings.weight"}
 
-RANKER_HEAD, GENERATOR_HEAD = "discriminator_predictions", ("generator_predictions", "generator_lm_head")
+RANKER_HEAD = "discriminator_predictions"
 
 
 class Entry(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,13 +14,12 @@ from peer_scale.parallel.initialization import initialize_weights
 from peer_scale.parallel.topology import single_process_topology
 
 
-class FreshWeights(Mapping[str, Tensor]):
+class FreshWeights:
     """By the names of `PretrainingModel`; rows that pad the vocabulary are there."""
 
     def __init__(self, config: ModelConfig, num_levels: int, seed: int) -> None:
         self._config, self._num_levels, self._seed = config, num_levels, seed
         self._topology = single_process_topology()
-        self._whole = ModelPart.whole(config)
         self._made: tuple[ModelPart | None, dict[str, Tensor]] = (None, {})
 
     def __getitem__(self, name: str) -> Tensor:
@@ -29,12 +27,6 @@ class FreshWeights(Mapping[str, Tensor]):
         if self._made[0] != part:  # parameters of one layer are asked for one after the other
             self._made = part, self._make(part)
         return self._made[1][name]
-
-    def __iter__(self) -> Iterator[str]:
-        raise NotImplementedError("known by name only")
-
-    def __len__(self) -> int:
-        raise NotImplementedError("known by name only")
 
     def _part(self, name: str) -> ModelPart:
         """The smallest part of the model with the parameter."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,11 +18,10 @@ import yaml
 from torch import Tensor
 
 from peer_scale.checkpoints import sections
-from peer_scale.checkpoints.folder import CheckpointFolder
+from peer_scale.checkpoints.folder import CheckpointFolder, committed
 from peer_scale.checkpoints.manifest import (
     IMPORTED,
     KINDS,
-    TOKENIZER,
     WEIGHT,
     Manifest,
     Piece,
@@ -30,7 +29,7 @@ from peer_scale.checkpoints.manifest import (
     TensorEntry,
     key_of,
 )
-from peer_scale.checkpoints.pieces import describe_file, write_tensors
+from peer_scale.checkpoints.pieces import write_tensors, write_tokenizer
 from peer_scale.checkpoints.state import sharding_of
 from peer_scale.conversion.architecture import GENERATOR, RANKER, TOLERANCE, Architecture
 from peer_scale.conversion.checkpoint_reader import (
@@ -71,8 +70,7 @@ class Source:
     @staticmethod
     def of(network: str, folder: HuggingFaceFolder) -> Source:
         """`network` is "ranker" or "generator"; the head comes along where the folder has the one that it needs."""
-        head = _HEADS[network, folder.family]
-        has_head = any(name.startswith(head) for name in folder.weights) if head else False
+        has_head = any(name.startswith(_HEADS[network, folder.family]) for name in folder.weights)
         return Source(Architecture(network, folder.family, has_head), folder)
 
     def is_left_out(self, name: str) -> bool:
@@ -125,17 +123,12 @@ def from_hugging_face(
 
     with new_folder(output, "--output") as aside:
         manifest = _write(aside, shardings, weight, _sections(sources, name, preset, tokenizer, seed), tokenizer)
+        (step,) = committed(aside)
         if verify:
-            (step,) = aside.glob("step_*")
             _verify(read_sections(step, manifest), sources, taken)
         write_atomically(aside / MODEL_FILE, _model_file(preset).encode())
     left_out = [s.folder.weights.original_name(n) for s in sources for n in s.folder.weights if s.is_left_out(n)]
-    return Import(output / step_name(), sorted(shardings.keys() - taken.names), left_out, taken.has_other_embeddings)
-
-
-def step_name() -> str:
-    """Of the checkpoint in the folder."""
-    return f"step_{0:08d}"
+    return Import(output / step.name, sorted(shardings.keys() - taken.names), left_out, taken.has_other_embeddings)
 
 
 def model_of(preset: Preset, sources: list[Source], vocab_size: int) -> Preset:
@@ -258,7 +251,11 @@ def _sections(sources: list[Source], name: str, preset: Preset, tokenizer: WordP
 
 
 def _write(
-    folder: Path, shardings: dict[str, Sharding], weight: Any, said: dict[str, Any], tokenizer: WordPiece
+    folder: Path,
+    shardings: dict[str, Sharding],
+    weight: Callable[[str], Tensor],
+    said: dict[str, Any],
+    tokenizer: WordPiece,
 ) -> Manifest:
     checkpoints = CheckpointFolder(folder, keep_last=1)
     aside = checkpoints.begin(0)
@@ -270,10 +267,7 @@ def _write(
 
     lengths = {our: sharding.stored(0) for our, sharding in shardings.items()}
     shapes = {key_of(kind, our): (length,) for our, length in lengths.items() for kind in KINDS}
-    files = {_FILE: write_tensors(aside / _FILE, shapes, tensors())}
-    tokenizer.save(aside / TOKENIZER)
-    for path in sorted((aside / TOKENIZER).iterdir()):
-        files[f"{TOKENIZER}/{path.name}"] = describe_file(path)
+    files = {_FILE: write_tensors(aside / _FILE, shapes, tensors()), **write_tokenizer(aside, tokenizer)}
     entries = {
         our: TensorEntry(s.shape, s.dim, s.count, s.padding, (Piece(_FILE, 0, 0, lengths[our]),))
         for our, s in shardings.items()

@@ -52,6 +52,7 @@ def tensor_traffic(placement: Placement, stage: int, workload: Workload, layout:
     if layout.tensor_parallel == 1:
         return 0.0
     passes = 3 if layout.activation_checkpointing else 2
+    tokens = layout.micro_batch_size * workload.seq_length
     total = 0.0
     for network in placement.networks:
         shape, num_layers = shape_of(workload, network), placement.stages[stage].num_layers(network)
@@ -60,10 +61,8 @@ def tensor_traffic(placement: Placement, stage: int, workload: Workload, layout:
             # gradients of biases and LayerNorms; the whole sequence at the top, its gradient at the bottom
             path, states = placement.path(network), shape.hidden_size * workload.number_bytes
             total += num_layers * 2 * all_reduce(3 * states, layout.tensor_parallel)
-            tokens = layout.micro_batch_size * workload.seq_length
             total += ((stage == path[0]) + (stage == path[-1])) * scatter(tokens * states, layout.tensor_parallel)
     if placement.stages[stage].has_embeddings:
-        tokens = layout.micro_batch_size * workload.seq_length
         embedded = tokens * workload.model.embedding_size * workload.number_bytes
         total += len(placement.networks) * all_reduce(embedded, layout.tensor_parallel)
     if stage == 0:

@@ -31,7 +31,7 @@ def resolve(args: argparse.Namespace, data_parallel: int, environ: Mapping[str, 
     """The whole run, checked; raises UserError for whatever does not hold together."""
     ds_config = read_ds_config(args.deepspeed_config)
     preset = resolve_model(args)
-    flags = {key: value for key, value in vars(args).items() if value is not None}
+    flags = _given(args)
     training = _training(preset.training, flags, ds_config, data_parallel)
     return RunConfig(
         name=args.model,
@@ -51,8 +51,12 @@ def resolve(args: argparse.Namespace, data_parallel: int, environ: Mapping[str, 
 def resolve_model(args: argparse.Namespace) -> Preset:
     """The preset with what the file and the flags change of its model and objective; `training` as the file has it."""
     preset = with_yaml(find_preset(args.model), args.config)
-    flags = {key: value for key, value in vars(args).items() if value is not None}
+    flags = _given(args)
     return replace(preset, model=_model(preset.model, flags), objective=_objective(preset.objective, flags))
+
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    return {key: value for key, value in vars(args).items() if value is not None}
 
 
 def _override(config: T, values: Mapping[str, Any]) -> T:
