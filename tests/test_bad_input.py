@@ -201,6 +201,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", disk], check=True)
 
 
+@pytest.mark.slow
 def test_disk_full_while_saving(small_disk, tmp_path, text_file):
     flags = ("--data-path", text_file, "--cache-dir", tmp_path / "cache", "--save", small_disk / "save")
     done = pretrain(*flags, "--train-iters", 6, "--save-interval", 2, "--keep-last", 9, launcher=torchrun(2))

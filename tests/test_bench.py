@@ -12,7 +12,9 @@ from runs import PROJECT
 sys.path.insert(0, str(PROJECT / "tools"))
 
 import bench
+import bench_peers
 
+from peer_scale.objectives.tasks import PretrainingTask
 from peer_scale.parallel.topology import single_process_topology
 from peer_scale.settings.flags import build_parser
 from peer_scale.settings.resolve import resolve
@@ -25,8 +27,8 @@ def small_run(*flags):
 
 def test_the_transformers_peer_is_tied_and_shared_like_ours():
     run = small_run()
-    pair = bench.TransformersPair(run)
-    ours = bench.PretrainingTask(run.model, run.objective, single_process_topology())
+    pair = bench_peers.TransformersPair(run)
+    ours = PretrainingTask(run.model, run.objective, single_process_topology())
     count = sum(parameter.numel() for parameter in pair.parameters())  # each shared one once
     # ours has two thresholds where theirs has one bias, theirs a bias of the output score less
     assert count == sum(parameter.numel() for parameter in ours.parameters()) - 1

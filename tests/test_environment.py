@@ -1,7 +1,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -101,10 +100,9 @@ def test_one_rank_by_variables_needs_nothing_else() -> None:
     assert (found.local_rank, found.local_world_size, found.master_addr) == (0, 1, "127.0.0.1")
 
 
-def test_nobody_started_it_gives_one_process_on_a_free_port() -> None:
+def test_nobody_started_it_gives_one_process_on_any_port() -> None:
     found = detect_environment({})
-    with socket.socket() as server:
-        server.bind((found.master_addr, found.master_port))
+    assert (found.master_addr, found.master_port) == ("127.0.0.1", 0)
     assert (found.rank, found.world_size, found.launcher) == (0, 1, "none")
 
 

@@ -17,7 +17,7 @@ def mean_loss(metrics, last=20):
     return sum(line["loss"] for line in metrics[-last:]) / last
 
 
-@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
 def test_bf16_trains_under_every_stage(stage, two_ranks, tmp_path, text_file):
     losses = {}
     for precision in ("fp32", "bf16"):
@@ -70,6 +70,7 @@ def test_fp16_lowers_its_scale_until_steps_are_taken(stage, two_ranks, tmp_path,
     assert metrics[-1]["grad_norm"] > 0
 
 
+@pytest.mark.slow
 def test_fp16_gives_up_after_its_budget_of_skipped_steps(one_rank, tmp_path, text_file):
     fp16 = {"enabled": True, "initial_scale_power": 60, "hysteresis": 1}
     config = ds_config(tmp_path, 2, fp16=fp16)

@@ -83,7 +83,7 @@ def test_corrupted_ids_and_labels_are_the_same_on_every_layout(one_rank, two_ran
     assert first | third == reference
 
 
-@pytest.mark.parametrize("more", [(), ("--sequence-parallel",)])
+@pytest.mark.parametrize("more", [pytest.param((), marks=pytest.mark.slow), ("--sequence-parallel",)])
 def test_dropout_leaves_replicated_weights_equal_and_survives_recomputation(
     more, two_ranks, tmp_path, text_file, cache
 ):

@@ -12,6 +12,7 @@ from peer_scale.errors import UserError
 
 _LOOPBACK = "127.0.0.1"
 _DEFAULT_PORT = 29500
+_ANY_PORT = 0  # one process alone: whichever is free when it is bound; chosen before, another may have it by then
 # Slurm numbers srun's steps from 0; its batch, interactive and extern steps are the last numbers of 32 bits.
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 
@@ -69,9 +70,8 @@ def detect_environment(environ: Mapping[str, str], local_rank_flag: int | None =
         return _from_mpirun(environ, ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"])
     if _is_srun_task(environ):
         return _from_srun(environ)
-    port = _master_port(environ)
     address = _text(environ, "MASTER_ADDR") or _LOOPBACK
-    return ProcessEnvironment(0, 1, 0, 1, address, _free_port() if port is None else port, "none")
+    return ProcessEnvironment(0, 1, 0, 1, address, _master_port(environ) or _ANY_PORT, "none")
 
 
 def default_num_threads(env: ProcessEnvironment, environ: Mapping[str, str]) -> int | None:
@@ -140,7 +140,7 @@ def _from_rank_variables(environ: Mapping[str, str], local_rank_flag: int | None
         local_rank,
         local_world_size,
         address or _LOOPBACK,
-        _free_port() if port is None else port,
+        port or _ANY_PORT,
         launcher,
     )
 
@@ -258,12 +258,6 @@ def _count_cores(cpus: set[int]) -> int:
         except OSError:
             cores.add(str(cpu))
     return len(cores)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((_LOOPBACK, 0))
-        return int(probe.getsockname()[1])
 
 
 def _port_of(job: str) -> int:

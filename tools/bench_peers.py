@@ -1,0 +1,183 @@
+"""What tools/bench.py measures a training step against: other people's code, a plain loop, the bare products."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peer_scale.corpus.examples import Batch
+from peer_scale.errors import UserError
+from peer_scale.objectives.tasks import GlobalCounts, PretrainingTask
+from peer_scale.parallel.initialization import initialize_weights
+from peer_scale.parallel.topology import Topology
+from peer_scale.settings.run import RunConfig
+from peer_scale.training.optimizer import build_optimizer
+
+Action = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all rows share."""
+
+    run: RunConfig
+    topology: Topology
+    batch: Batch
+
+
+def our_task(setting: Setting) -> PretrainingTask:
+    """Our model with its initial weights."""
+    run = setting.run
+    task = PretrainingTask(run.model, run.objective, setting.topology)
+    model = run.model
+    initialize_weights(task, seed=run.seed, std=model.init_std, vocab_size=model.vocab_size, topology=setting.topology)
+    return task
+
+
+def plain_loop(setting: Setting) -> Action:
+    """Our model without DeepSpeed: weights in the run's format, fp32 masters and gradient sums, clipping, AdamW."""
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[setting.run.training.precision]
+    task = our_task(setting).to(setting.topology.device)
+    masters = [parameter.detach().clone().requires_grad_() for parameter in task.parameters()]
+    task.to(dtype)
+    holder = nn.ParameterList(masters)
+    optimizer = build_optimizer(holder, setting.run.training)
+    counts = GlobalCounts(setting.batch.is_selected.sum().float(), setting.batch.is_token.sum().float())
+
+    def step() -> None:
+        loss, _ = task(setting.batch, counts, False)
+        loss.backward()
+        for master, parameter in zip(holder, task.parameters(), strict=True):
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+            parameter.grad = None
+        nn.utils.clip_grad_norm_(holder, setting.run.training.clip_grad)
+        optimizer.step()
+        with torch.no_grad():
+            for master, parameter in zip(holder, task.parameters(), strict=True):
+                parameter.copy_(master)
+
+    return step
+
+
+class TransformersPair(nn.Module):
+    """transformers' generator and discriminator, embeddings tied and bottom layers shared as in our model."""
+
+    def __init__(self, run: RunConfig) -> None:
+        from transformers import ElectraConfig, ElectraForMaskedLM, ElectraForPreTraining
+
+        from peer_scale.conversion.electra import encoder_settings
+
+        super().__init__()
+        model = run.model
+        if model.ranker is None:
+            raise UserError(
+                f"--model {run.name}: this peer has a generator and a discriminator; choose peer- or electra-"
+            )
+
+        def config(shape: Any) -> Any:
+            settings = encoder_settings(model, shape, 0)
+            return ElectraConfig(embedding_size=model.embedding_size, **settings)
+
+        self.generator = ElectraForMaskedLM(config(model.generator))
+        self.discriminator = ElectraForPreTraining(config(model.ranker))
+        self.discriminator.electra.embeddings = self.generator.electra.embeddings
+        self.generator.generator_lm_head.weight = self.generator.electra.embeddings.word_embeddings.weight
+        for number in range(model.num_shared_layers):
+            self.discriminator.electra.encoder.layer[number] = self.generator.electra.encoder.layer[number]
+        self.tqr_weight = run.objective.tqr_weight
+
+    def forward(self, batch: Batch) -> Tensor:
+        mask = batch.is_token.long()
+        logits = self.generator(input_ids=batch.masked_ids, attention_mask=mask).logits
+        rows = torch.arange(len(logits), device=logits.device)[:, None]
+        selected = logits[rows, batch.positions].flatten(0, 1).float()
+        targets = batch.input_ids.gather(1, batch.positions).flatten()
+        with torch.no_grad():
+            noise = -torch.log(-torch.log(torch.rand_like(selected).clamp_(1e-9, 1 - 1e-7)))
+            sampled = (selected + noise).argmax(-1).view_as(batch.positions)
+        corrupted = batch.input_ids.scatter(1, batch.positions, sampled)
+        scores = self.discriminator(input_ids=corrupted, attention_mask=mask).logits.float()
+        replaced = (corrupted != batch.input_ids).float()
+        return F.cross_entropy(selected, targets) + self.tqr_weight * F.binary_cross_entropy_with_logits(
+            scores, replaced
+        )
+
+
+def transformers_step(setting: Setting, autocast: bool) -> Action:
+    """A plain torch loop around transformers' models: fp32, or bf16 autocast."""
+    pair = TransformersPair(setting.run).to(setting.topology.device).train()
+    return plain_step(setting, pair, lambda: pair(setting.batch), autocast)
+
+
+class MissingPeer(RuntimeError):
+    """A peer that is not installed; the message says how to get it."""
+
+
+class LogitsOnly(nn.Module):
+    """A model of transformers as electra-pytorch wants it: ids in, logits out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.model(input_ids=ids).logits
+
+
+def electra_pytorch_step(setting: Setting, autocast: bool) -> Action:
+    """electra-pytorch's wrapper, which masks, samples and weighs the losses, around the same models."""
+    try:
+        from electra_pytorch import Electra
+    except ImportError:
+        raise MissingPeer("pip install --no-deps electra-pytorch") from None
+    pair = TransformersPair(setting.run)
+    wrapper = Electra(LogitsOnly(pair.generator), LogitsOnly(pair.discriminator), mask_token_id=4, pad_token_id=0)
+    wrapper.to(setting.topology.device).train()
+    return plain_step(setting, wrapper, lambda: wrapper(setting.batch.input_ids).loss, autocast)
+
+
+def plain_step(setting: Setting, module: nn.Module, forward: Callable[[], Tensor], autocast: bool) -> Action:
+    """Forward, backward, clipping and AdamW of a peer's module."""
+    optimizer = build_optimizer(module, setting.run.training)
+    device = setting.topology.device.type
+
+    def step() -> None:
+        with torch.autocast(device, torch.bfloat16) if autocast else contextlib.nullcontext():
+            loss = forward()
+        loss.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), setting.run.training.clip_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def matrix_products(setting: Setting) -> Action:
+    """Only the step's dense products (attention's left out), forward and both gradients."""
+    model, training = setting.run.model, setting.run.training
+    tokens = training.micro_batch_size * training.seq_length
+    shapes: list[tuple[int, int, int]] = []
+    for encoder in filter(None, (model.generator, model.ranker)):
+        hidden, ffn = encoder.hidden_size, encoder.ffn_hidden_size
+        layer = [(hidden, 3 * hidden), (hidden, hidden), (hidden, ffn), (ffn, hidden)]
+        shapes += [(tokens, *pair) for pair in layer] * encoder.num_layers
+    shapes.append((setting.batch.positions.numel(), model.embedding_size, model.vocab_size))
+    device = setting.topology.device
+    operands = {
+        (n, i, o): [torch.randn(s, device=device).bfloat16() for s in ((n, i), (o, i), (n, o))] for n, i, o in shapes
+    }
+
+    def step() -> None:
+        for shape in shapes:
+            x, weight, grad = operands[shape]
+            x @ weight.t()
+            grad @ weight
+            grad.t() @ x
+
+    return step
