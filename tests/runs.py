@@ -14,6 +14,11 @@ PROJECT = Path(__file__).resolve().parent.parent
 SMALL = ("--vocab-size", "2000", "--seq-length", "64", "--log-interval", "1000000")
 
 
+def corpus(text_file: Path) -> tuple[str, ...]:
+    """Flags of the text, and of one cache for all tests: it is tokenised once for each vocabulary."""
+    return ("--data-path", str(text_file), "--cache-dir", str(text_file.parent / "cache"))
+
+
 def ds_config(folder: Path, zero_stage: int = 2, **blocks: object) -> Path:
     path = folder / f"zero{zero_stage}-{abs(hash(repr(blocks)))}.json"
     zero = {"stage": zero_stage}
@@ -35,7 +40,7 @@ def train_in_pool(flags: list[str]) -> list[dict]:
     from peer_scale.training.job import arrange_ranks, train
 
     _number_modules_afresh()
-    args = build_parser().parse_args([*SMALL, *flags])
+    args = build_parser().parse_args([*SMALL, "--num-workers", "0", *flags])
     sizes = (args.tensor_model_parallel_size, args.pipeline_model_parallel_size)
     run = resolve(args, check_parallel_sizes(dist.get_world_size(), *sizes))
     train(run, arrange_ranks(run, torch.device("cpu")), Agreement())

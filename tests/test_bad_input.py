@@ -12,7 +12,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from peer_scale.corpus.wordpiece import train_wordpiece
 from peer_scale.pretrain import main
-from runs import SMALL, ds_config, pretrain, torchrun
+from runs import SMALL, corpus, ds_config, pretrain, torchrun
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ def test_all_ranks_end_together_and_only_the_first_speaks(tmp_path, text_file):
 @pytest.fixture
 def checkpoint(tmp_path, text_file):
     save = tmp_path / "save"
-    flags = ("--data-path", text_file, "--cache-dir", tmp_path / "cache", "--train-iters", 2, "--save", save)
+    flags = (*corpus(text_file), "--train-iters", 2, "--save", save)
     done = pretrain(*flags)
     assert done.returncode == 0, done.stderr
     return save
@@ -203,7 +203,7 @@ def small_disk(tmp_path):
 
 @pytest.mark.slow
 def test_disk_full_while_saving(small_disk, tmp_path, text_file):
-    flags = ("--data-path", text_file, "--cache-dir", tmp_path / "cache", "--save", small_disk / "save")
+    flags = (*corpus(text_file), "--save", small_disk / "save")
     done = pretrain(*flags, "--train-iters", 6, "--save-interval", 2, "--keep-last", 9, launcher=torchrun(2))
     assert done.returncode != 0
     assert done.stderr.count("error: --save") == 1

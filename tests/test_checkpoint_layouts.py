@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from peer_scale.checkpoints.folder import newest
 from peer_scale.checkpoints.manifest import KINDS
 from peer_scale.checkpoints.pieces import TensorReader
-from runs import ds_config, train_in_pool
+from runs import corpus, ds_config, train_in_pool
 
 STEPS, SAVED = 14, 4
 TP2 = ("--tensor-model-parallel-size", "2")
@@ -123,9 +123,9 @@ class Runs:
         ranks, stage, flags, blocks = OTHERS[layout] if layout in OTHERS else (*LAYOUTS[layout], {})
         pool = self._request.getfixturevalue({1: "one_rank", 2: "two_ranks", 4: "four_ranks"}[ranks])
         arguments = [
-            *("--data-path", self._text_file, "--cache-dir", self._folder, "--log-dir", self._folder / f"{name}-log"),
+            *(*corpus(self._text_file), "--log-dir", self._folder / f"{name}-log"),
             *("--deepspeed_config", ds_config(self._folder, stage, **dict(blocks)), "--seq-length", 32),
-            *("--train-iters", STEPS, "--global-batch-size", 8, "--num-workers", 0, "--warmup-epochs", 0.02),
+            *("--train-iters", STEPS, "--global-batch-size", 8, "--warmup-epochs", 0.02),
             *("--num-attention-heads", 4, "--generator-num-attention-heads", 4),
             *("--hidden-dropout", 0, "--attention-dropout", 0, *flags, *more),
             *(() if layout in OTHERS else ("--fp32",)),

@@ -17,14 +17,14 @@ from peer_scale.checkpoints.manifest import KINDS, FileEntry, Manifest, Piece, S
 from peer_scale.checkpoints.pieces import TensorReader, write_tensors
 from peer_scale.checkpoints.reshape import Cut
 from peer_scale.errors import UserError
-from runs import PROJECT, ds_config, read_metrics, train_in_pool
+from runs import PROJECT, corpus, ds_config, read_metrics, train_in_pool
 
 TIMES = ("step_time_s", "data_wait_s", "tokens_per_second", "tflops_per_device", "mfu")
 
 
 def flags_for(folder, text_file, name, *more, stage=2, steps=4):
     flags = [
-        *("--data-path", text_file, "--cache-dir", folder / "cache", "--deepspeed_config", ds_config(folder, stage)),
+        *(*corpus(text_file), "--deepspeed_config", ds_config(folder, stage)),
         *("--model", "bert-tiny", "--num-layers", 1, "--train-iters", steps, "--global-batch-size", 4),
         *("--micro-batch-size", 2, "--num-workers", 0, "--log-dir", folder / name, *more),
     ]

@@ -20,7 +20,7 @@ from peer_scale.corpus.wordpiece import load_wordpiece
 from peer_scale.models.config import EncoderShape, ModelConfig
 from peer_scale.models.networks import PretrainingModel
 from peer_scale.parallel.topology import single_process_topology
-from runs import PROJECT, ds_config, read_metrics, train_in_pool
+from runs import PROJECT, corpus, ds_config, read_metrics, train_in_pool
 
 TOOL = PROJECT / "tools/convert_checkpoint.py"
 STEPS = 12
@@ -36,10 +36,10 @@ def train(pool, folder, text_file, stage, *flags):
     pool.run(
         train_in_pool,
         [
-            *("--data-path", str(text_file), "--cache-dir", str(text_file.parent / "cache")),
+            *corpus(text_file),
             *("--save", str(folder), "--log-dir", str(folder.parent / f"log-{folder.name}")),
             *("--deepspeed_config", str(ds_config(folder.parent, stage))),
-            *("--train-iters", str(STEPS), "--global-batch-size", "8", "--micro-batch-size", "4", "--num-workers", "0"),
+            *("--train-iters", str(STEPS), "--global-batch-size", "8", "--micro-batch-size", "4"),
             *("--lr", "0.0005", "--lr-warmup-iters", "1", "--warmup-epochs", "0"),
             *(flags or ("--model", "peer-tiny", "--fp32")),
         ],

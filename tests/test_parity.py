@@ -2,20 +2,20 @@
 
 import pytest
 
-from runs import ds_config, train_in_pool
+from runs import corpus, ds_config, train_in_pool
 
 STEPS = 20
 
 
-def curve(pool, tmp_path, text_file, cache, *, stage=2, flags=(), blocks=None):
+def curve(pool, tmp_path, text_file, *, stage=2, flags=(), blocks=None):
     name = f"{pool.world_size}-{stage}-{'-'.join(flags)}".replace("/", "_")[:80]
     log_dir = tmp_path / name
     metrics = pool.run(
         train_in_pool,
         [
-            *("--data-path", str(text_file), "--cache-dir", str(cache), "--log-dir", str(log_dir)),
+            *(*corpus(text_file), "--log-dir", str(log_dir)),
             *("--deepspeed_config", str(ds_config(tmp_path, stage, **(blocks or {})))),
-            *("--train-iters", str(STEPS), "--global-batch-size", "8", "--fp32", "--num-workers", "0"),
+            *("--train-iters", str(STEPS), "--global-batch-size", "8", "--fp32"),
             *("--hidden-dropout", "0", "--attention-dropout", "0", "--warmup-epochs", "0.05"),
             *flags,
         ],
@@ -25,12 +25,7 @@ def curve(pool, tmp_path, text_file, cache, *, stage=2, flags=(), blocks=None):
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def references(one_rank, tmp_path_factory, text_file, cache):
+def references(one_rank, tmp_path_factory, text_file):
     curves = {}
 
     def reference(model, *more):
@@ -38,7 +33,7 @@ def references(one_rank, tmp_path_factory, text_file, cache):
         if key not in curves:
             folder = tmp_path_factory.mktemp(model)
             flags = ("--model", model, "--micro-batch-size", "8", *more)
-            curves[key] = curve(one_rank, folder, text_file, cache, stage=1, flags=flags)
+            curves[key] = curve(one_rank, folder, text_file, stage=1, flags=flags)
         return curves[key]
 
     return reference
@@ -87,10 +82,10 @@ def pool_of(request):
 
 
 @pytest.mark.parametrize(("ranks", "stage", "micro_batch", "model"), ROWS)
-def test_layouts_agree(ranks, stage, micro_batch, model, references, pool_of, tmp_path, text_file, cache):
+def test_layouts_agree(ranks, stage, micro_batch, model, references, pool_of, tmp_path, text_file):
     pool = pool_of(ranks)
     flags = ("--model", model, "--micro-batch-size", micro_batch)
-    assert_same(curve(pool, tmp_path, text_file, cache, stage=stage, flags=flags), references(model))
+    assert_same(curve(pool, tmp_path, text_file, stage=stage, flags=flags), references(model))
 
 
 TENSOR_PARALLEL_ROWS = [  # ranks, tensor-parallel size, ZeRO stage, sequence parallelism, model
@@ -119,13 +114,13 @@ FOUR_HEADS = ("--num-attention-heads", "4", "--generator-num-attention-heads", "
 
 @pytest.mark.parametrize(("ranks", "tensor_parallel", "stage", "sequence_parallel", "model"), TENSOR_PARALLEL_ROWS)
 def test_tensor_parallel_layouts_agree(
-    ranks, tensor_parallel, stage, sequence_parallel, model, references, pool_of, tmp_path, text_file, cache
+    ranks, tensor_parallel, stage, sequence_parallel, model, references, pool_of, tmp_path, text_file
 ):
     flags = ["--model", model, "--tensor-model-parallel-size", str(tensor_parallel), "--micro-batch-size", "4"]
     flags += FOUR_HEADS
     if sequence_parallel:
         flags.append("--sequence-parallel")
-    found = curve(pool_of(ranks), tmp_path, text_file, cache, stage=stage, flags=tuple(flags))
+    found = curve(pool_of(ranks), tmp_path, text_file, stage=stage, flags=tuple(flags))
     assert_same(found, references(model, *FOUR_HEADS))
 
 
@@ -157,13 +152,13 @@ PIPELINE_ROWS = [  # ranks, stages, tensor-parallel size, ZeRO stage, micro-batc
 
 @pytest.mark.parametrize(("ranks", "stages", "tensor_parallel", "stage", "micro_batch", "model"), PIPELINE_ROWS)
 def test_pipeline_layouts_agree(
-    ranks, stages, tensor_parallel, stage, micro_batch, model, references, pool_of, tmp_path, text_file, cache
+    ranks, stages, tensor_parallel, stage, micro_batch, model, references, pool_of, tmp_path, text_file
 ):
     flags = ["--model", model, "--micro-batch-size", micro_batch, "--pipeline-model-parallel-size", str(stages)]
     if tensor_parallel > 1:
         flags += ["--tensor-model-parallel-size", str(tensor_parallel), "--sequence-parallel"]
     flags += FOUR_HEADS
-    found = curve(pool_of(ranks), tmp_path, text_file, cache, stage=stage, flags=tuple(flags))
+    found = curve(pool_of(ranks), tmp_path, text_file, stage=stage, flags=tuple(flags))
     assert_same(found, references(model, *FOUR_HEADS))
 
 
@@ -175,10 +170,10 @@ COUNTS = [  # stages, micro-batches of one sample: 1, P-1, P and 4P
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["peer-tiny", "electra-tiny", "bert-tiny"])
 @pytest.mark.parametrize(("stages", "count"), COUNTS)
-def test_any_number_of_micro_batches_agrees(stages, count, model, references, pool_of, tmp_path, text_file, cache):
+def test_any_number_of_micro_batches_agrees(stages, count, model, references, pool_of, tmp_path, text_file):
     batch = (*FOUR_HEADS, "--global-batch-size", str(count))
     flags = ("--model", model, "--pipeline-model-parallel-size", str(stages), "--micro-batch-size", "1", *batch)
-    found = curve(pool_of(stages), tmp_path, text_file, cache, stage=1 + count % 3, flags=flags)
+    found = curve(pool_of(stages), tmp_path, text_file, stage=1 + count % 3, flags=flags)
     assert_same(found, references(model, *batch, "--micro-batch-size", str(count)))
 
 
@@ -191,12 +186,10 @@ def test_any_number_of_micro_batches_agrees(stages, count, model, references, po
         ),
     ],
 )
-def test_stages_with_the_optimizer_on_the_host_agree(
-    ranks, stage, model, references, pool_of, tmp_path, text_file, cache
-):
+def test_stages_with_the_optimizer_on_the_host_agree(ranks, stage, model, references, pool_of, tmp_path, text_file):
     offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
     flags = ("--model", model, "--pipeline-model-parallel-size", "2", "--micro-batch-size", "2", *FOUR_HEADS)
-    found = curve(pool_of(ranks), tmp_path, text_file, cache, stage=stage, flags=flags, blocks=offload)
+    found = curve(pool_of(ranks), tmp_path, text_file, stage=stage, flags=flags, blocks=offload)
     assert_same(found, references(model, *FOUR_HEADS))
 
 
@@ -206,14 +199,14 @@ def test_the_curve_goes_down(references):
 
 
 @pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_activation_checkpointing_and_offload_change_nothing(stage, references, two_ranks, tmp_path, text_file, cache):
+def test_activation_checkpointing_and_offload_change_nothing(stage, references, two_ranks, tmp_path, text_file):
     flags = ("--micro-batch-size", "4", "--activation-checkpointing")
     offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
-    found = curve(two_ranks, tmp_path, text_file, cache, stage=stage, flags=flags, blocks=offload)
+    found = curve(two_ranks, tmp_path, text_file, stage=stage, flags=flags, blocks=offload)
     assert_same(found, references("peer-tiny"))
 
 
-def test_the_curve_depends_on_the_seed(references, one_rank, tmp_path, text_file, cache):
+def test_the_curve_depends_on_the_seed(references, one_rank, tmp_path, text_file):
     flags = ("--micro-batch-size", "8", "--seed", "7")
-    other = curve(one_rank, tmp_path, text_file, cache, stage=1, flags=flags)
+    other = curve(one_rank, tmp_path, text_file, stage=1, flags=flags)
     assert other[0][0] != pytest.approx(references("peer-tiny")[0][0], rel=1e-5)

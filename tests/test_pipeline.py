@@ -17,7 +17,7 @@ from peer_scale.pipeline.zero import Adaptation
 from peer_scale.settings.flags import build_parser
 from peer_scale.settings.resolve import resolve
 from peer_scale.training.job import plan_pipeline
-from runs import PROJECT, SMALL, ds_config, torchrun, train_in_pool
+from runs import PROJECT, SMALL, corpus, ds_config, torchrun, train_in_pool
 from test_precision import train_in_fp16
 
 COMPUTE = (Forward, Backward, HeadForward, HeadBackward)
@@ -25,7 +25,7 @@ COMPUTE = (Forward, Backward, HeadForward, HeadBackward)
 
 def flags_for(tmp_path, text_file, *more, stage=2, name="log", **blocks):
     return [
-        *("--data-path", str(text_file), "--cache-dir", str(tmp_path / "cache"), "--log-dir", str(tmp_path / name)),
+        *(*corpus(text_file), "--log-dir", str(tmp_path / name)),
         *("--deepspeed_config", str(ds_config(tmp_path, stage, **blocks)), "--num-workers", "0"),
         *("--micro-batch-size", "2", "--global-batch-size", "8", "--warmup-epochs", "0.01", *map(str, more)),
     ]

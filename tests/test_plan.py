@@ -16,7 +16,7 @@ from peer_scale.planning.layout import GIB, Cluster, Layout, Workload
 from peer_scale.planning.memory import layer_activations, pass_activations, state_memory
 from peer_scale.planning.traffic import pipeline_traffic, tensor_traffic, zero_traffic
 from peer_scale.settings.presets import find_preset
-from runs import PROJECT, ds_config, train_in_pool
+from runs import PROJECT, corpus, ds_config, train_in_pool
 
 CLUSTER = Cluster(4, 8, 80 * GIB, 989.4e12, 300e9, 40e9)
 
@@ -114,7 +114,7 @@ LAYOUTS = [  # ranks, TP, PP, ZeRO stage, precision
 def test_state_is_predicted_to_the_byte(ranks, tensor, pipeline, stage, precision, request, tmp_path, text_file):
     pool = request.getfixturevalue({1: "one_rank", 2: "two_ranks", 4: "four_ranks"}[ranks])
     flags = ["--deepspeed_config", str(ds_config(tmp_path, stage)), f"--{precision}", "--train-iters", "2"]
-    flags += ["--data-path", str(text_file), "--cache-dir", str(tmp_path), "--log-dir", str(tmp_path / "log")]
+    flags += [*corpus(text_file), "--log-dir", str(tmp_path / "log")]
     flags += ["--micro-batch-size", "2", "--global-batch-size", "8", "--tensor-model-parallel-size", str(tensor)]
     flags += ["--pipeline-model-parallel-size", str(pipeline)]
     found = pool.run(observed_run, flags)
@@ -221,7 +221,7 @@ TRAFFIC = [  # model, ranks, TP, PP, ZeRO stage, more flags
 def test_traffic_is_what_a_run_sends(name, ranks, tensor, pipeline, stage, more, request, tmp_path, text_file):
     pool = request.getfixturevalue({1: "one_rank", 2: "two_ranks", 4: "four_ranks"}[ranks])
     flags = ["--deepspeed_config", str(ds_config(tmp_path, stage)), "--train-iters", "4", "--model", name, *more]
-    flags += ["--data-path", str(text_file), "--cache-dir", str(tmp_path), "--log-dir", str(tmp_path / "log")]
+    flags += [*corpus(text_file), "--log-dir", str(tmp_path / "log")]
     flags += ["--micro-batch-size", "2", "--global-batch-size", "8", "--tensor-model-parallel-size", str(tensor)]
     flags += ["--pipeline-model-parallel-size", str(pipeline)]
     found = pool.run(sent_in_a_step, flags)

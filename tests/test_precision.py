@@ -3,13 +3,13 @@
 import pytest
 
 from peer_scale.errors import TrainingError
-from runs import ds_config, train_in_pool
+from runs import corpus, ds_config, train_in_pool
 
 
 def flags_for(tmp_path, text_file, name, *more):
     return [
-        *("--data-path", str(text_file), "--cache-dir", str(tmp_path / "cache"), "--log-dir", str(tmp_path / name)),
-        *("--micro-batch-size", "4", "--global-batch-size", "8", "--num-workers", "0", *map(str, more)),
+        *(*corpus(text_file), "--log-dir", str(tmp_path / name)),
+        *("--micro-batch-size", "4", "--global-batch-size", "8", *map(str, more)),
     ]
 
 

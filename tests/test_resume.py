@@ -10,14 +10,14 @@ import time
 import psutil
 import pytest
 
-from runs import PROJECT, SMALL, ds_config, pretrain, read_metrics, torchrun, train_in_pool
+from runs import PROJECT, SMALL, corpus, ds_config, pretrain, read_metrics, torchrun, train_in_pool
 
 TIMES = ("step_time_s", "data_wait_s", "tokens_per_second", "tflops_per_device", "mfu")
 
 
 def flags_for(folder, text_file, stage, log_dir, *more):
     return [
-        *("--data-path", text_file, "--cache-dir", folder / "cache", "--deepspeed_config", ds_config(folder, stage)),
+        *(*corpus(text_file), "--deepspeed_config", ds_config(folder, stage)),
         *("--train-iters", 20, "--global-batch-size", 8, "--micro-batch-size", 2, "--fp32", "--num-threads", 1),
         *("--hidden-dropout", 0.1, "--attention-dropout", 0.1, "--warmup-epochs", 0.05, "--log-dir", folder / log_dir),
         *more,

@@ -11,7 +11,7 @@ from peer_scale.parallel.sequence import own_random_stream
 from peer_scale.parallel.topology import build_topology, check_parallel_sizes
 from peer_scale.settings.flags import build_parser
 from peer_scale.settings.resolve import resolve
-from runs import ds_config, train_in_pool
+from runs import corpus, ds_config, train_in_pool
 
 FOUR_HEADS = ("--num-attention-heads", "4", "--generator-num-attention-heads", "4")
 
@@ -50,16 +50,11 @@ def digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.detach().float().contiguous().numpy().tobytes()).hexdigest()
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-def watched_run(pool, tmp_path, text_file, cache, *flags, steps=6):
+def watched_run(pool, tmp_path, text_file, *flags, steps=6):
     return pool.run(
         train_and_watch,
         [
-            *("--data-path", str(text_file), "--cache-dir", str(cache), "--log-dir", str(tmp_path / "log")),
+            *(*corpus(text_file), "--log-dir", str(tmp_path / "log")),
             *("--deepspeed_config", str(ds_config(tmp_path, 1)), "--train-iters", str(steps), "--fp32"),
             *("--global-batch-size", "8", "--num-workers", "0", "--warmup-epochs", "0.01", *FOUR_HEADS, *flags),
         ],
@@ -68,7 +63,7 @@ def watched_run(pool, tmp_path, text_file, cache, *flags, steps=6):
 
 def test_corrupted_ids_and_labels_are_the_same_on_every_layout(one_rank, two_ranks, four_ranks, tmp_path, text_file):
     def seen(pool, *flags):
-        return [ids for _, ids, _ in watched_run(pool, tmp_path / f"{len(flags)}", text_file, tmp_path, *flags)]
+        return [ids for _, ids, _ in watched_run(pool, tmp_path / f"{len(flags)}", text_file, *flags)]
 
     for folder in ("0", "2", "3"):
         (tmp_path / folder).mkdir()
@@ -84,15 +79,13 @@ def test_corrupted_ids_and_labels_are_the_same_on_every_layout(one_rank, two_ran
 
 
 @pytest.mark.parametrize("more", [pytest.param((), marks=pytest.mark.slow), ("--sequence-parallel",)])
-def test_dropout_leaves_replicated_weights_equal_and_survives_recomputation(
-    more, two_ranks, tmp_path, text_file, cache
-):
+def test_dropout_leaves_replicated_weights_equal_and_survives_recomputation(more, two_ranks, tmp_path, text_file):
     flags = ("--tensor-model-parallel-size", "2", "--hidden-dropout", "0.1", "--attention-dropout", "0.1", *more)
-    (metrics, _, first), (_, _, second) = watched_run(two_ranks, tmp_path, text_file, cache, *flags)
+    (metrics, _, first), (_, _, second) = watched_run(two_ranks, tmp_path, text_file, *flags)
     assert first == second and len(first) > 20
-    recomputed = watched_run(two_ranks, tmp_path, text_file, cache, *flags, "--activation-checkpointing")[0][0]
+    recomputed = watched_run(two_ranks, tmp_path, text_file, *flags, "--activation-checkpointing")[0][0]
     assert [m["loss"] for m in recomputed] == pytest.approx([m["loss"] for m in metrics], rel=1e-6)
-    without = watched_run(two_ranks, tmp_path, text_file, cache, *flags[:2], *more)[0][0]
+    without = watched_run(two_ranks, tmp_path, text_file, *flags[:2], *more)[0][0]
     assert without[-1]["loss"] != pytest.approx(metrics[-1]["loss"], rel=1e-5)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -95,4 +96,9 @@ def device_peak(device: torch.device, dtype: torch.dtype) -> float | None:
     """Peak FLOP/s of `device`: known for common GPUs, measured once on the CPU."""
     if device.type == "cuda":
         return peak_flops(torch.cuda.get_device_name(device), dtype)
+    return _cpu_peak(dtype, torch.get_num_threads())
+
+
+@functools.cache
+def _cpu_peak(dtype: torch.dtype, num_threads: int) -> float:
     return measure_peak_flops(dtype)
