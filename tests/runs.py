@@ -65,10 +65,16 @@ def read_metrics(log_dir: Path | str) -> list[dict]:
 def pretrain(*flags: object, launcher: tuple[str, ...] = (), timeout: float = 240, **environ: str):
     """Start the trainer as a user does; gives the finished process with its output as text."""
     command = [sys.executable, *launcher, str(PROJECT / "peer_scale/pretrain.py"), *SMALL, *map(str, flags)]
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment = outside_of_ranks()
     return subprocess.run(
         command, capture_output=True, text=True, timeout=timeout, env=environment | environ, cwd=PROJECT, check=False
     )
+
+
+def outside_of_ranks() -> dict[str, str]:
+    """The environment without what says that this process is a rank: a test may have made it one."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {name: value for name, value in os.environ.items() if name not in names}
 
 
 def torchrun(ranks: int) -> tuple[str, ...]:

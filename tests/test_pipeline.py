@@ -1,6 +1,5 @@
 """What the parity grid does not show of pipelines: the order that is run, ZeRO-3's corrections, fp16, failures."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from peer_scale.pipeline.zero import Adaptation
 from peer_scale.settings.flags import build_parser
 from peer_scale.settings.resolve import resolve
 from peer_scale.training.job import plan_pipeline
-from runs import PROJECT, SMALL, corpus, ds_config, torchrun, train_in_pool
+from runs import PROJECT, SMALL, corpus, ds_config, outside_of_ranks, torchrun, train_in_pool
 from test_precision import train_in_fp16
 
 COMPUTE = (Forward, Backward, HeadForward, HeadBackward)
@@ -146,8 +145,7 @@ def test_more_stages_than_work_are_refused():
 def test_a_killed_rank_ends_the_job(victim, tmp_path, text_file):
     flags = flags_for(tmp_path, text_file, "--train-iters", 100_000, "--fp32", "--pipeline-model-parallel-size", 2)
     command = [sys.executable, *torchrun(2), str(PROJECT / "peer_scale/pretrain.py"), *SMALL, *flags]
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=outside_of_ranks())
     try:
         metrics = tmp_path / "log" / "metrics.jsonl"
         deadline = time.monotonic() + 200

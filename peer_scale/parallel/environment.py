@@ -12,7 +12,7 @@ from peer_scale.errors import UserError
 
 _LOOPBACK = "127.0.0.1"
 _DEFAULT_PORT = 29500
-_ANY_PORT = 0  # one process alone: whichever is free when it is bound; chosen before, another may have it by then
+ANY_PORT = 0  # one process alone: whichever is free when it is bound; chosen before, another may have it by then
 # Slurm numbers srun's steps from 0; its batch, interactive and extern steps are the last numbers of 32 bits.
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 
@@ -71,7 +71,7 @@ def detect_environment(environ: Mapping[str, str], local_rank_flag: int | None =
     if _is_srun_task(environ):
         return _from_srun(environ)
     address = _text(environ, "MASTER_ADDR") or _LOOPBACK
-    return ProcessEnvironment(0, 1, 0, 1, address, _master_port(environ) or _ANY_PORT, "none")
+    return ProcessEnvironment(0, 1, 0, 1, address, _master_port(environ) or ANY_PORT, "none")
 
 
 def default_num_threads(env: ProcessEnvironment, environ: Mapping[str, str]) -> int | None:
@@ -140,7 +140,7 @@ def _from_rank_variables(environ: Mapping[str, str], local_rank_flag: int | None
         local_rank,
         local_world_size,
         address or _LOOPBACK,
-        port or _ANY_PORT,
+        port or ANY_PORT,
         launcher,
     )
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -13,9 +12,7 @@ from megatron.core import ModelParallelConfig
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from peer_scale.errors import UserError
-
-if TYPE_CHECKING:
-    from peer_scale.parallel.environment import ProcessEnvironment
+from peer_scale.parallel.environment import ANY_PORT, ProcessEnvironment
 
 
 @dataclass(frozen=True)
@@ -94,6 +91,11 @@ def check_parallel_sizes(world_size: int, tensor_parallel: int, pipeline_paralle
 
 def init_process_group(environment: ProcessEnvironment, timeout_minutes: float = 30.0) -> torch.device:
     """Join the job's default group (NCCL where there are GPUs, else gloo) and choose this rank's device."""
+    timeout = timedelta(minutes=timeout_minutes)
+    store = None
+    if environment.master_port == ANY_PORT:
+        store = dist.TCPStore(environment.master_addr, ANY_PORT, is_master=True, timeout=timeout)
+        environment = replace(environment, master_port=store.port)
     _export(environment)
     use_cuda = torch.cuda.is_available()
     device = torch.device("cuda", environment.local_rank) if use_cuda else torch.device("cpu")
@@ -101,10 +103,11 @@ def init_process_group(environment: ProcessEnvironment, timeout_minutes: float =
         torch.cuda.set_device(device)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if use_cuda else "gloo",
-        init_method=f"tcp://{environment.master_addr}:{environment.master_port}",
+        init_method=None if store else f"tcp://{environment.master_addr}:{environment.master_port}",
+        store=store,
         rank=environment.rank,
         world_size=environment.world_size,
-        timeout=timedelta(minutes=timeout_minutes),
+        timeout=timeout,
     )
     return device
 
