@@ -1,4 +1,4 @@
-import importlib.util
+import importlib
 import inspect
 from pathlib import Path
 
@@ -9,6 +9,8 @@ from peer_scale.quiet import silence_libraries
 silence_libraries()
 
 # after the libraries have been told to be quiet
+import convert_checkpoint  # noqa: E402
+
 from corpus_files import copy_pair, write_raw_text  # noqa: E402
 from peer_scale.corpus.prepare import preprocess  # noqa: E402
 from peer_scale.corpus.readers import iter_documents  # noqa: E402
@@ -39,22 +41,12 @@ def text_file(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
-def tool():
-    """tools/convert_checkpoint.py as a module."""
-    path = Path(__file__).resolve().parent.parent / "tools/convert_checkpoint.py"
-    spec = importlib.util.spec_from_file_location("convert_checkpoint", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def refusal(tool, capfd, tmp_path):
+def refusal(capfd, tmp_path):
     """Run the tool on what it must refuse; gives the one line. Nothing may be left behind."""
 
     def run(*arguments):
-        assert tool.main(list(map(str, arguments))) == 2
+        assert convert_checkpoint.main(list(map(str, arguments))) == 2
         captured = capfd.readouterr()
         assert captured.out == ""
         assert captured.err.startswith("error: ")

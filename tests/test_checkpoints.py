@@ -1,12 +1,12 @@
 """Checkpoints: cut and put together, kept or deleted, damaged, written while training goes on."""
 
 import hashlib
-import importlib.util
 import itertools
 import json
 import shutil
 import time
 
+import convert_checkpoint
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from peer_scale.checkpoints.manifest import KINDS, FileEntry, Manifest, Piece, S
 from peer_scale.checkpoints.pieces import TensorReader, write_tensors
 from peer_scale.checkpoints.reshape import Cut
 from peer_scale.errors import UserError
-from runs import PROJECT, corpus, ds_config, read_metrics, train_in_pool
+from runs import corpus, ds_config, read_metrics, train_in_pool
 
 TIMES = ("step_time_s", "data_wait_s", "tokens_per_second", "tflops_per_device", "mfu")
 
@@ -132,18 +132,10 @@ def copy(saved, tmp_path):
     return shutil.copytree(saved, tmp_path / saved.name)
 
 
-@pytest.fixture(scope="module")
-def main():
-    spec = importlib.util.spec_from_file_location("convert_checkpoint", PROJECT / "tools/convert_checkpoint.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
 @pytest.fixture
-def tool(main, capfd):
+def tool(capfd):
     def run(*arguments):
-        code = main(list(map(str, arguments)))
+        code = convert_checkpoint.main(list(map(str, arguments)))
         captured = capfd.readouterr()
         assert (code, bool(captured.err)) in ((0, False), (2, True))
         if code:

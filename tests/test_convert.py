@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import convert_checkpoint
 import pytest
 import torch
 import torch.nn.functional as F
@@ -162,9 +163,9 @@ def test_the_ranker_opens_as_electra_for_pre_training(stage, checkpoints, tmp_pa
 
 
 @torch.no_grad()
-def test_the_generator_opens_as_electra_for_masked_lm(checkpoints, tool, capfd):
+def test_the_generator_opens_as_electra_for_masked_lm(checkpoints, capfd):
     folder = checkpoints[3]
-    assert tool.main(["to-hf", "--load", str(folder), "--network", "generator"]) == 0
+    assert convert_checkpoint.main(["to-hf", "--load", str(folder), "--network", "generator"]) == 0
     output = folder.parent / f"hf_generator_{STEPS:08d}"
     assert str(output) in capfd.readouterr().out
     batch, mask = tokenized(folder, output)
@@ -173,10 +174,10 @@ def test_the_generator_opens_as_electra_for_masked_lm(checkpoints, tool, capfd):
 
 
 @torch.no_grad()
-def test_bert_opens_as_bert_for_masked_lm(one_rank, tool, refused, tmp_path, text_file):
+def test_bert_opens_as_bert_for_masked_lm(one_rank, refused, tmp_path, text_file):
     folder = train(one_rank, tmp_path / "bert", text_file, 1, "--model", "bert-tiny", "--fp32")
     assert "no ranker" in refused(folder, "--network", "ranker")
-    assert tool.main(["to-hf", "--load", str(folder), "--output", str(tmp_path / "hf")]) == 0
+    assert convert_checkpoint.main(["to-hf", "--load", str(folder), "--output", str(tmp_path / "hf")]) == 0
     batch, mask = tokenized(folder, tmp_path / "hf")
     reference, report = BertForMaskedLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not any(report.values())
@@ -184,10 +185,10 @@ def test_bert_opens_as_bert_for_masked_lm(one_rank, tool, refused, tmp_path, tex
 
 
 @pytest.mark.parametrize("stage", [1, 2])  # DeepSpeed has an optimizer of its own for bf16 under ZeRO-1
-def test_bf16_with_activation_checkpointing_gives_the_fp32_masters(stage, two_ranks, tool, tmp_path, text_file):
+def test_bf16_with_activation_checkpointing_gives_the_fp32_masters(stage, two_ranks, tmp_path, text_file):
     flags = ("--model", "electra-tiny", "--bf16", "--activation-checkpointing")
     folder = train(two_ranks, tmp_path / "bf16", text_file, stage, *flags)
-    assert tool.main(["to-hf", "--load", str(folder), "--output", str(tmp_path / "hf")]) == 0
+    assert convert_checkpoint.main(["to-hf", "--load", str(folder), "--output", str(tmp_path / "hf")]) == 0
     masters = weights_by_hand(folder)
     written = load_file(tmp_path / "hf" / "model.safetensors")
     layer = "layer.3.intermediate.dense.weight"
@@ -200,14 +201,16 @@ def test_bf16_with_activation_checkpointing_gives_the_fp32_masters(stage, two_ra
 
 
 @torch.no_grad()
-def test_the_trainers_rtd_auc_comes_out_of_transformers_too(one_rank, tool, tmp_path, text_file):
+def test_the_trainers_rtd_auc_comes_out_of_transformers_too(one_rank, tmp_path, text_file):
     """Its own models mask-fill and tell apart what the trainer's validation does; the samples are drawn from theirs."""
     flags = ("--model", "peer-tiny", "--fp32", "--eval-iters", "6", "--eval-interval", str(STEPS))
     folder = train(one_rank, tmp_path / "run", text_file, 1, *flags, "--validation-fraction", "0.5")
     (last,) = read_metrics(tmp_path / "log-run")[-1:]
     models = {}
     for network, cls in (("ranker", ElectraForPreTraining), ("generator", ElectraForMaskedLM)):
-        tool.main(["to-hf", "--load", str(folder), "--network", network, "--output", str(tmp_path / network)])
+        convert_checkpoint.main(
+            ["to-hf", "--load", str(folder), "--network", network, "--output", str(tmp_path / network)]
+        )
         models[network] = cls.from_pretrained(tmp_path / network).eval()
     saved = json.loads((folder / "peer_scale.json").read_text())
     assert saved["data"]["seq_length"] == 64
@@ -304,7 +307,8 @@ def test_the_output_is_left_alone_when_it_holds_something(checkpoints, refused, 
 def test_wrong_logits_are_refused_and_leave_nothing(checkpoints, tmp_path):
     """The score's sign turned in the map: what the tool's own verification is there to find."""
     code = f"""
-import importlib.util, sys
+import sys
+sys.path.insert(0, {str(TOOL.parent)!r})
 from peer_scale.quiet import silence_libraries
 silence_libraries()
 from peer_scale.conversion import electra
@@ -312,10 +316,8 @@ right = electra.ranking_head_entries
 def wrong():
     return [e._replace(convert=lambda w: (w,)) if "score" in e.ours else e for e in right()]
 electra.ranking_head_entries = wrong
-spec = importlib.util.spec_from_file_location("tool", {str(TOOL)!r})
-tool = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tool)
-sys.exit(tool.main(sys.argv[1:]))
+import convert_checkpoint
+sys.exit(convert_checkpoint.main(sys.argv[1:]))
 """
     arguments = ["to-hf", "--load", str(checkpoints[2]), "--output", str(tmp_path / "hf")]
     command = [sys.executable, "-c", code, *arguments]

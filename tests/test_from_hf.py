@@ -4,6 +4,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import convert_checkpoint
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -38,9 +39,9 @@ BERT_SIZES = {**SIZES, "layer_norm_eps": 1e-7}
 
 
 @pytest.fixture
-def run(tool, capfd):
+def run(capfd):
     def run(*arguments):
-        code = tool.main(list(map(str, arguments)))
+        code = convert_checkpoint.main(list(map(str, arguments)))
         captured = capfd.readouterr()
         assert code == 0, captured.err
         return captured.out

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from bench_memory import working_memory
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peer_scale.parallel.vocab import generator_head
@@ -269,21 +270,9 @@ def test_bytes_sent_by_a_rank(pool, request):
         assert small[1] == 4 * HIDDEN * n
 
 
-def peak_growth(function) -> int:
-    """How many bytes this process's resident memory grows by at most while `function` runs."""
-
-    def status(key):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = status("VmRSS")
-    function()
-    return status("VmHWM") - before
-
-
 def extra_memory(n, vocab, hidden):
-    """Peak growth in forward, in backward, and of a tensor of known size."""
+    """Memory of forward, of backward, and of a tensor of known size."""
+    cpu = torch.device("cpu")
     torch.manual_seed(0)
     matrices = (torch.randn(n, hidden).bfloat16(), torch.randn(vocab, hidden).bfloat16() / 16)
     leaves = [t.requires_grad_() for t in (*matrices, torch.zeros(vocab))]
@@ -291,9 +280,9 @@ def extra_memory(n, vocab, hidden):
     warm = [t.detach()[:64].clone().requires_grad_() for t in leaves]
     generator_head(*warm, targets[:64] % 64, uniforms[:64]).loss.sum().backward()  # what libraries load once
     outputs = []
-    forward = peak_growth(lambda: outputs.append(generator_head(*leaves, targets, uniforms)))
-    backward = peak_growth(lambda: outputs[0].loss.sum().backward())
-    return forward, backward, peak_growth(lambda: torch.ones(2**26))
+    forward = working_memory(lambda: outputs.append(generator_head(*leaves, targets, uniforms)), cpu)
+    backward = working_memory(lambda: outputs[0].loss.sum().backward(), cpu)
+    return forward, backward, working_memory(lambda: torch.ones(2**26), cpu)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's account of memory")

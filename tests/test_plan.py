@@ -1,9 +1,9 @@
 import contextlib
-import importlib.util
 import itertools
 import json
 from dataclasses import replace
 
+import plan as plan_tool
 import pytest
 import torch
 
@@ -16,7 +16,7 @@ from peer_scale.planning.layout import GIB, Cluster, Layout, Workload
 from peer_scale.planning.memory import layer_activations, pass_activations, state_memory
 from peer_scale.planning.traffic import pipeline_traffic, tensor_traffic, zero_traffic
 from peer_scale.settings.presets import find_preset
-from runs import PROJECT, corpus, ds_config, train_in_pool
+from runs import corpus, ds_config, train_in_pool
 
 CLUSTER = Cluster(4, 8, 80 * GIB, 989.4e12, 300e9, 40e9)
 
@@ -398,15 +398,12 @@ def test_what_cannot_be_cut_is_named(layout, named):
 
 
 def test_the_command(capsys):
-    spec = importlib.util.spec_from_file_location("plan_tool", PROJECT / "tools/plan.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
     flags = ["--model", "peer-base", "--nodes", "256", "--gpus-per-node", "8", "--global-batch-size", "4096"]
-    assert tool.main([*flags, "--micro-batch-size", "2"]) == 0
+    assert plan_tool.main([*flags, "--micro-batch-size", "2"]) == 0
     assert "fits" in capsys.readouterr().out
-    assert tool.main([*flags, "--micro-batch-size", "2", "--json"]) == 0
+    assert plan_tool.main([*flags, "--micro-batch-size", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["layout"]["data_parallel"] == 2048
-    assert tool.main([*flags, "--micro-batch-size", "3"]) == 2
+    assert plan_tool.main([*flags, "--micro-batch-size", "3"]) == 2
     assert "--global-batch-size 4096" in capsys.readouterr().err
-    assert tool.main([*flags, "--gpu", "abacus"]) == 2
+    assert plan_tool.main([*flags, "--gpu", "abacus"]) == 2
     assert "abacus" in capsys.readouterr().err

@@ -10,13 +10,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import resource
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ silence_libraries()
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from bench_memory import working_memory  # noqa: E402
 from bench_peers import (  # noqa: E402
     Action,
     MissingPeer,
@@ -66,7 +66,10 @@ from peer_scale.training.trainer import Trainer  # noqa: E402
 
 @dataclass(frozen=True)
 class Result:
-    """A row: medians of the times, and of the paired ratios peer / ours with their quartiles."""
+    """A row: medians of the times, and of the paired ratios peer / ours with their quartiles.
+
+    Memory is what one call needs beyond what is there before it, in MiB (None where the system does not tell).
+    """
 
     row: str
     peer: str
@@ -74,6 +77,8 @@ class Result:
     peer_ms: float
     ratio: float
     quartiles: tuple[float, float]
+    ours_mib: float | None = None
+    peer_mib: float | None = None
     tokens_per_second: float | None = None
     share_of_peak: float | None = None
 
@@ -288,44 +293,60 @@ def main() -> None:
     for row in args.rows:
         try:
             results.append(measure(row, setting, args.repeats))
+            print(describe(results[-1]), flush=True)
         except MissingPeer as missing:
             print(f"{row:<26} left out: its peer is not installed ({missing})")
-    memory = (
-        torch.cuda.max_memory_allocated()
-        if device.type == "cuda"
-        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    )
-    print(f"peak memory of the process {memory / 2**30:.2f} GiB (everything built here)")
     if args.json:
         args.json.write_text(json.dumps([asdict(result) for result in results], indent=1))
 
 
 def measure(row: str, setting: Setting, repeats: int) -> Result:
-    """Build a row's pair, time it, print and return it."""
+    """Build a row's pair, time it, and see what memory each side needs."""
     run, device = setting.run, setting.topology.device
     with tempfile.TemporaryDirectory() as folder:
         ours, peer = build_row(row, setting, Path(folder))
         result = summarise(row, list(alternate(ours, peer, repeats, device)))
-    line = (
-        f"{row:<26} ours {result.ours_ms:9.1f} ms  peer {result.peer_ms:9.1f} ms  ratio {result.ratio:5.2f} "
-        f"({result.quartiles[0]:.2f}-{result.quartiles[1]:.2f})  {result.peer}"
+        result = replace(result, ours_mib=memory_of(ours, device), peer_mib=memory_of(peer, device))
+    if not ROWS[row][1]:
+        return result
+    batch, seq_length = run.training.micro_batch_size, run.training.seq_length
+    flops = actual_train_flops(
+        run.model, seq_length=seq_length, num_predictions=run.objective.num_predictions(seq_length), samples=batch
     )
-    if ROWS[row][1]:
-        batch, seq_length = run.training.micro_batch_size, run.training.seq_length
-        flops = actual_train_flops(
-            run.model, seq_length=seq_length, num_predictions=run.objective.num_predictions(seq_length), samples=batch
-        )
-        peak = (
-            peak_flops(torch.cuda.get_device_name(), torch.bfloat16)
-            if device.type == "cuda"
-            else measure_peak_flops(torch.bfloat16, 2.0)
-        )
-        seconds = result.ours_ms / 1e3
-        share = flops / seconds / peak if peak else None
-        result = Result(**{**asdict(result), "tokens_per_second": batch * seq_length / seconds, "share_of_peak": share})
-        line += f"  {result.tokens_per_second:,.0f} tokens/s" + (f", {share:.1%} of the bf16 peak" if share else "")
-    print(line, flush=True)
-    return result
+    peak = (
+        peak_flops(torch.cuda.get_device_name(), torch.bfloat16)
+        if device.type == "cuda"
+        else measure_peak_flops(torch.bfloat16, 2.0)
+    )
+    seconds = result.ours_ms / 1e3
+    share = flops / seconds / peak if peak else None
+    return replace(result, tokens_per_second=batch * seq_length / seconds, share_of_peak=share)
+
+
+def memory_of(action: Action, device: torch.device) -> float | None:
+    """MiB that a call needs beyond what is there before it."""
+    if isinstance(action, Prepared):
+        action.prepare()
+    size = working_memory(action, device)
+    return None if size is None else size / 2**20
+
+
+def describe(result: Result) -> str:
+    """A row of the table."""
+    low, high = result.quartiles
+    parts = [
+        f"{result.row:<26} ours {result.ours_ms:9.1f} ms",
+        f"peer {result.peer_ms:9.1f} ms",
+        f"ratio {result.ratio:5.2f} ({low:.2f}-{high:.2f})",
+    ]
+    if result.ours_mib is not None and result.peer_mib is not None:
+        parts.append(f"memory {result.ours_mib:7,.0f} and {result.peer_mib:7,.0f} MiB")
+    parts.append(result.peer)
+    if result.tokens_per_second is not None:
+        parts.append(f"{result.tokens_per_second:,.0f} tokens/s")
+    if result.share_of_peak is not None:
+        parts.append(f"{result.share_of_peak:.1%} of the bf16 peak")
+    return "  ".join(parts)
 
 
 def profile_step(setting: Setting) -> None:
