@@ -55,6 +55,7 @@ def test_the_command(tmp_path):
         assert entry["ours_ms"] > 0 and entry["ratio"] > 0
         assert (entry["tokens_per_second"] is None) == (not row.startswith("step-"))
         assert row in done.stdout
-    # the products' results are larger than the memory that a chunk needs
-    assert results["head-backward"]["peer_mib"] > 0
-    assert "MiB" in done.stdout
+    step = results["step-transformers-bf16"]
+    if step["peer_mib"] is not None:  # where the system tells
+        assert step["peer_mib"] > 4 * 2_000_000 / 2**20, "two million parameters have fp32 gradients"
+        assert "MiB" in done.stdout
