@@ -10,7 +10,6 @@ silence_libraries()
 
 # after the libraries have been told to be quiet
 import convert_checkpoint  # noqa: E402
-
 from corpus_files import copy_pair, write_raw_text  # noqa: E402
 from peer_scale.corpus.prepare import preprocess  # noqa: E402
 from peer_scale.corpus.readers import iter_documents  # noqa: E402

@@ -4,11 +4,11 @@ import json
 import subprocess
 import sys
 
-import bench
-import bench_peers
 import pytest
 import torch
 
+import bench
+import bench_peers
 from peer_scale.objectives.tasks import PretrainingTask
 from peer_scale.parallel.topology import single_process_topology
 from peer_scale.settings.flags import build_parser

@@ -6,12 +6,12 @@ import json
 import shutil
 import time
 
-import convert_checkpoint
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+import convert_checkpoint
 from peer_scale.checkpoints.folder import committed, newest
 from peer_scale.checkpoints.manifest import KINDS, FileEntry, Manifest, Piece, Sharding, TensorEntry, key_of
 from peer_scale.checkpoints.pieces import TensorReader, write_tensors

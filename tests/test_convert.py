@@ -5,13 +5,13 @@ import shutil
 import subprocess
 import sys
 
-import convert_checkpoint
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, BertForMaskedLM, ElectraForMaskedLM, ElectraForPreTraining
 
+import convert_checkpoint
 from peer_scale.conversion.checkpoint_reader import read_checkpoint
 from peer_scale.corpus.examples import ExampleBuilder, collate
 from peer_scale.corpus.loader import ExampleDataset

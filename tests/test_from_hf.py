@@ -4,7 +4,6 @@ import importlib.util
 import json
 from pathlib import Path
 
-import convert_checkpoint
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,6 +18,7 @@ from transformers import (
     ElectraForPreTraining,
 )
 
+import convert_checkpoint
 from peer_scale.checkpoints.folder import newest
 from peer_scale.checkpoints.manifest import KINDS
 from peer_scale.checkpoints.pieces import TensorReader

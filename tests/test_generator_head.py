@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from bench_memory import working_memory
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench_memory import working_memory
 from peer_scale.parallel.vocab import generator_head
 from rank_pool import RankPool
 

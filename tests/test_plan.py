@@ -3,10 +3,10 @@ import itertools
 import json
 from dataclasses import replace
 
-import plan as plan_tool
 import pytest
 import torch
 
+import plan as plan_tool
 from peer_scale.errors import UserError
 from peer_scale.models.config import EncoderShape
 from peer_scale.pipeline.search import choose_placement

@@ -27,6 +27,8 @@ silence_libraries()
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from torch import Tensor  # noqa: E402
+
 from bench_memory import working_memory  # noqa: E402
 from bench_peers import (  # noqa: E402
     Action,
@@ -38,8 +40,6 @@ from bench_peers import (  # noqa: E402
     plain_loop,
     transformers_step,
 )
-from torch import Tensor  # noqa: E402
-
 from peer_scale.checkpoints.folder import CheckpointFolder  # noqa: E402
 from peer_scale.checkpoints.state import TrainingState  # noqa: E402
 from peer_scale.checkpoints.writer import CheckpointWriter  # noqa: E402
