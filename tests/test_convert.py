@@ -12,15 +12,15 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, BertForMaskedLM, ElectraForMaskedLM, ElectraForPreTraining
 
 import convert_checkpoint
-from peer_scale.conversion.checkpoint_reader import read_checkpoint
-from peer_scale.corpus.examples import ExampleBuilder, collate
-from peer_scale.corpus.loader import ExampleDataset
+from peer_scale.checkpoints.reader import read_checkpoint
 from peer_scale.corpus.prepare import open_corpus
-from peer_scale.corpus.windows import Windows, split_documents
 from peer_scale.corpus.wordpiece import load_wordpiece
 from peer_scale.models.config import EncoderShape, ModelConfig
 from peer_scale.models.networks import PretrainingModel
 from peer_scale.parallel.topology import single_process_topology
+from peer_scale.samples.examples import ExampleBuilder, collate
+from peer_scale.samples.loader import ExampleDataset
+from peer_scale.samples.windows import Windows, split_documents
 from runs import PROJECT, corpus, ds_config, read_metrics, train_in_pool
 
 TOOL = PROJECT / "tools/convert_checkpoint.py"

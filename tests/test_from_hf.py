@@ -22,7 +22,7 @@ import convert_checkpoint
 from peer_scale.checkpoints.folder import newest
 from peer_scale.checkpoints.manifest import KINDS
 from peer_scale.checkpoints.pieces import TensorReader
-from peer_scale.conversion.checkpoint_reader import our_weights, read_checkpoint
+from peer_scale.checkpoints.reader import our_weights, read_checkpoint
 from peer_scale.models.networks import PretrainingModel
 from peer_scale.parallel.topology import single_process_topology
 from runs import ds_config, train_in_pool

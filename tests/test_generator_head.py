@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench_memory import working_memory
-from peer_scale.parallel.vocab import generator_head
+from peer_scale.models.generator_head import generator_head
 from rank_pool import RankPool
 
 KINDS = ("plain", "ties", "equal", "huge")

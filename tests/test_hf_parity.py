@@ -10,11 +10,11 @@ from peer_scale.checkpoints.manifest import VOCABULARY_PARAMETERS
 from peer_scale.conversion.architecture import Architecture
 from peer_scale.conversion.electra import electra_config
 from peer_scale.models.config import EncoderShape, ModelConfig
+from peer_scale.models.generator_head import generator_head
 from peer_scale.models.networks import PretrainingModel
 from peer_scale.objectives.tqr import tqr_loss
 from peer_scale.parallel.initialization import initialize_weights
 from peer_scale.parallel.topology import single_process_topology
-from peer_scale.parallel.vocab import generator_head
 
 SHAPE = EncoderShape(num_layers=3, hidden_size=48, ffn_hidden_size=96, num_attention_heads=4)
 MODELS = {

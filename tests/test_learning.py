@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from peer_scale.conversion.checkpoint_reader import our_weights, read_checkpoint
-from peer_scale.corpus.examples import ExampleBuilder, collate
-from peer_scale.corpus.loader import ExampleDataset
+from peer_scale.checkpoints.reader import our_weights, read_checkpoint
 from peer_scale.corpus.prepare import open_corpus
-from peer_scale.corpus.windows import Windows
 from peer_scale.models.networks import select
 from peer_scale.objectives.tasks import GlobalCounts, PretrainingTask, corrupt
 from peer_scale.parallel.topology import single_process_topology
+from peer_scale.samples.examples import ExampleBuilder, collate
+from peer_scale.samples.loader import ExampleDataset
+from peer_scale.samples.windows import Windows
 from runs import pretrain, read_metrics
 
 VOCAB_SIZE, STEPS = 1000, 2500

@@ -264,10 +264,10 @@ def test_a_whole_models_activations(name, dropout, checkpointing):
     """Against what autograd really keeps of one micro-batch, both passes and heads, on the CPU."""
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
-    from peer_scale.corpus.examples import Batch
     from peer_scale.models.layers import TransformerLayer
     from peer_scale.objectives.tasks import GlobalCounts, PretrainingTask
     from peer_scale.parallel.topology import single_process_topology
+    from peer_scale.samples.examples import Batch
 
     size, length = 8, 128
     work = workload(name, precision="fp32", seq_length=length)

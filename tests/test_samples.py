@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from peer_scale.corpus.examples import ExampleBuilder, sample_stream
-from peer_scale.corpus.loader import BatchPlan, ExampleDataset, micro_batches
 from peer_scale.corpus.prepare import open_corpus
-from peer_scale.corpus.windows import SeededOrder, Windows, split_documents
 from peer_scale.errors import UserError
 from peer_scale.objectives.config import ObjectiveConfig
+from peer_scale.samples.examples import ExampleBuilder, sample_stream
+from peer_scale.samples.loader import BatchPlan, ExampleDataset, micro_batches
+from peer_scale.samples.windows import SeededOrder, Windows, split_documents
 
 SEQ_LENGTH = 64
 

@@ -2,9 +2,9 @@
 
 import torch
 
-from peer_scale.corpus.examples import Batch
 from peer_scale.objectives.statistics import StatisticsLayout, masked_lm_statistics, ranking_statistics
 from peer_scale.objectives.tqr import rank_labels
+from peer_scale.samples.examples import Batch
 
 
 def test_figures_against_a_plain_count():

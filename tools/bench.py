@@ -41,26 +41,26 @@ from bench_peers import (  # noqa: E402
     transformers_step,
 )
 from peer_scale.checkpoints.folder import CheckpointFolder  # noqa: E402
+from peer_scale.checkpoints.progress import Progress  # noqa: E402
 from peer_scale.checkpoints.state import TrainingState  # noqa: E402
 from peer_scale.checkpoints.writer import CheckpointWriter  # noqa: E402
-from peer_scale.corpus.examples import Batch  # noqa: E402
 from peer_scale.corpus.wordpiece import MIN_VOCAB_SIZE, train_wordpiece  # noqa: E402
 from peer_scale.errors import UserError  # noqa: E402
 from peer_scale.flops import actual_train_flops, measure_peak_flops, peak_flops  # noqa: E402
 from peer_scale.host_memory import keep_freed_memory  # noqa: E402
 from peer_scale.kernels.gelu import bias_gelu  # noqa: E402
 from peer_scale.kernels.norm import bias_dropout_residual_norm  # noqa: E402
+from peer_scale.models.generator_head import generator_head  # noqa: E402
 from peer_scale.parallel.agreement import Agreement  # noqa: E402
 from peer_scale.parallel.environment import ProcessEnvironment  # noqa: E402
 from peer_scale.parallel.topology import build_topology, init_process_group  # noqa: E402
-from peer_scale.parallel.vocab import generator_head  # noqa: E402
+from peer_scale.samples.examples import Batch  # noqa: E402
 from peer_scale.settings.flags import build_parser  # noqa: E402
 from peer_scale.settings.resolve import resolve  # noqa: E402
 from peer_scale.settings.run import RunConfig  # noqa: E402
 from peer_scale.training.engine import build_engine  # noqa: E402
 from peer_scale.training.metering import Meter  # noqa: E402
 from peer_scale.training.passes import WholeModel  # noqa: E402
-from peer_scale.training.progress import Progress  # noqa: E402
 from peer_scale.training.trainer import Trainer  # noqa: E402
 
 

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peer_scale.corpus.examples import Batch
 from peer_scale.errors import UserError
 from peer_scale.objectives.tasks import GlobalCounts, PretrainingTask
 from peer_scale.parallel.initialization import initialize_weights
 from peer_scale.parallel.topology import Topology
+from peer_scale.samples.examples import Batch
 from peer_scale.settings.run import RunConfig
 from peer_scale.training.optimizer import build_optimizer
 

@@ -206,8 +206,8 @@ def to_hf(args: argparse.Namespace) -> None:
     import torch.distributed as dist
     from transformers.utils.logging import disable_progress_bar
 
+    from peer_scale.checkpoints.reader import read_checkpoint
     from peer_scale.conversion.architecture import TOLERANCE
-    from peer_scale.conversion.checkpoint_reader import read_checkpoint
     from peer_scale.conversion.to_hugging_face import to_hugging_face
 
     disable_progress_bar()

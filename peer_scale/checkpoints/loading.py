@@ -6,9 +6,9 @@ import torch.distributed as dist
 
 from peer_scale.checkpoints.manifest import Manifest
 from peer_scale.checkpoints.pieces import TensorReader, check_file
+from peer_scale.checkpoints.progress import Progress
 from peer_scale.checkpoints.state import TrainingState
 from peer_scale.parallel.agreement import Agreement
-from peer_scale.training.progress import Progress
 
 
 def load_checkpoint(state: TrainingState, agreement: Agreement, folder: Path, manifest: Manifest) -> Progress:

@@ -27,7 +27,7 @@ from peer_scale.checkpoints.manifest import (
 )
 from peer_scale.checkpoints.pieces import TensorReader, check_file, write_tensors
 from peer_scale.errors import UserError
-from peer_scale.models.layers import padded_vocab_size
+from peer_scale.models.config import padded_vocab_size
 from peer_scale.storage import new_folder
 
 

@@ -28,11 +28,11 @@ from torch import Tensor
 from peer_scale.checkpoints.folder import CheckpointFolder
 from peer_scale.checkpoints.manifest import WEIGHT, FileEntry, Manifest, Piece, Sharding, TensorEntry
 from peer_scale.checkpoints.pieces import write_tensors, write_tokenizer
+from peer_scale.checkpoints.progress import Progress
 from peer_scale.checkpoints.state import OwnedPiece, TrainingState
 from peer_scale.corpus.wordpiece import WordPiece
 from peer_scale.errors import UserError
 from peer_scale.parallel.agreement import Agreement
-from peer_scale.training.progress import Progress
 
 
 @dataclass(frozen=True)

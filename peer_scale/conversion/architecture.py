@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from peer_scale.conversion import bert, electra
+from peer_scale.conversion import electra
 from peer_scale.conversion.lent_weights import Read, lend, lend_each_block
 from peer_scale.errors import UserError
 from peer_scale.models.config import EncoderShape, ModelConfig
@@ -43,7 +43,7 @@ class Architecture:
     @property
     def ties(self) -> dict[str, str]:
         """Names under which a tensor may stand once more."""
-        return {"bert": bert.TIES, "electra": electra.TIES}[self.family] if self.network == GENERATOR else {}
+        return electra.TIES[self.family] if self.network == GENERATOR else {}
 
     def shape(self, config: ModelConfig) -> EncoderShape:
         """Sizes of the network."""
@@ -59,7 +59,7 @@ class Architecture:
             return entries
         if self.network == RANKER:
             return entries + electra.ranking_head_entries()
-        heads = {"bert": bert.mlm_head_entries, "electra": electra.mlm_head_entries}
+        heads = {"bert": electra.bert_mlm_head_entries, "electra": electra.mlm_head_entries}
         return entries + heads[self.family](config)
 
     def build(self, config: Any) -> nn.Module:

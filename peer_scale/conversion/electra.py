@@ -1,7 +1,8 @@
-"""Our parameter names and Hugging Face's ELECTRA names, one explicit map.
+"""Our parameter names and those of Hugging Face's ELECTRA and BERT, one explicit map.
 
 A network of ours is an `ElectraModel` with its head: the ranker an ElectraForPreTraining, the generator an
-ElectraForMaskedLM. Shared layers and embeddings stand in each. One map serves both directions.
+ElectraForMaskedLM; a BERT checkpoint of ours is a BertForMaskedLM. Shared layers and embeddings stand in each. One map
+serves both directions.
 """
 
 from collections.abc import Callable
@@ -9,12 +10,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import ElectraConfig
+from transformers import BertConfig, ElectraConfig
 
 from peer_scale.models.config import EncoderShape, ModelConfig
 
 # Names under which some files hold a tensor once more, and the names that are taken.
-TIES = {"generator_lm_head.weight": "electra.embeddings.word_embeddings.weight"}
+TIES = {
+    "electra": {"generator_lm_head.weight": "electra.embeddings.word_embeddings.weight"},
+    "bert": {
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+    },
+}
 
 RANKER_HEAD = "discriminator_predictions"
 
@@ -51,9 +58,25 @@ def mlm_head_entries(config: ModelConfig) -> list[Entry]:
     ]
 
 
+def bert_mlm_head_entries(config: ModelConfig) -> list[Entry]:
+    """The head of BertForMaskedLM; its output matrix is the word embeddings (`TIES`)."""
+    cut = without_padding(config.vocab_size)
+    return [
+        *dense_entries("mlm_head.dense", "cls.predictions.transform.dense"),
+        *dense_entries("mlm_head.norm", "cls.predictions.transform.LayerNorm"),
+        Entry("mlm_head.bias", ("cls.predictions.bias",), cut, lambda t: cut(t[0])[0]),
+    ]
+
+
 def electra_config(config: ModelConfig, shape: EncoderShape, pad_token_id: int, **more: Any) -> ElectraConfig:
     """Hugging Face's configuration of one network."""
     return ElectraConfig(embedding_size=config.embedding_size, **encoder_settings(config, shape, pad_token_id), **more)
+
+
+def bert_config(config: ModelConfig, pad_token_id: int) -> BertConfig:
+    """Hugging Face's configuration; it has one size for embeddings and hidden states, so ours must be equal."""
+    assert config.embedding_size == config.generator.hidden_size, "BertForMaskedLM has no projection"
+    return BertConfig(**encoder_settings(config, config.generator, pad_token_id))
 
 
 def encoder_settings(config: ModelConfig, shape: EncoderShape, pad_token_id: int) -> dict[str, Any]:

@@ -30,15 +30,16 @@ from peer_scale.checkpoints.manifest import (
     key_of,
 )
 from peer_scale.checkpoints.pieces import write_tensors, write_tokenizer
-from peer_scale.checkpoints.state import sharding_of
-from peer_scale.conversion.architecture import GENERATOR, RANKER, TOLERANCE, Architecture
-from peer_scale.conversion.checkpoint_reader import (
+from peer_scale.checkpoints.progress import Progress
+from peer_scale.checkpoints.reader import (
     Checkpoint,
     empty_model,
     model_without_weights,
     our_weights,
     read_sections,
 )
+from peer_scale.checkpoints.state import sharding_of
+from peer_scale.conversion.architecture import GENERATOR, RANKER, TOLERANCE, Architecture
 from peer_scale.conversion.electra import RANKER_HEAD, Entry
 from peer_scale.conversion.fresh_weights import FreshWeights
 from peer_scale.conversion.hugging_face_folder import HuggingFaceFolder
@@ -47,7 +48,6 @@ from peer_scale.corpus.wordpiece import WordPiece
 from peer_scale.errors import UserError
 from peer_scale.settings.presets import Preset
 from peer_scale.storage import new_folder, write_atomically
-from peer_scale.training.progress import Progress
 
 MODEL_FILE = "model.yaml"
 _FILE = "rank_00000.safetensors"

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from typing import Any
 
-from peer_scale.conversion.checkpoint_reader import Checkpoint
+from peer_scale.checkpoints.reader import Checkpoint
 from peer_scale.flops import paper_train_flops
 
 _USE = {

@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from peer_scale.checkpoints.pieces import write_tensors
-from peer_scale.conversion import bert, electra
+from peer_scale.checkpoints.reader import Checkpoint, empty_model, our_weights
+from peer_scale.conversion import electra
 from peer_scale.conversion.architecture import GENERATOR, RANKER, TOLERANCE, Architecture
-from peer_scale.conversion.checkpoint_reader import Checkpoint, empty_model, our_weights
 from peer_scale.conversion.hugging_face_folder import HuggingFaceWeights
 from peer_scale.conversion.model_card import model_card
 from peer_scale.corpus.wordpiece import WordPiece
@@ -106,7 +106,7 @@ def _converted(checkpoint: Checkpoint, entries: list[electra.Entry]) -> Iterator
 def _config(architecture: Architecture, checkpoint: Checkpoint) -> Any:
     model, pad_id = checkpoint.model, checkpoint.tokenizer.pad_id
     if architecture.family == "bert":
-        return bert.bert_config(model, pad_id)
+        return electra.bert_config(model, pad_id)
     more: dict[str, Any] = {}
     if architecture.network == RANKER:
         more[EXTRAS] = {"free_thresholds": checkpoint.weights["ranking_head.free_thresholds"].tolist()}

@@ -95,3 +95,9 @@ class ModelPart:
             range(own_ranker_layers),
             has_ranking_head=config.ranker is not None,
         )
+
+
+def padded_vocab_size(vocab_size: int, tensor_parallel: int, multiple: int = 8) -> int:
+    """Rows of the word-embedding table: a multiple of `multiple` for every tensor-parallel rank."""
+    step = multiple * tensor_parallel
+    return -(-vocab_size // step) * step

@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
 
-from peer_scale.models.config import ModelConfig
-from peer_scale.models.layers import padded_vocab_size
+from peer_scale.models.config import ModelConfig, padded_vocab_size
 from peer_scale.parallel.topology import Topology
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from peer_scale.kernels.attention import self_attention
 from peer_scale.kernels.gelu import bias_gelu
 from peer_scale.kernels.norm import bias_dropout_residual_norm
-from peer_scale.models.config import EncoderShape, ModelConfig
+from peer_scale.models.config import EncoderShape, ModelConfig, padded_vocab_size
 from peer_scale.parallel.sequence import (
     add_up_and_split,
     join_sequence_for_split_weights,
@@ -172,9 +172,3 @@ class TransformerLayer(nn.Module):
     def forward(self, hidden_SBH: Tensor, mask_BS: Tensor | None) -> Tensor:
         attended = self.attention_norm(*self.attention(hidden_SBH, mask_BS), hidden_SBH)
         return self.feed_forward_norm(*self.feed_forward(attended), attended)
-
-
-def padded_vocab_size(vocab_size: int, tensor_parallel: int, multiple: int = 8) -> int:
-    """Rows of the word-embedding table: a multiple of `multiple` for every tensor-parallel rank."""
-    step = multiple * tensor_parallel
-    return -(-vocab_size // step) * step

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from peer_scale.corpus.examples import Batch
 from peer_scale.objectives.tqr import BUFFER_OFFSET, UNKNOWN_LABEL
+from peer_scale.samples.examples import Batch
 
 _MASKED_LM = ("mlm_loss", "mlm_correct", "selected", "tokens")
 _RANKING = (

@@ -8,14 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peer_scale.corpus.examples import Batch
 from peer_scale.models.config import ModelConfig, ModelPart
+from peer_scale.models.generator_head import GeneratorOutput, generator_head
 from peer_scale.models.networks import PretrainingModel, select
 from peer_scale.objectives.config import ObjectiveConfig
 from peer_scale.objectives.statistics import StatisticsLayout, masked_lm_statistics, ranking_statistics
 from peer_scale.objectives.tqr import rank_labels, token_losses
 from peer_scale.parallel.topology import Topology
-from peer_scale.parallel.vocab import GeneratorOutput, generator_head
+from peer_scale.samples.examples import Batch
 
 
 class GlobalCounts(NamedTuple):

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peer_scale.corpus.examples import Batch
 from peer_scale.objectives.tasks import GlobalCounts
 from peer_scale.parallel.topology import Topology
 from peer_scale.pipeline.instructions import (
@@ -28,8 +27,8 @@ from peer_scale.pipeline.instructions import (
 from peer_scale.pipeline.messages import Messenger, PassOn
 from peer_scale.pipeline.placement import Placement
 from peer_scale.pipeline.zero import Adaptation
+from peer_scale.samples.examples import Batch
 from peer_scale.settings.run import RunConfig
-from peer_scale.training.engine import compute_dtype
 
 _FORWARD_PAYLOADS = (Payload.ACTIVATION, Payload.SELECTED_STATES, Payload.LABELS)
 
@@ -68,7 +67,7 @@ class PipelineStage:
         self._hidden_sizes = {"generator": run.model.generator.hidden_size}
         if run.model.ranker is not None:
             self._hidden_sizes["ranker"] = run.model.ranker.hidden_size
-        self._dtype = compute_dtype(run.training.precision)
+        self._dtype = run.compute_dtype
         self._zero = Adaptation(engine, topology.group("dp"))
 
     def train(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from peer_scale.corpus.examples import Batch
 from peer_scale.models.config import ModelConfig
 from peer_scale.models.networks import select
 from peer_scale.objectives.config import ObjectiveConfig
@@ -13,6 +12,7 @@ from peer_scale.parallel.sequence import join_sequence
 from peer_scale.parallel.topology import Topology
 from peer_scale.pipeline.instructions import Network
 from peer_scale.pipeline.placement import Placement
+from peer_scale.samples.examples import Batch
 
 
 class StageTask(PretrainingTask):

@@ -9,8 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from peer_scale.models.config import ModelConfig
-from peer_scale.models.layers import padded_vocab_size
+from peer_scale.models.config import ModelConfig, padded_vocab_size
 from peer_scale.models.networks import PretrainingModel
 from peer_scale.parallel.topology import Topology
 from peer_scale.pipeline.placement import Placement

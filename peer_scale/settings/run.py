@@ -1,14 +1,20 @@
 """Everything a run is told, typed, frozen and checked before anything starts."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peer_scale.errors import UserError
 from peer_scale.models.config import ModelConfig
 from peer_scale.objectives.config import ObjectiveConfig
 
-PRECISIONS = ("fp32", "bf16", "fp16")
+if TYPE_CHECKING:
+    import torch
+
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+PRECISIONS = tuple(_DTYPES)
 
 
 @dataclass(frozen=True)
@@ -135,6 +141,13 @@ class RunConfig:
                 f"--tensor-model-parallel-size {size} does not divide --seq-length {self.training.seq_length}, "
                 "as --sequence-parallel needs"
             )
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Number format of the matrix products."""
+        import torch
+
+        return getattr(torch, _DTYPES[self.training.precision])
 
     @property
     def num_micro_batches(self) -> int:

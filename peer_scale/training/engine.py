@@ -3,7 +3,6 @@
 from typing import Any
 
 import deepspeed
-import torch
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
@@ -53,11 +52,6 @@ def check_precision(precision: str) -> None:
 def loss_scale(engine: Any) -> float:
     """Current fp16 loss scale, 1 in other precisions."""
     return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0
-
-
-def compute_dtype(precision: str) -> torch.dtype:
-    """Number format of the matrix products."""
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 def _leave_out_shared_memory_op() -> None:

@@ -3,7 +3,7 @@
 import argparse
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,9 @@ import torch.distributed as dist
 from peer_scale.checkpoints import folder, sections
 from peer_scale.checkpoints.loading import load_checkpoint
 from peer_scale.checkpoints.manifest import IMPORTED, Manifest
+from peer_scale.checkpoints.progress import Progress
 from peer_scale.checkpoints.state import TrainingState, require_supported_offload
 from peer_scale.checkpoints.writer import CheckpointWriter
-from peer_scale.corpus.examples import NUM_SPECIAL_TOKENS, ExampleBuilder
-from peer_scale.corpus.loader import BatchPlan, ExampleDataset, micro_batches
-from peer_scale.corpus.prepare import open_corpus
-from peer_scale.corpus.store import TokenStore, check_vocab
-from peer_scale.corpus.windows import Windows, split_documents
-from peer_scale.corpus.wordpiece import WordPiece
 from peer_scale.host_memory import keep_freed_memory
 from peer_scale.objectives.tasks import PretrainingTask
 from peer_scale.parallel.agreement import Agreement
@@ -31,33 +26,21 @@ from peer_scale.pipeline.executor import PipelineStage, num_backward_calls
 from peer_scale.pipeline.schedule import Schedule, build_schedule
 from peer_scale.pipeline.search import choose_placement
 from peer_scale.pipeline.stage_task import StageTask
+from peer_scale.samples.loader import BatchPlan, micro_batches
 from peer_scale.settings.resolve import resolve
 from peer_scale.settings.run import RunConfig
 from peer_scale.storage import require_writable_folder, write_atomically
-from peer_scale.training.callbacks import Callback
 from peer_scale.training.callbacks.checkpointing import Checkpointing
 from peer_scale.training.callbacks.console import ProgressLine
 from peer_scale.training.callbacks.reporting import MetricsFile, MonitorEvents
 from peer_scale.training.callbacks.stopping import StopAfter, StopOnSignal
 from peer_scale.training.callbacks.validation import Validation
-from peer_scale.training.engine import build_engine, check_precision, compute_dtype
+from peer_scale.training.data import Corpus, open_data
+from peer_scale.training.engine import build_engine, check_precision
 from peer_scale.training.metering import Meter, device_peak
 from peer_scale.training.passes import Passes, WholeModel
-from peer_scale.training.progress import Progress
 from peer_scale.training.summary import resolved_configuration, startup_summary
-from peer_scale.training.trainer import Trainer
-
-_VALIDATION_STREAM = 2**32  # added to the seed, which lies below
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """The text of a run, cut into samples."""
-
-    store: TokenStore
-    tokenizer: WordPiece
-    training: ExampleDataset
-    validation: ExampleDataset | None
+from peer_scale.training.trainer import Callback, Trainer
 
 
 def run_job(args: argparse.Namespace, environment: ProcessEnvironment) -> None:
@@ -93,7 +76,7 @@ def train(run: RunConfig, topology: Topology, agreement: Agreement) -> None:
     """Train in the process groups that are there; UserError and TrainingError come on all ranks alike."""
     say: Callable[[str], None] = print if topology.is_first_rank else _say_nothing
     agreement.first_rank(lambda: _check_folders(run))
-    corpus = agreement.one_by_one(lambda: _open(run, show_progress=topology.is_first_rank))
+    corpus = agreement.one_by_one(lambda: open_data(run, show_progress=topology.is_first_rank))
     run = replace(run, model=replace(run.model, vocab_size=corpus.tokenizer.vocab_size))
     identity = sections.identity(
         run, data_fingerprint=corpus.store.fingerprint, tokenizer_digest=corpus.tokenizer.digest
@@ -111,7 +94,7 @@ def train(run: RunConfig, topology: Topology, agreement: Agreement) -> None:
     engine, passes = _engine_and_passes(task, run, topology, pipeline)
     state = TrainingState(engine, topology, run.model.vocab_size)
     progress = load_checkpoint(state, agreement, *found) if found else Progress()
-    peak = device_peak(topology.device, compute_dtype(run.training.precision))
+    peak = device_peak(topology.device, run.compute_dtype)
     say(startup_summary(run, topology, corpus, num_parameters, peak))
 
     plan = BatchPlan(
@@ -193,34 +176,6 @@ def _callbacks(
         )
         callbacks.append(Checkpointing(writer, output.save_interval))
     return callbacks
-
-
-def _open(run: RunConfig, *, show_progress: bool) -> Corpus:
-    store, tokenizer = open_corpus(
-        run.data.data_path,
-        run.data.tokenizer,
-        vocab_size=run.model.vocab_size,
-        text_key=run.data.text_key,
-        cache_dir=run.data.cache_dir,
-        workers=len(os.sched_getaffinity(0)),
-        show_progress=show_progress,
-    )
-    check_vocab(store, tokenizer)
-    held_out = split_documents(store.num_documents, run.data.validation_fraction)
-    training = _samples(run, store, tokenizer, first=0, last=held_out, seed=run.seed)
-    if held_out == store.num_documents:
-        return Corpus(store, tokenizer, training, None)
-    seed = run.seed + _VALIDATION_STREAM
-    validation = _samples(run, store, tokenizer, first=held_out, last=store.num_documents, seed=seed)
-    return Corpus(store, tokenizer, training, validation)
-
-
-def _samples(
-    run: RunConfig, store: TokenStore, tokenizer: WordPiece, *, first: int, last: int, seed: int
-) -> ExampleDataset:
-    seq_length = run.training.seq_length
-    windows = Windows(store, width=seq_length - NUM_SPECIAL_TOKENS, first=first, last=last)
-    return ExampleDataset(windows, ExampleBuilder(tokenizer, run.objective, seq_length, seed))
 
 
 def _check_folders(run: RunConfig) -> None:

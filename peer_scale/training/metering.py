@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
+from peer_scale.checkpoints.progress import Progress
 from peer_scale.errors import TrainingError
 from peer_scale.flops import actual_train_flops, measure_peak_flops, paper_train_flops, peak_flops
 from peer_scale.objectives.statistics import StatisticsLayout
 from peer_scale.settings.run import RunConfig
-from peer_scale.training.progress import Progress
 
-if TYPE_CHECKING:
-    from peer_scale.training.trainer import StepRecord
+
+@dataclass
+class StepRecord:
+    """What is known of a step when it has been launched; `sums` may still be under way on the device."""
+
+    step: int
+    sums: torch.Tensor
+    lr: float
+    grad_norm: Any
+    loss_scale: float
+    skipped_steps: int
+    step_time: float = 0.0
+    data_wait: float = 0.0
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
 class Meter:

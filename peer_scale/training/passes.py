@@ -6,9 +6,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from peer_scale.corpus.examples import Batch
 from peer_scale.objectives.tasks import GlobalCounts
 from peer_scale.parallel.topology import Topology
+from peer_scale.samples.examples import Batch
 
 
 class Passes(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import yaml
@@ -13,9 +13,7 @@ from peer_scale.kernels.availability import fused_kernels
 from peer_scale.models.config import EncoderShape
 from peer_scale.parallel.topology import Topology
 from peer_scale.settings.run import RunConfig
-
-if TYPE_CHECKING:
-    from peer_scale.training.job import Corpus
+from peer_scale.training.data import Corpus
 
 
 def startup_summary(run: RunConfig, topology: Topology, corpus: Corpus, num_parameters: int, peak: float | None) -> str:

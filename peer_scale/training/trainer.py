@@ -1,41 +1,39 @@
-"""The training loop."""
+"""The training loop, and what can be hung onto it."""
+
+from __future__ import annotations
 
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from peer_scale.corpus.examples import Batch
+from peer_scale.checkpoints.progress import Progress
 from peer_scale.objectives.tasks import GlobalCounts
 from peer_scale.parallel.topology import Topology
+from peer_scale.samples.examples import Batch
 from peer_scale.seeds import stream_seed
 from peer_scale.settings.run import RunConfig
-from peer_scale.training.callbacks import Callback
 from peer_scale.training.engine import loss_scale
-from peer_scale.training.metering import Meter
+from peer_scale.training.metering import Meter, StepRecord
 from peer_scale.training.optimizer import set_step
 from peer_scale.training.passes import Passes
-from peer_scale.training.progress import Progress
 
 
-@dataclass
-class StepRecord:
-    """What is known of a step when it has been launched; `sums` may still be under way on the device."""
+class Callback:
+    """Does nothing; subclasses override what they need. All ranks call the same methods in the same order."""
 
-    step: int
-    sums: torch.Tensor
-    lr: float
-    grad_norm: Any
-    loss_scale: float
-    skipped_steps: int
-    step_time: float = 0.0
-    data_wait: float = 0.0
-    extra: dict[str, Any] = field(default_factory=dict)
+    def on_step_end(self, trainer: Trainer, record: StepRecord) -> None:
+        """A step has been launched; `record.extra` takes further figures for its line of metrics.jsonl."""
+
+    def on_figures(self, figures: dict[str, Any]) -> None:
+        """A step's figures have been read back (at most one step late)."""
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        """The last step is done and reported."""
 
 
 class Trainer:

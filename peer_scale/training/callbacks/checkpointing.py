@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from peer_scale.checkpoints.writer import CheckpointWriter
-from peer_scale.training.callbacks import Callback
-
-if TYPE_CHECKING:
-    from peer_scale.training.trainer import StepRecord, Trainer
+from peer_scale.training.metering import StepRecord
+from peer_scale.training.trainer import Callback, Trainer
 
 
 class Checkpointing(Callback):

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from peer_scale.training.callbacks import Callback
-
-if TYPE_CHECKING:
-    from peer_scale.training.trainer import Trainer
+from peer_scale.training.trainer import Callback, Trainer
 
 
 class ProgressLine(Callback):

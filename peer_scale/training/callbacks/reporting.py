@@ -7,7 +7,7 @@ from typing import Any
 
 from peer_scale.errors import UserError
 from peer_scale.storage import write_atomically
-from peer_scale.training.callbacks import Callback
+from peer_scale.training.trainer import Callback
 
 
 class MetricsFile(Callback):

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import signal
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from peer_scale.training.callbacks import Callback
-
-if TYPE_CHECKING:
-    from peer_scale.training.trainer import StepRecord, Trainer
+from peer_scale.training.metering import StepRecord
+from peer_scale.training.trainer import Callback, Trainer
 
 
 class StopAfter(Callback):

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
-from peer_scale.corpus.loader import BatchPlan, ExampleDataset, micro_batches
-from peer_scale.training.callbacks import Callback
-
-if TYPE_CHECKING:
-    from peer_scale.training.trainer import StepRecord, Trainer
+from peer_scale.samples.loader import BatchPlan, ExampleDataset, micro_batches
+from peer_scale.training.metering import StepRecord
+from peer_scale.training.trainer import Callback, Trainer
 
 
 class Validation(Callback):

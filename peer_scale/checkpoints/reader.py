@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from peer_scale.checkpoints.folder import require_found
 from peer_scale.checkpoints.manifest import IMPORTED, MANIFEST, TOKENIZER, VOCABULARY_PARAMETERS, Manifest
 from peer_scale.checkpoints.pieces import TensorReader, check_file
+from peer_scale.checkpoints.progress import Progress
 from peer_scale.corpus.wordpiece import WordPiece, load_wordpiece
 from peer_scale.errors import UserError
-from peer_scale.models.config import ModelConfig
-from peer_scale.models.layers import padded_vocab_size
+from peer_scale.models.config import ModelConfig, padded_vocab_size
 from peer_scale.models.networks import PretrainingModel
 from peer_scale.objectives.config import ObjectiveConfig
 from peer_scale.parallel.topology import single_process_topology
-from peer_scale.training.progress import Progress
 
 T = TypeVar("T")
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from peer_scale.corpus.examples import Batch, ExampleBuilder, collate
-from peer_scale.corpus.windows import SeededOrder, Windows
+from peer_scale.samples.examples import Batch, ExampleBuilder, collate
+from peer_scale.samples.windows import SeededOrder, Windows
 
 
 @dataclass(frozen=True)
