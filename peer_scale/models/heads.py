@@ -4,10 +4,10 @@ import math
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
 
 from peer_scale.models.config import ModelConfig, padded_vocab_size
+from peer_scale.parallel.megatron import mark_sharded
 from peer_scale.parallel.topology import Topology
 
 
@@ -23,7 +23,7 @@ class MaskedLMHead(nn.Module):
         self.norm = nn.LayerNorm(config.embedding_size, eps=config.layer_norm_eps)
         rows = padded_vocab_size(config.vocab_size, topology.size("tp")) // topology.size("tp")
         self.bias = nn.Parameter(torch.zeros(rows))
-        set_tensor_model_parallel_attributes(self.bias, True, 0, 1)
+        mark_sharded(self.bias, dim=0)
         first_row = rows * topology.rank("tp")
         is_padding = torch.arange(first_row, first_row + rows) >= config.vocab_size
         self.register_buffer("is_padding", is_padding, persistent=False)

@@ -8,18 +8,19 @@ import contextlib
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-    set_tensor_model_parallel_attributes,
-)
 from torch import Tensor, nn
 
 from peer_scale.kernels.attention import self_attention
 from peer_scale.kernels.gelu import bias_gelu
 from peer_scale.kernels.norm import bias_dropout_residual_norm
 from peer_scale.models.config import EncoderShape, ModelConfig, padded_vocab_size
+from peer_scale.parallel.megatron import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    layer_config,
+    mark_sharded,
+)
 from peer_scale.parallel.sequence import (
     add_up_and_split,
     join_sequence_for_split_weights,
@@ -39,7 +40,7 @@ class ColumnLinear(ColumnParallelLinear):
         super().__init__(
             input_size,
             output_size,
-            config=topology.layer_config(),
+            config=layer_config(topology),
             init_method=None,
             gather_output=False,
             skip_bias_add=True,
@@ -47,7 +48,7 @@ class ColumnLinear(ColumnParallelLinear):
             tp_group=topology.group("tp"),
         )
         self.topology = topology
-        set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
+        mark_sharded(self.weight, dim=0)
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         return super().forward(join_sequence_for_split_weights(hidden, self.topology))
@@ -63,7 +64,7 @@ class RowLinear(RowParallelLinear):
         super().__init__(
             input_size,
             output_size,
-            config=topology.layer_config(),
+            config=layer_config(topology),
             init_method=None,
             bias=True,
             input_is_parallel=True,
@@ -71,7 +72,7 @@ class RowLinear(RowParallelLinear):
             tp_group=topology.group("tp"),
         )
         self.topology = topology
-        set_tensor_model_parallel_attributes(self.weight, True, 1, 1)
+        mark_sharded(self.weight, dim=1)
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         if not self.topology.sequence_parallel:
@@ -88,10 +89,10 @@ class Embeddings(nn.Module):
             padded_vocab_size(config.vocab_size, topology.size("tp")),
             config.embedding_size,
             init_method=None,
-            config=topology.layer_config(),
+            config=layer_config(topology),
             tp_group=topology.group("tp"),
         )
-        set_tensor_model_parallel_attributes(self.word.weight, True, 0, 1)
+        mark_sharded(self.word.weight, dim=0)
         self.position = nn.Embedding(config.max_position_embeddings, config.embedding_size)
         self.token_type = nn.Embedding(config.num_token_types, config.embedding_size)
         self.norm = nn.LayerNorm(config.embedding_size, eps=config.layer_norm_eps)

@@ -2,9 +2,9 @@
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from torch import nn
 
+from peer_scale.parallel.megatron import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from peer_scale.parallel.topology import Topology
 from peer_scale.seeds import stream_seed
 

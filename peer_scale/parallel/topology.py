@@ -8,7 +8,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from megatron.core import ModelParallelConfig
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from peer_scale.errors import UserError
@@ -48,16 +47,6 @@ class Topology:
     def is_first_rank(self) -> bool:
         """True on global rank 0, the one that speaks and writes for all."""
         return dist.get_rank() == 0
-
-    def layer_config(self) -> ModelParallelConfig:
-        """What megatron-core's layers want to know; weights are made on the CPU and initialised by us."""
-        return ModelParallelConfig(
-            tensor_model_parallel_size=self.size("tp"),
-            pipeline_model_parallel_size=1,
-            use_cpu_initialization=True,
-            perform_initialization=False,
-            params_dtype=torch.float32,
-        )
 
 
 class ModelParallelUnit:
