@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 
-@dataclass
+@dataclass(frozen=True)
 class Progress:
     """Cumulative over restarts; saved with every checkpoint."""
 

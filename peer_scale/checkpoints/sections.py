@@ -9,6 +9,7 @@ from typing import Any
 
 from peer_scale.checkpoints.manifest import IMPORTED, Manifest
 from peer_scale.errors import UserError
+from peer_scale.objectives.objective import Objective
 from peer_scale.parallel.topology import Topology
 from peer_scale.settings.run import RunConfig
 
@@ -26,7 +27,8 @@ def identity(run: RunConfig, *, data_fingerprint: str, tokenizer_digest: str) ->
     """What a checkpoint must have in common with the run that loads it, by section."""
     return {
         "model": dataclasses.asdict(run.model),
-        "objective": dataclasses.asdict(run.objective),
+        "objective": objective_section(run.objective),
+        "masking": dataclasses.asdict(run.masking),
         "data": {
             "fingerprint": data_fingerprint,
             "tokenizer": tokenizer_digest,
@@ -36,6 +38,11 @@ def identity(run: RunConfig, *, data_fingerprint: str, tokenizer_digest: str) ->
             "global_batch_size": run.training.global_batch_size,
         },
     }
+
+
+def objective_section(objective: Objective) -> dict[str, Any]:
+    """Describe an objective by its kind and its hyper-parameters."""
+    return {"kind": objective.kind, **dataclasses.asdict(objective)}  # type: ignore[call-overload]
 
 
 def layout(run: RunConfig, topology: Topology) -> dict[str, Any]:

@@ -62,6 +62,17 @@ class ModelConfig:
         if self.num_shared_layers:
             self._check_sharing()
 
+    @property
+    def networks(self) -> dict[str, EncoderShape]:
+        """The encoders by name, in the order in which they run."""
+        shapes = {"generator": self.generator, "ranker": self.ranker}
+        return {name: shape for name, shape in shapes.items() if shape is not None}
+
+    @property
+    def main_network(self) -> EncoderShape:
+        """The encoder that is trained to be used: the ranker, or BERT's only one."""
+        return self.ranker or self.generator
+
     def _check_sharing(self) -> None:
         if self.ranker is None:
             raise UserError(f"num_shared_layers is {self.num_shared_layers}, but the model has no ranker to share with")
@@ -76,25 +87,27 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ModelPart:
-    """What of the model a rank has: ranges of layers (the networks' own ones count from 0), and which ends."""
+    """What of the model a rank has.
+
+    Attributes:
+        shared_layers: numbers of the layers that all networks share.
+        own_layers: for each network, by name, numbers of its own layers, which count from 0.
+        has_embeddings: whether embeddings, projections and the heads beside the word table are here.
+        ends: networks whose last layer is here, and with it the heads on top of them.
+    """
 
     shared_layers: range
-    generator_layers: range
-    ranker_layers: range
-    has_embeddings: bool = True
-    has_mlm_head: bool = True
-    has_ranking_head: bool = True
+    own_layers: tuple[tuple[str, range], ...]
+    has_embeddings: bool
+    ends: tuple[str, ...]
 
-    @staticmethod
-    def whole(config: ModelConfig) -> ModelPart:
-        """All of it: without pipeline parallelism."""
-        own_ranker_layers = 0 if config.ranker is None else config.ranker.num_layers - config.num_shared_layers
-        return ModelPart(
-            range(config.num_shared_layers),
-            range(config.generator.num_layers - config.num_shared_layers),
-            range(own_ranker_layers),
-            has_ranking_head=config.ranker is not None,
-        )
+    def layers(self, network: str) -> range:
+        """Numbers of the network's own layers."""
+        return dict(self.own_layers)[network]
+
+    def num_layers(self, network: str) -> int:
+        """Count the layers that the network's pass runs through here, shared ones included."""
+        return len(self.shared_layers) + len(self.layers(network))
 
 
 def padded_vocab_size(vocab_size: int, tensor_parallel: int, multiple: int = 8) -> int:

@@ -22,7 +22,12 @@ from torch import Tensor
 from peer_scale.kernels.vocab_chunk import LOG2_E, add_up_chunk, chunk_gradient
 
 _GRID_BITS = 34
-_CHUNK_SIZE = 2048  # a chunk of a few hundred positions stays in the cache
+CHUNK_SIZE = 2048
+"""Rows of the vocabulary handled at a time: a chunk of a few hundred positions stays in the cache."""
+
+REDUCED_BYTES, GATHERED_BYTES = 20, 16
+"""What a tensor-parallel rank reduces and gathers per position, forward; backward reduces the gradient of hidden."""
+
 _BLOCK = 64  # a chunk's sums are kept by blocks where a token is searched for
 # weights beyond this many bits over the target's are measured from the greatest logit instead
 _MAX_BITS = 80.0
@@ -68,7 +73,7 @@ def generator_head(
     Products are in the format of `hidden`, everything else in fp32 and fp64. A rank sends 36 bytes a position forward
     (each reduction counted once) and [n, h] backward.
     """
-    size = _CHUNK_SIZE if chunk_size is None else chunk_size
+    size = CHUNK_SIZE if chunk_size is None else chunk_size
     return GeneratorOutput(*_GeneratorHead.apply(hidden, weight, bias, targets, uniforms, group, size))
 
 

@@ -1,13 +1,31 @@
-"""Token quality ranking: the labels of Table 2 and the loss of Eq. 5."""
+"""Token quality ranking: the labels of Table 2, the loss of Eq. 5, and the objective of PEER; ELECTRA's at K = 2."""
 
+from __future__ import annotations
+
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peer_scale.objectives.config import check_levels
+from peer_scale.errors import UserError
+from peer_scale.models.config import EncoderShape, ModelConfig
+from peer_scale.models.costs import score_head_matmul_flops
+from peer_scale.models.generator_head import GeneratorOutput
+from peer_scale.models.heads import MaskedLMHead, RankingHead
+from peer_scale.models.networks import HeadBuilder, PretrainingModel
+from peer_scale.models.paper_costs import paper_generator_flops, paper_ranker_flops
+from peer_scale.objectives.exports import Entry, Export, dense_entries, first
+from peer_scale.objectives.graph import Cost, Graph, Value, Work, embedding_costs
+from peer_scale.objectives.masked_lm import MLM_LOSS, MLM_SUMS, generator_export, generator_metrics, generator_works
+from peer_scale.objectives.objective import Loss, Objective
+from peer_scale.objectives.statistics import RTD_SUMS, rtd_metrics, rtd_sums, share
+from peer_scale.objectives.works import Outcome, WorkContext
+from peer_scale.samples.examples import Batch
 
 UNKNOWN_LABEL = -1.0
 BUFFER_OFFSET = 0.1
@@ -25,7 +43,7 @@ def rank_labels(
     delta: float = 3.0,
     buffer_offset: float = BUFFER_OFFSET,
 ) -> Tensor:
-    """Rank label of each token after Table 2, elementwise over tensors of one (any) shape.
+    """Give the rank label of each token after Table 2, elementwise over tensors of one (any) shape.
 
     Args:
         is_original: bool; the sampled token equals the original.
@@ -64,7 +82,7 @@ def tqr_loss(
     buffer_offset: float = BUFFER_OFFSET,
     warmup: bool = False,
 ) -> Tensor:
-    """Eq. 5 summed (not averaged) over all given tokens; a scalar in fp32 (or fp64, if the scores are).
+    """Sum up Eq. 5 (not averaged) over all given tokens; a scalar in fp32 (or fp64, if the scores are).
 
     Args:
         scores: w.h of each token, any shape.
@@ -86,7 +104,7 @@ def token_losses(
     buffer_offset: float = BUFFER_OFFSET,
     warmup: bool = False,
 ) -> Tensor:
-    """The summands of `tqr_loss`, one a token, shaped as scores."""
+    """Give the summands of `tqr_loss`, one per token, shaped as scores."""
     dtype = torch.promote_types(scores.dtype, torch.float32)
     scores, thresholds = scores.to(dtype), thresholds.to(dtype)
     num_levels = len(thresholds) + 1
@@ -103,3 +121,237 @@ def token_losses(
         is_below = (labels <= level) & (labels != UNKNOWN_LABEL)
         losses = losses - gammas[level - 1] * (is_below * F.logsigmoid(logit) + is_above * F.logsigmoid(-logit))
     return losses
+
+
+@dataclass(frozen=True)
+class TokenQualityRanking(Objective):
+    """PEER's hyper-parameters (Section 3; Appendix A); two levels make ELECTRA's replaced-token detection.
+
+    `taus` has K-2 entries and `gammas` K-2 (or one for all); `warmup_epochs` is how long only the first term of Eq. 5
+    is used.
+    """
+
+    kind: ClassVar[str] = "tqr"
+    validation_metrics: ClassVar[tuple[str, ...]] = ("mlm_accuracy", "rtd_recall", "rtd_auc", "rank_concordance")
+    progress_metrics: ClassVar[Mapping[str, str]] = {"mlm_accuracy": "MLM accuracy", "rtd_auc": "RTD AUC"}
+
+    num_levels: int = 3
+    taus: tuple[float, ...] = (1.0,)
+    top_t: int = 3
+    delta: float = 3.0
+    gammas: tuple[float, ...] = (0.5,)
+    tqr_weight: float = 50.0
+    warmup_epochs: float = 0.8
+
+    def __post_init__(self) -> None:
+        check_levels(self.num_levels, self.taus, self.delta)
+        if len(self.gammas) not in (1, self.num_levels - 2) or min(self.gammas) <= 0:
+            wanted = f"one positive weight, or {self.num_levels - 2}"
+            raise UserError(f"gammas {list(self.gammas)}: {self.num_levels} levels take {wanted}")
+        if self.top_t < 1:
+            raise UserError(f"top_t is {self.top_t}; it must be at least 1")
+        if self.tqr_weight < 0:
+            raise UserError(f"tqr_weight is {self.tqr_weight}; it must not be negative")
+        if self.warmup_epochs < 0:
+            raise UserError(f"warmup_epochs is {self.warmup_epochs}; it must not be negative")
+
+    def changed(self, changes: Mapping[str, object]) -> Objective:
+        """Take the taus away with the levels: K = 2 has none."""
+        defaults = {"taus": ()} if changes.get("num_levels") == 2 else {}
+        return super().changed({**defaults, **changes})
+
+    def check_model(self, model: ModelConfig) -> None:
+        if model.ranker is None:
+            raise UserError("the objective tqr trains a generator and a ranker, but the model has no ranker")
+
+    def graph(self, model: ModelConfig) -> Graph:
+        ranker = _ranker(model)
+        works = (
+            *generator_works(model, self._label, (Value("sampled", "int64"), Value("labels", "float32"))),
+            Work(
+                "ranker",
+                network="ranker",
+                begin=corrupted_ids,
+                begin_takes=("sampled",),
+                end=self._rank,
+                end_takes=("labels",),
+                heads=("ranking_head",),
+                has_loss=True,
+                begin_costs=embedding_costs(model, ranker),
+                end_costs=(score_head_cost(ranker),),
+            ),
+        )
+        return Graph(tuple(model.networks.items()), model.num_shared_layers, works)
+
+    def heads(self, model: ModelConfig) -> Mapping[str, HeadBuilder]:
+        return {
+            "mlm_head": lambda topology: MaskedLMHead(model, topology),
+            "ranking_head": lambda topology: RankingHead(_ranker(model).hidden_size, self.num_levels),
+        }
+
+    @property
+    def losses(self) -> tuple[Loss, ...]:
+        return MLM_LOSS, Loss("tqr_loss", self.tqr_weight, "tokens")
+
+    @property
+    def sum_names(self) -> tuple[str, ...]:
+        labels = map(label_key, possible_labels(self.num_levels))
+        correct = (f"correct_{level}" for level in range(1, self.num_levels + 1))
+        return (*MLM_SUMS, *RTD_SUMS, "rank_pairs", "rank_pairs_in_order", *labels, *correct)
+
+    def metrics(self, sums: Mapping[str, float]) -> dict[str, object]:
+        counts = {label: sums[label_key(label)] for label in possible_labels(self.num_levels)}
+        return {
+            **generator_metrics(sums),
+            **rtd_metrics(sums),
+            "rank_concordance": share(sums["rank_pairs_in_order"], sums["rank_pairs"]),
+            "rank_label_fractions": {f"{label:g}": count / sums["selected"] for label, count in counts.items()},
+            "level_accuracy": {
+                str(level): share(sums[f"correct_{level}"], counts[float(level)])
+                for level in range(1, self.num_levels + 1)
+            },
+        }
+
+    def describe(self) -> str:
+        levels = {"taus": list(self.taus), "top T": self.top_t, "delta": self.delta}
+        details = ", ".join(f"{name} {value}" for name, value in levels.items()) if self.num_levels > 2 else "ELECTRA"
+        return f"{self.num_levels} levels ({details}), lambda {self.tqr_weight:g}"
+
+    def paper_flops(self, model: ModelConfig, seq_length: int) -> float:
+        return paper_generator_flops(model, seq_length) + paper_ranker_flops(model, _ranker(model), seq_length)
+
+    def exports(self, model: ModelConfig) -> tuple[Export, ...]:
+        usage = "Positive logits mark tokens that do not fit: logit = -(w.h) + xi_{K-1}."
+        entries = rtd_head_entries("ranking_head")
+        ranker = Export("ranker", "ranker", "electra", "ElectraForPreTraining", entries, usage, _replaced_logits)
+        return ranker, generator_export(model)
+
+    def warmup_steps(self, samples_per_epoch: int, global_batch_size: int) -> int:
+        """Count the steps with Eq. 5's first term only: those that begin before the warm-up's share of an epoch."""
+        return -(-round(self.warmup_epochs * samples_per_epoch) // global_batch_size)
+
+    def notices(self, warmup_steps: int) -> dict[int, str]:
+        if self.num_levels == 2:
+            return {}
+        return {warmup_steps + 1: "the ranking terms of the loss begin; it rises here"}
+
+    def _label(self, context: WorkContext, generated: GeneratorOutput) -> dict[str, Tensor]:
+        """Make what the ranker needs of the sampled tokens: ids and rank labels, [n] each."""
+        originals = context.batch.input_ids.gather(1, context.batch.positions).flatten()
+        # slots that only fill up point at position 0 and write back what is there
+        sampled = torch.where(context.batch.is_selected.flatten(), generated.sampled_ids, originals)
+        labels = rank_labels(
+            sampled == originals,
+            generated.original_logit,
+            generated.sampled_logit,
+            generated.original_rank,
+            num_levels=self.num_levels,
+            taus=self.taus,
+            top_t=self.top_t,
+            delta=self.delta,
+        )
+        return {"sampled": sampled, "labels": labels}
+
+    def _rank(self, context: WorkContext, hidden: Tensor | None) -> Outcome:
+        """TQR head on the ranker's hidden states."""
+        assert hidden is not None, "a network ends in hidden states"
+        batch = context.batch
+        scores_SB, thresholds = context.model.head("ranking_head")(context.model.whole_sequence(hidden))
+        scores = scores_SB.transpose(0, 1)
+        labels = scatter_labels(batch, context.values["labels"], self.num_levels)
+        losses = token_losses(scores, thresholds, labels, gamma=self.gammas, warmup=context.warmup)
+        tqr_sum = torch.where(batch.attention_mask, losses, 0.0).sum()
+        return Outcome({"tqr_loss": tqr_sum}, ranking_sums(scores.detach(), thresholds.detach(), labels, batch))
+
+
+def corrupted_ids(context: WorkContext) -> Tensor:
+    """Put the sampled tokens in place: token ids [B, S]."""
+    batch = context.batch
+    sampled = context.values["sampled"].view_as(batch.positions)
+    return batch.input_ids.scatter(1, batch.positions, sampled)
+
+
+def scatter_labels(batch: Batch, labels: Tensor, num_levels: int) -> Tensor:
+    """Give all tokens labels [B, S]: those of the selected positions, [n], and K for all others."""
+    everywhere = torch.full(batch.input_ids.shape, float(num_levels), device=labels.device)
+    return everywhere.scatter(1, batch.positions, labels.view_as(batch.positions))
+
+
+def score_head_cost(shape: EncoderShape) -> Cost:
+    """What a dense layer and one score per token take."""
+    return Cost("token", flops=score_head_matmul_flops(shape), activations=3 * shape.hidden_size)
+
+
+def rtd_head_entries(head: str) -> tuple[Entry, ...]:
+    """Map our RankingHead to ElectraForPreTraining's, whose logit for "replaced" is -w.h + xi_{K-1} (Eq. 3).
+
+    Of the thresholds it has the last only.
+    """
+    theirs = "discriminator_predictions"
+    return (
+        *dense_entries(f"{head}.dense", f"{theirs}.dense"),
+        Entry(f"{head}.score.weight", (f"{theirs}.dense_prediction.weight",), lambda w: (-w,), lambda t: -t[0]),
+        Entry(f"{head}.free_thresholds", (f"{theirs}.dense_prediction.bias",), lambda xi: (xi[-1:],), first),
+    )
+
+
+def _replaced_logits(model: PretrainingModel, hidden: Tensor) -> Tensor:
+    scores, thresholds = model.head("ranking_head")(hidden)
+    return thresholds[-1] - scores
+
+
+def _ranker(model: ModelConfig) -> EncoderShape:
+    assert model.ranker is not None, "check_model has been asked"
+    return model.ranker
+
+
+def check_levels(num_levels: int, taus: tuple[float, ...], delta: float) -> None:
+    """Raise UserError unless K >= 2 and tau_k (1 + delta) <= tau_{k+1} for k = 1..K-3 (footnote 4)."""
+    if num_levels < 2:
+        raise UserError(f"num_levels (K) is {num_levels}; a ranker needs at least 2")
+    if len(taus) != num_levels - 2:
+        raise UserError(f"taus {list(taus)}: K = {num_levels} levels take {num_levels - 2} values")
+    if any(not math.isfinite(tau) or tau <= 0 for tau in taus):
+        raise UserError(f"taus {list(taus)}: each must be positive")
+    if not math.isfinite(delta) or delta < 0:
+        raise UserError(f"delta is {delta}; it must not be negative")
+    for index, (tau, following) in enumerate(itertools.pairwise(taus), start=1):
+        if tau >= following or tau * (1 + delta) > following:
+            raise UserError(
+                f"tau_{index} (1 + delta) = {tau:g} x {1 + delta:g} must not exceed tau_{index + 1} = {following:g}: "
+                f"lower delta or spread the taus {list(taus)}"
+            )
+
+
+def possible_labels(num_levels: int) -> list[float]:
+    """List -1, the levels 1..K and the buffers above levels 1..K-2, ascending."""
+    buffers = [level + BUFFER_OFFSET for level in range(1, num_levels - 1)]
+    return sorted([UNKNOWN_LABEL, *map(float, range(1, num_levels + 1)), *buffers])
+
+
+def label_key(label: float) -> str:
+    """Name the sum that counts `label`."""
+    return f"label_{label:g}"
+
+
+def ranking_sums(scores: Tensor, thresholds: Tensor, labels: Tensor, batch: Batch) -> dict[str, Tensor]:
+    """Sum up the ranker's pass: RTD over all tokens; labels, levels and pairs at the selected positions.
+
+    A pair of ranks is two replaced tokens of one sequence whose levels are known and differ, in order where the better
+    one has the greater score. All arguments are [B, S] but for the thresholds [K-1].
+    """
+    num_levels = len(thresholds) + 1
+    sums = rtd_sums(scores, thresholds[-1], labels != num_levels, batch)
+    scores_BP = scores.gather(1, batch.positions)
+    labels_BP = torch.where(batch.is_selected, labels.gather(1, batch.positions), torch.nan)
+    is_level = (labels_BP >= 1) & (labels_BP < num_levels) & (labels_BP == labels_BP.round())
+    is_pair = (labels_BP[:, :, None] < labels_BP[:, None, :]) & is_level[:, :, None] & is_level[:, None, :]
+    sums["rank_pairs"] = is_pair.sum()
+    sums["rank_pairs_in_order"] = (is_pair & (scores_BP[:, :, None] < scores_BP[:, None, :])).sum()
+    predicted = 1 + (scores_BP[..., None] > thresholds).sum(-1)
+    for label in possible_labels(num_levels):
+        has_label = labels_BP == torch.tensor(label, dtype=labels_BP.dtype)
+        sums[label_key(label)] = has_label.sum()
+        if label >= 1 and label.is_integer():
+            sums[f"correct_{int(label)}"] = (has_label & (predicted == label)).sum()
+    return sums

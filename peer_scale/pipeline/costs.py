@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
-from peer_scale.pipeline.instructions import Backward, Compute, Forward, HeadForward, Network
+from peer_scale.pipeline.instructions import Backward, Compute, Forward
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
 @dataclass(frozen=True)
-class PassCosts:
-    """Costs of one network's pass, a number a stage: the work on one micro-batch, and what it holds in between."""
+class WorkCosts:
+    """Costs of one work of the graph, a number per stage: its time on one micro-batch, and what it holds in between."""
 
     forward: tuple[int, ...]
     backward: tuple[int, ...]
@@ -28,35 +29,33 @@ class Costs:
     backward; `place` counts a layer as its hidden size. `latency` is the time that every message takes.
     """
 
-    generator: PassCosts
-    ranker: PassCosts
-    head_forward: int
-    head_backward: int
+    works: tuple[tuple[str, WorkCosts], ...]
     latency: int = 0
 
-    def of_network(self, network: Network) -> PassCosts:
-        """The costs of that network's pass."""
-        return self.generator if network == "generator" else self.ranker
+    def of(self, work: str) -> WorkCosts:
+        """Give the costs of that work."""
+        return self._by_name[work]
+
+    @cached_property
+    def _by_name(self) -> dict[str, WorkCosts]:
+        return dict(self.works)
 
     def time(self, stage: int, work: Compute) -> int:
-        """Duration of `work` on `stage`."""
-        if isinstance(work, Forward):
-            return self.of_network(work.network).forward[stage]
-        if isinstance(work, Backward):
-            return self.of_network(work.network).backward[stage]
-        return self.head_forward if isinstance(work, HeadForward) else self.head_backward
+        """Give the duration of `work` on `stage`."""
+        costs = self.of(work.work)
+        return costs.forward[stage] if isinstance(work, Forward) else costs.backward[stage]
 
     def stage_times(self) -> tuple[int, ...]:
-        """All work of one micro-batch on each stage."""
-        passes = (self.generator, self.ranker)
-        times = [sum(one.forward[stage] + one.backward[stage] for one in passes) for stage in range(self.num_stages)]
-        times[0] += self.head_forward + self.head_backward
-        return tuple(times)
+        """Add up all work of one micro-batch on each stage."""
+        return tuple(
+            sum(costs.forward[stage] + costs.backward[stage] for _, costs in self.works)
+            for stage in range(self.num_stages)
+        )
 
     @property
     def num_stages(self) -> int:
         """Number of pipeline stages."""
-        return len(self.generator.forward)
+        return len(self.works[0][1].forward)
 
     @property
     def imbalance(self) -> float:
@@ -65,21 +64,18 @@ class Costs:
         return max(times) * len(times) / sum(times) - 1
 
     def one_f_one_b_peak(self, num_micro_batches: int) -> int:
-        """Activations of textbook 1F1B's fullest stage; stage s of P holds both passes of P - s micro-batches."""
-        per_stage = zip(self.generator.activations, self.ranker.activations, strict=True)
+        """Give what textbook 1F1B's fullest stage holds; stage s of P holds all works of P - s micro-batches."""
         return max(
-            min(num_micro_batches, self.num_stages - stage) * (generator + ranker)
-            for stage, (generator, ranker) in enumerate(per_stage)
+            min(num_micro_batches, self.num_stages - stage) * sum(costs.activations[stage] for _, costs in self.works)
+            for stage in range(self.num_stages)
         )
 
 
 def peak_activations(costs: Costs, stage: int, order: Sequence[Compute]) -> int:
-    """Most activations that `stage` holds at once when it does its work in that order; what heads keep is left out."""
+    """Find the most activations that `stage` holds at once when it does its work in that order."""
     held = peak = 0
     for work in order:
-        if isinstance(work, Forward):
-            held += costs.of_network(work.network).activations[stage]
-            peak = max(peak, held)
-        elif isinstance(work, Backward):
-            held -= costs.of_network(work.network).activations[stage]
+        size = costs.of(work.work).activations[stage]
+        held += -size if isinstance(work, Backward) else size
+        peak = max(peak, held)
     return peak

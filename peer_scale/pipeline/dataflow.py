@@ -1,9 +1,8 @@
-"""What the pieces of a micro-batch's work need and give: the one place that knows how the two passes hang together.
+"""What the pieces of a micro-batch's work need and give, read off the objective's graph.
 
-    generator: embeddings -> layers, stage after stage -> MLM head on stage 0, and back the same way
-    ranker:    embeddings of what the head sampled -> layers, stage after stage -> ranking head, and back the same way
-
-No gradient goes from the ranker to the generator, so the generator's backward needs nothing of the ranker's pass.
+A work with a network goes along the stages of the network's path, hidden states from one to the next, and their
+gradients back. A work without one is on the first stage. Values go from the stage where a work ends to the stages where
+others take them, and the gradients of those that have one go back.
 """
 
 from __future__ import annotations
@@ -11,18 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from peer_scale.pipeline.instructions import (
-    Backward,
-    Compute,
-    Forward,
-    HeadBackward,
-    HeadForward,
-    Message,
-    Network,
-    Payload,
-)
+from peer_scale.pipeline.instructions import Backward, Compute, Forward, Message
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from peer_scale.objectives.graph import Work
     from peer_scale.pipeline.placement import Placement
 
 
@@ -35,73 +28,107 @@ class Needs:
 
 
 def stage_work(placement: Placement, stage: int, micro: int) -> list[Compute]:
-    """All that `stage` computes for one micro-batch of a training step."""
-    work: list[Compute] = []
-    for network in placement.networks:
-        if stage in placement.path(network):
-            work += [Forward(network, micro), Backward(network, micro)]
-    if stage == 0:
-        work += [HeadForward(micro), HeadBackward(micro)]
-    return work
+    """List all that `stage` computes for one micro-batch of a training step."""
+    computed: list[Compute] = []
+    for work in placement.graph.works:
+        if stage in placement.path(work.name):
+            computed.append(Forward(work.name, micro))
+            if work.has_backward:
+                computed.append(Backward(work.name, micro))
+    return computed
 
 
 def needs(placement: Placement, stage: int, work: Compute) -> Needs:
-    """What `work` on `stage` waits for."""
-    if isinstance(work, Forward):
-        return _forward_needs(placement, stage, work)
-    if isinstance(work, Backward):
-        return _backward_needs(placement, stage, work)
-    if isinstance(work, HeadBackward):
-        return Needs(local=(HeadForward(work.micro),))
-    last = placement.path("generator")[-1]
-    if last == 0:
-        return Needs(local=(Forward("generator", work.micro),))
-    return Needs(messages=(Message(Payload.SELECTED_STATES, "generator", work.micro, last, 0),))
+    """Say what `work` on `stage` waits for."""
+    found = (
+        _forward_needs(placement, stage, work) if isinstance(work, Forward) else _backward_needs(placement, stage, work)
+    )
+    return Needs(
+        tuple(one for one in found if not isinstance(one, Message)),
+        tuple(one for one in found if isinstance(one, Message)),
+    )
 
 
 def sends(placement: Placement, stage: int, work: Compute) -> tuple[Message, ...]:
-    """The messages that `stage` sends when `work` is done."""
-    micro = work.micro
-    if isinstance(work, HeadForward):
-        last = placement.path("ranker")[-1] if "ranker" in placement.networks else 0
-        return (Message(Payload.LABELS, "ranker", micro, 0, last),) if last else ()
-    if isinstance(work, HeadBackward):
-        last = placement.path("generator")[-1]
-        return (Message(Payload.SELECTED_GRADIENT, "generator", micro, 0, last),) if last else ()
-    before, after = _neighbours(placement, stage, work.network)
-    if isinstance(work, Backward):
-        return () if before is None else (Message(Payload.GRADIENT, work.network, micro, stage, before),)
+    """List the messages that `stage` sends when `work` is done."""
+    messages = (
+        _after_forward(placement, stage, work) if isinstance(work, Forward) else _after_backward(placement, stage, work)
+    )
+    return tuple(messages)
+
+
+def taken_at(placement: Placement, stage: int, work: Work) -> tuple[str, ...]:
+    """List the values that the work takes on `stage`: those of its beginning, of its end, or of both."""
+    path = placement.path(work.name)
+    begin = work.begin_takes if stage == path[0] else ()
+    end = work.end_takes if stage == path[-1] else ()
+    return (*begin, *(name for name in end if name not in begin))
+
+
+def taking_stages(placement: Placement, value: str) -> tuple[int, ...]:
+    """List the stages on which some work takes the value, each once."""
+    stages: dict[int, None] = {}
+    for work in placement.graph.takers(value):
+        for stage in dict.fromkeys((placement.path(work.name)[0], placement.path(work.name)[-1])):
+            if value in taken_at(placement, stage, work):
+                stages[stage] = None
+    return tuple(stages)
+
+
+def _forward_needs(placement: Placement, stage: int, forward: Forward) -> Iterator[Compute | Message]:
+    work = placement.graph.work(forward.work)
+    before, _ = _neighbours(placement, stage, work.name)
+    if before is not None:
+        yield Message(work.name, forward.micro, before, stage)
+    for value in taken_at(placement, stage, work):
+        giver = placement.graph.giver(value)
+        source = placement.path(giver.name)[-1]
+        is_local = source == stage
+        yield Forward(giver.name, forward.micro) if is_local else Message(value, forward.micro, source, stage)
+
+
+def _backward_needs(placement: Placement, stage: int, backward: Backward) -> Iterator[Compute | Message]:
+    work = placement.graph.work(backward.work)
+    yield Forward(work.name, backward.micro)
+    _, after = _neighbours(placement, stage, work.name)
     if after is not None:
-        return (Message(Payload.ACTIVATION, work.network, micro, stage, after),)
-    if work.network == "generator" and stage:
-        return (Message(Payload.SELECTED_STATES, "generator", micro, stage, 0),)
-    return ()
+        yield Message(work.name, backward.micro, after, stage, is_gradient=True)
+        return
+    for value in work.gives:
+        if value.has_gradient:
+            (taker,) = placement.graph.takers(value.name)
+            (source,) = placement.path(taker.name)
+            is_local = source == stage
+            message = Message(value.name, backward.micro, source, stage, is_gradient=True)
+            yield Backward(taker.name, backward.micro) if is_local else message
 
 
-def _forward_needs(placement: Placement, stage: int, work: Forward) -> Needs:
-    before, after = _neighbours(placement, stage, work.network)
-    if before is None:
-        return Needs(local=(HeadForward(work.micro),) if work.network == "ranker" else ())
-    messages = [Message(Payload.ACTIVATION, work.network, work.micro, before, stage)]
-    if work.network == "ranker" and after is None:
-        messages.append(Message(Payload.LABELS, "ranker", work.micro, 0, stage))
-    return Needs(messages=tuple(messages))
-
-
-def _backward_needs(placement: Placement, stage: int, work: Backward) -> Needs:
-    _, after = _neighbours(placement, stage, work.network)
-    own = Forward(work.network, work.micro)
+def _after_forward(placement: Placement, stage: int, forward: Forward) -> Iterator[Message]:
+    work = placement.graph.work(forward.work)
+    _, after = _neighbours(placement, stage, work.name)
     if after is not None:
-        return Needs((own,), (Message(Payload.GRADIENT, work.network, work.micro, after, stage),))
-    if work.network == "ranker":
-        return Needs((own,))
-    if stage == 0:
-        return Needs((own, HeadBackward(work.micro)))
-    return Needs((own,), (Message(Payload.SELECTED_GRADIENT, "generator", work.micro, 0, stage),))
+        yield Message(work.name, forward.micro, stage, after)
+        return
+    for value in work.gives:
+        for destination in taking_stages(placement, value.name):
+            if destination != stage:
+                yield Message(value.name, forward.micro, stage, destination)
 
 
-def _neighbours(placement: Placement, stage: int, network: Network) -> tuple[int | None, int | None]:
-    """The stages before and after this one on the network's path; None at its ends."""
-    path = placement.path(network)
+def _after_backward(placement: Placement, stage: int, backward: Backward) -> Iterator[Message]:
+    work = placement.graph.work(backward.work)
+    before, _ = _neighbours(placement, stage, work.name)
+    if before is not None:
+        yield Message(work.name, backward.micro, stage, before, is_gradient=True)
+    for value in work.takes:
+        if placement.graph.value(value).has_gradient:
+            destination = placement.path(placement.graph.giver(value).name)[-1]
+            if destination != stage:
+                yield Message(value, backward.micro, stage, destination, is_gradient=True)
+
+
+def _neighbours(placement: Placement, stage: int, work: str) -> tuple[int | None, int | None]:
+    """Find the stages before and after this one on the work's path; None at its ends."""
+    path = placement.path(work)
     place = path.index(stage)
     return (path[place - 1] if place else None, path[place + 1] if place + 1 < len(path) else None)

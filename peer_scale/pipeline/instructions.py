@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
-from typing import Literal, TypeAlias
-
-Network: TypeAlias = Literal["generator", "ranker"]
+from typing import TypeAlias
 
 
 @dataclass(frozen=True)
 class Forward:
-    """A network's layers on this stage over one micro-batch.
+    """A work of the objective's graph on this stage over one micro-batch."""
 
-    On the first stage it begins with the embeddings and the projection (of the corrupted ids for the ranker); on the
-    last stage of the ranker's path it ends with the ranking head and the TQR loss.
-    """
-
-    network: Network
+    work: str
     micro: int
 
 
@@ -25,48 +18,23 @@ class Forward:
 class Backward:
     """Backward of what `Forward` did on this stage; its activations are free afterwards."""
 
-    network: Network
+    work: str
     micro: int
-
-
-@dataclass(frozen=True)
-class HeadForward:
-    """MLM head and loss on the selected positions, then sampling, labels and corrupted ids; on stage 0."""
-
-    micro: int
-
-
-@dataclass(frozen=True)
-class HeadBackward:
-    """Backward of the MLM head: gradients of its parameters and of the selected positions' hidden states."""
-
-    micro: int
-
-
-class Payload(Enum):
-    """What a message carries.
-
-    ACTIVATION and GRADIENT: hidden states between two stages of a path, and their gradients. SELECTED_STATES and
-    SELECTED_GRADIENT: the same for the selected positions only, between the generator's last stage and the MLM head.
-    LABELS: what the ranking head needs of a corrupted micro-batch, from stage 0 to the ranker's last stage.
-    """
-
-    ACTIVATION = "activation"
-    GRADIENT = "gradient"
-    SELECTED_STATES = "selected states"
-    SELECTED_GRADIENT = "selected gradient"
-    LABELS = "labels"
 
 
 @dataclass(frozen=True)
 class Message:
-    """One transfer between two stages; no two of a step are equal, so it can serve as a tag."""
+    """One transfer between two stages; no two of a step are equal, so it can serve as a tag.
 
-    payload: Payload
-    network: Network
+    `value` is the name of a value of the graph, or of a work for its hidden states between two stages of its path; with
+    `is_gradient` it is the gradient of that, going the other way.
+    """
+
+    value: str
     micro: int
     source: int
     destination: int
+    is_gradient: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,5 +60,5 @@ class OptimizerStep:
     """Gradients of all micro-batches are there: clip and update."""
 
 
-Compute: TypeAlias = Forward | Backward | HeadForward | HeadBackward
+Compute: TypeAlias = Forward | Backward
 Instruction: TypeAlias = Compute | Send | Recv | OptimizerStep

@@ -5,34 +5,32 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, TypeAlias, get_args
 
+from peer_scale.objectives.graph import Graph
 from peer_scale.pipeline.costs import Costs, peak_activations
 from peer_scale.pipeline.dataflow import needs, sends, stage_work
-from peer_scale.pipeline.instructions import Backward, Compute, Forward, HeadForward
+from peer_scale.pipeline.instructions import Compute, Forward
 from peer_scale.pipeline.placement import Placement
 
 WorkKind: TypeAlias = Literal[
-    "generator_forward", "head_forward", "head_backward", "generator_backward", "ranker_forward", "ranker_backward"
+    "early_forward", "table_forward", "table_backward", "early_backward", "late_forward", "late_backward"
 ]
+"""What an order ranks work by.
+
+Early works run along a network and need nothing of others (a generator), late ones do (a ranker), and the rest is done
+where the word table is (the MLM head).
+"""
 Order: TypeAlias = tuple[WorkKind, ...]
-WORK_KINDS: Final[Order] = (
-    "generator_forward",
-    "head_forward",
-    "head_backward",
-    "generator_backward",
-    "ranker_forward",
-    "ranker_backward",
-)
+WORK_KINDS: Final[Order] = get_args(WorkKind)
 
 
-def work_kind(work: Compute) -> WorkKind:
-    """The kind that an order ranks `work` by."""
+def work_kind(graph: Graph, work: Compute) -> WorkKind:
+    """Give the kind that an order ranks `work` by."""
+    node = graph.work(work.work)
     if isinstance(work, Forward):
-        return "generator_forward" if work.network == "generator" else "ranker_forward"
-    if isinstance(work, Backward):
-        return "generator_backward" if work.network == "generator" else "ranker_backward"
-    return "head_forward" if isinstance(work, HeadForward) else "head_backward"
+        return "table_forward" if node.network is None else "late_forward" if node.takes else "early_forward"
+    return "table_backward" if node.network is None else "late_backward" if node.takes else "early_backward"
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ def list_schedule(
 
 
 @dataclass(frozen=True)
-class _Task:
+class _Node:
     """A piece of one micro-batch's work; successors are indices into the template, with the time until they know."""
 
     work: Compute
@@ -84,8 +82,8 @@ class _Task:
     successors: tuple[tuple[int, int], ...]
 
 
-def _template(placement: Placement, costs: Costs, order: Order, include: Callable[[Compute], bool]) -> list[_Task]:
-    """The task graph that is the same for every micro-batch."""
+def _template(placement: Placement, costs: Costs, order: Order, include: Callable[[Compute], bool]) -> list[_Node]:
+    """The graph that is the same for every micro-batch."""
     nodes = [
         (stage, work)
         for stage in range(placement.num_stages)
@@ -104,11 +102,11 @@ def _template(placement: Placement, costs: Costs, order: Order, include: Callabl
         for origin, delay in before:
             successors[origin].append((position, delay))
     return [
-        _Task(
+        _Node(
             work,
             stage,
             costs.time(stage, work),
-            order.index(work_kind(work)),
+            _priority(placement.graph, order, work),
             num_needs[position],
             tuple(successors[position]),
         )
@@ -116,10 +114,18 @@ def _template(placement: Placement, costs: Costs, order: Order, include: Callabl
     ]
 
 
+def _priority(graph: Graph, order: Order, work: Compute) -> int:
+    """Rank by kind; within a kind, forward in the graph's order and backward against it."""
+    names = [node.name for node in graph.works]
+    place = names.index(work.work)
+    within = place if isinstance(work, Forward) else len(names) - 1 - place
+    return order.index(work_kind(graph, work)) * len(names) + within
+
+
 class _Run:
     """Greedy stages at work; afterwards `orders` has (micro-batch, index into the template) of each stage in turn."""
 
-    def __init__(self, template: list[_Task], num_stages: int, num_micro_batches: int, cap: int) -> None:
+    def __init__(self, template: list[_Node], num_stages: int, num_micro_batches: int, cap: int) -> None:
         self.orders: list[list[tuple[int, int]]] = [[] for _ in range(num_stages)]
         self.now = 0
         self._template, self._num_micro_batches, self._cap = template, num_micro_batches, cap

@@ -1,8 +1,9 @@
 """Which stage of the pipeline holds which part of the model, so that the busiest stage has as little as possible to do.
 
-Embeddings, projections and the MLM head, whose output matrix is the word embedding, are on the first stage: the hidden
-states of the selected positions come back to it, and no parameter lives on two stages. Shared layers are on the first
-stages of both networks' paths, and each network's own layers follow in order. A network skips stages where it has none.
+Embeddings, projections and the works beside the word table (the MLM head, whose output matrix it is) are on the first
+stage: the hidden states of the selected positions come back to it, and no parameter lives on two stages. Shared layers
+are on the first stages of all networks' paths, and each network's own layers follow in order. A network skips stages
+where it has none.
 """
 
 from __future__ import annotations
@@ -11,34 +12,19 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from peer_scale.errors import UserError
-from peer_scale.flops import (
-    layer_matmul_flops,
-    mlm_head_matmul_flops,
-    projection_matmul_flops,
-    score_head_matmul_flops,
-)
-from peer_scale.models.config import EncoderShape, ModelConfig, ModelPart
-from peer_scale.pipeline.costs import Costs, PassCosts
-from peer_scale.pipeline.instructions import Network
-from peer_scale.pipeline.splits import Load, Share, Split, best_splits
-
-
-@dataclass(frozen=True)
-class Stage(ModelPart):
-    """What one stage holds of the model."""
-
-    def num_layers(self, network: Network) -> int:
-        """Layers that the network's pass runs through here."""
-        own = self.generator_layers if network == "generator" else self.ranker_layers
-        return len(self.shared_layers) + len(own)
+from peer_scale.models.config import ModelPart
+from peer_scale.models.costs import layer_matmul_flops
+from peer_scale.objectives.graph import Graph, SampleSize, Work
+from peer_scale.pipeline.costs import Costs, WorkCosts
+from peer_scale.pipeline.splits import LayerCounts, Load, Split, best_splits, no_layers, plus
 
 
 @dataclass(frozen=True)
 class Placement:
     """The stages of a model, and what their work on one sequence costs (FLOPs; a layer's activations: hidden size)."""
 
-    stages: tuple[Stage, ...]
-    networks: tuple[Network, ...]
+    graph: Graph
+    stages: tuple[ModelPart, ...]
     costs: Costs
 
     @property
@@ -46,155 +32,138 @@ class Placement:
         """Number of pipeline stages."""
         return len(self.stages)
 
-    def path(self, network: Network) -> tuple[int, ...]:
-        """Stages that the network's pass visits: the first, with the embeddings, and all that have layers of it."""
-        return self._paths[network]
+    def path(self, work: str) -> tuple[int, ...]:
+        """List the stages that a work visits.
+
+        Those of its network: the first, with the embeddings, and all that have layers of it; else the first alone.
+        """
+        return self._paths[work]
 
     @cached_property
-    def _paths(self) -> dict[Network, tuple[int, ...]]:
-        return {
-            network: tuple(i for i, stage in enumerate(self.stages) if i == 0 or stage.num_layers(network))
-            for network in self.networks
-        }
+    def _paths(self) -> dict[str, tuple[int, ...]]:
+        return {work.name: _path(self.stages, work) for work in self.graph.works}
 
 
-def place(
-    model: ModelConfig,
-    num_stages: int,
-    *,
-    seq_length: int,
-    num_predictions: int,
-    activation_checkpointing: bool = False,
-) -> Placement:
-    """The placement whose busiest stage has the least to do; exact.
+def place(graph: Graph, num_stages: int, *, size: SampleSize, activation_checkpointing: bool = False) -> Placement:
+    """Find the placement whose busiest stage has the least to do; exact.
 
     Among equals the one with the least sum of squared stage costs, then the shortest paths, then layers early.
 
     Args:
-        model: What to place.
+        graph: What to place.
         num_stages: At least 1.
-        seq_length: Tokens a sequence.
-        num_predictions: Selected positions a sequence.
+        size: Of a sequence.
         activation_checkpointing: Backward runs the layers' forward once more.
 
     Raises:
         UserError: There are more stages than could each have something to do.
     """
-    return tied_placements(
-        model,
-        num_stages,
-        seq_length=seq_length,
-        num_predictions=num_predictions,
-        activation_checkpointing=activation_checkpointing,
-        limit=1,
-    )[0]
+    return tied_placements(graph, num_stages, size=size, activation_checkpointing=activation_checkpointing, limit=1)[0]
 
 
 def tied_placements(
-    model: ModelConfig,
-    num_stages: int,
-    *,
-    seq_length: int,
-    num_predictions: int,
-    activation_checkpointing: bool = False,
-    limit: int,
+    graph: Graph, num_stages: int, *, size: SampleSize, activation_checkpointing: bool = False, limit: int
 ) -> list[Placement]:
-    """The first `limit` of the placements whose busiest stage has the least to do, in the order that `place` prefers.
+    """Find the first `limit` of the placements whose busiest stage has the least to do, in the order of `place`.
 
     Arguments and errors are those of `place`.
     """
-    layers = _layers(model)
+    layers = (graph.num_shared_layers, *(graph.num_own_layers(name) for name, _ in graph.networks))
     if not 1 <= num_stages <= sum(layers) + 1:
         raise UserError(
             f"--pipeline-model-parallel-size {num_stages}: the model's {sum(layers)} layers can fill 1 to "
             f"{sum(layers) + 1} stages"
         )
-    flops = _ForwardFlops.of(model, seq_length, num_predictions, layer_backward=3 if activation_checkpointing else 2)
+    flops = _Flops(graph, size, layer_backward=3 if activation_checkpointing else 2)
     load = flops.load(layers)
-    return [_placement(model, flops, load, split) for split in best_splits(load, num_stages, limit)]
+    return [_placement(flops, load, split) for split in best_splits(load, num_stages, limit)]
 
 
 @dataclass(frozen=True)
-class _ForwardFlops:
-    """Forward FLOPs of one sequence in peer_scale.flops' actual accounting, and a layer's backward in forwards."""
+class _Flops:
+    """FLOPs of one sequence in the actual accounting; `layer_backward` is a layer's backward in forwards."""
 
-    generator_layer: int
-    ranker_layer: int
-    generator_projection: int
-    ranker_projection: int
-    mlm_head: int
-    ranking_head: int
+    graph: Graph
+    size: SampleSize
     layer_backward: int
 
-    @classmethod
-    def of(cls, model: ModelConfig, seq_length: int, num_predictions: int, layer_backward: int) -> _ForwardFlops:
-        generator, ranker = model.generator, model.ranker
-        return cls(
-            generator_layer=layer_matmul_flops(generator, seq_length),
-            ranker_layer=layer_matmul_flops(ranker, seq_length) if ranker else 0,
-            generator_projection=projection_matmul_flops(model, generator, seq_length),
-            ranker_projection=projection_matmul_flops(model, ranker, seq_length) if ranker else 0,
-            mlm_head=num_predictions * mlm_head_matmul_flops(model, generator),
-            ranking_head=seq_length * score_head_matmul_flops(ranker) if ranker else 0,
-            layer_backward=layer_backward,
+    def layer(self, network: str) -> int:
+        return layer_matmul_flops(self.graph.shape(network), self.size.seq_length)
+
+    def begin(self, work: Work) -> int:
+        """Count a work's forward beside its layers, where it begins."""
+        return self.size.count(work.begin_costs, "flops")
+
+    def end(self, work: Work) -> int:
+        """Count a work's forward beside its layers and those of its heads, where it ends."""
+        return self.size.count(work.end_costs, "flops")
+
+    def load(self, layers: LayerCounts) -> Load:
+        """Add up forward and backward, for all works of each network."""
+        networks = [name for name, _ in self.graph.networks]
+        own = [sum(self._passes(work) * self.layer(name) for work in self._works_of(name)) for name in networks]
+        first = sum(self._others(work, self.begin(work)) for work in self.graph.works)
+        first += sum(self._others(work, self.end(work)) for work in self.graph.works if work.network is None)
+        ends = tuple(sum(self._end_load(work) for work in self._works_of(name)) for name in networks)
+        return Load(layers, (sum(own), *own), first, ends)
+
+    def _works_of(self, network: str) -> list[Work]:
+        return [work for work in self.graph.works if work.network == network]
+
+    def _end_load(self, work: Work) -> int:
+        assert work.network is not None
+        return work.end_layers * self._passes(work) * self.layer(work.network) + self._others(work, self.end(work))
+
+    def _passes(self, work: Work) -> int:
+        return 1 + self.layer_backward * work.has_backward
+
+    @staticmethod
+    def _others(work: Work, forward: int) -> int:
+        return (3 if work.has_backward else 1) * forward
+
+    def costs(self, stages: tuple[ModelPart, ...]) -> Costs:
+        """Give each work's costs on each stage."""
+        return Costs(tuple((work.name, self._work_costs(stages, work)) for work in self.graph.works))
+
+    def _work_costs(self, stages: tuple[ModelPart, ...], work: Work) -> WorkCosts:
+        path = _path(stages, work)
+        others = [self.begin(work) * (i == path[0]) + self.end(work) * (i == path[-1]) for i in range(len(stages))]
+        if work.network is None:
+            layers = hidden = [0] * len(stages)
+        else:
+            counts = [stage.num_layers(work.network) for stage in stages]
+            counts[path[-1]] += work.end_layers
+            layers = [count * self.layer(work.network) for count in counts]
+            hidden = [count * self.graph.shape(work.network).hidden_size for count in counts]
+        nothing = (0,) * len(stages)
+        backward = tuple(self.layer_backward * one + 2 * other for one, other in zip(layers, others, strict=True))
+        return WorkCosts(
+            forward=tuple(one + other for one, other in zip(layers, others, strict=True)),
+            backward=backward if work.has_backward else nothing,
+            activations=tuple(hidden) if work.has_backward else nothing,
         )
 
-    def load(self, layers: Share) -> Load:
-        """Forward and backward together; what is no layer has twice its forward as backward."""
-        generator = (1 + self.layer_backward) * self.generator_layer
-        ranker = (1 + self.layer_backward) * self.ranker_layer
-        first = 3 * (self.generator_projection + self.ranker_projection + self.mlm_head)
-        return Load(layers, Share(generator + ranker, generator, ranker), first=first, last=3 * self.ranking_head)
 
-
-def _layers(model: ModelConfig) -> Share:
-    """Shared layers, and what each network has beyond them."""
-    shared = model.num_shared_layers
-    ranker = model.ranker.num_layers - shared if model.ranker else 0
-    return Share(shared, model.generator.num_layers - shared, ranker)
-
-
-def _placement(model: ModelConfig, flops: _ForwardFlops, load: Load, split: Split) -> Placement:
-    """The stages of a split, with their costs."""
-    stages: list[Stage] = []
-    before = Share(0, 0, 0)
-    for index, share in enumerate(split):
-        after = before.plus(share)
+def _placement(flops: _Flops, load: Load, split: Split) -> Placement:
+    """Make the stages of a split, with their costs."""
+    networks = [name for name, _ in flops.graph.networks]
+    stages: list[ModelPart] = []
+    before = no_layers(len(networks))
+    for index, counts in enumerate(split):
+        after = plus(before, counts)
         stages.append(
-            Stage(
-                shared_layers=range(before.shared, after.shared),
-                generator_layers=range(before.generator, after.generator),
-                ranker_layers=range(before.ranker, after.ranker),
+            ModelPart(
+                shared_layers=range(before[0], after[0]),
+                own_layers=tuple((name, range(before[own], after[own])) for own, name in enumerate(networks, start=1)),
                 has_embeddings=index == 0,
-                has_mlm_head=index == 0,
-                has_ranking_head=load.ends_ranker(before, share),
+                ends=tuple(name for i, name in enumerate(networks) if load.ends_network(i, before, counts)),
             )
         )
         before = after
-    num_layers = [stage.num_layers("generator") for stage in stages]
-    others = [flops.generator_projection * stage.has_embeddings for stage in stages]
-    generator = _pass_costs(model.generator, flops.generator_layer, num_layers, others, flops.layer_backward)
-    if model.ranker is None:
-        nothing = (0,) * len(stages)
-        ranker = PassCosts(nothing, nothing, nothing)
-    else:
-        num_layers = [stage.num_layers("ranker") for stage in stages]
-        others = [
-            flops.ranker_projection * stage.has_embeddings + flops.ranking_head * stage.has_ranking_head
-            for stage in stages
-        ]
-        ranker = _pass_costs(model.ranker, flops.ranker_layer, num_layers, others, flops.layer_backward)
-    costs = Costs(generator, ranker, head_forward=flops.mlm_head, head_backward=2 * flops.mlm_head)
-    return Placement(tuple(stages), ("generator", "ranker") if model.ranker else ("generator",), costs)
+    return Placement(flops.graph, tuple(stages), flops.costs(tuple(stages)))
 
 
-def _pass_costs(
-    shape: EncoderShape, layer_flops: int, num_layers: list[int], others: list[int], layer_backward: int
-) -> PassCosts:
-    """Costs of a network's pass from its number of layers on each stage and the FLOPs of what is no layer."""
-    layers = [count * layer_flops for count in num_layers]
-    return PassCosts(
-        forward=tuple(layer + other for layer, other in zip(layers, others, strict=True)),
-        backward=tuple(layer_backward * layer + 2 * other for layer, other in zip(layers, others, strict=True)),
-        activations=tuple(count * shape.hidden_size for count in num_layers),
-    )
+def _path(stages: tuple[ModelPart, ...], work: Work) -> tuple[int, ...]:
+    if work.network is None:
+        return (0,)
+    return tuple(index for index, stage in enumerate(stages) if index == 0 or stage.num_layers(work.network))

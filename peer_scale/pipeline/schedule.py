@@ -4,8 +4,8 @@
 lists. Kinds:
 
 - `gpipe`: all forwards, then all backwards.
-- `1f1b`: backwards first, at most as many micro-batches in flight as there are stages; both passes are one unit.
-- `1f1b_phases`: the generator's pass of all micro-batches in 1F1B, then the ranker's.
+- `1f1b`: backwards first, at most as many micro-batches in flight as there are stages; all passes are one unit.
+- `1f1b_phases`: the works before the first late one (the generator's pass) of all micro-batches in 1F1B, then the rest.
 - `two_pass`: the order of work and the number of micro-batches in flight that a search finds best. A generator's
   backward needs nothing of the ranker, so it fills what would be the ranker's bubble, and the other way round.
 """
@@ -19,13 +19,12 @@ from functools import lru_cache
 from typing import Final, Literal, TypeAlias, get_args
 
 from peer_scale.errors import UserError
+from peer_scale.objectives.graph import Graph
 from peer_scale.pipeline.costs import Costs
 from peer_scale.pipeline.dataflow import needs, sends
 from peer_scale.pipeline.instructions import (
-    Backward,
     Compute,
     Forward,
-    HeadForward,
     Instruction,
     Message,
     OptimizerStep,
@@ -40,12 +39,12 @@ Kind: TypeAlias = Literal["gpipe", "1f1b", "1f1b_phases", "two_pass"]
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 
 _BACKWARD_FIRST: Final[Order] = (
-    "ranker_backward",
-    "generator_backward",
-    "head_backward",
-    "ranker_forward",
-    "head_forward",
-    "generator_forward",
+    "late_backward",
+    "early_backward",
+    "table_backward",
+    "late_forward",
+    "table_forward",
+    "early_forward",
 )
 
 
@@ -111,18 +110,22 @@ def _compute_orders(
     if kind == "1f1b":
         parts = [part(lambda work: True, limit)]
     elif kind == "1f1b_phases":
-        parts = [part(lambda work: not _is_rankers(work), limit), part(_is_rankers, limit)]
+        second = _second_phase(placement.graph)
+        parts = [part(lambda work: work.work not in second, limit), part(lambda work: work.work in second, limit)]
     else:
         parts = [part(_is_forward, num_micro_batches), part(lambda work: not _is_forward(work), num_micro_batches)]
     return [sum((one.stages[stage] for one in parts), ()) for stage in range(placement.num_stages)]
 
 
 def _is_forward(work: Compute) -> bool:
-    return isinstance(work, Forward | HeadForward)
+    return isinstance(work, Forward)
 
 
-def _is_rankers(work: Compute) -> bool:
-    return isinstance(work, Forward | Backward) and work.network == "ranker"
+def _second_phase(graph: Graph) -> set[str]:
+    """Name the first late work and all that come after it."""
+    names = [work.name for work in graph.works]
+    late = [index for index, work in enumerate(graph.works) if work.network is not None and work.takes]
+    return set(names[late[0] :]) if late else set()
 
 
 def _with_messages(placement: Placement, orders: Sequence[Sequence[Compute]]) -> list[list[Instruction]]:

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from peer_scale.objectives.graph import Graph
 from peer_scale.pipeline.costs import Costs, peak_activations
 from peer_scale.pipeline.dataflow import needs, sends, stage_work
-from peer_scale.pipeline.instructions import Backward, Compute, Forward, Instruction, Message, OptimizerStep, Recv, Send
+from peer_scale.pipeline.instructions import Backward, Compute, Instruction, Message, OptimizerStep, Recv, Send
 from peer_scale.pipeline.schedule import Schedule
 
 # (source, destination) -> messages under way, with the time they arrive
@@ -62,7 +63,6 @@ def simulate(schedule: Schedule, costs: Costs | None = None) -> Simulation:
             activations are gone; a message is not the next one that its channel delivers.
     """
     costs = costs or schedule.placement.costs
-    costs = costs or schedule.placement.costs
     channels: _Channels = defaultdict(deque)
     stages = [_StageRun(schedule, stage, costs) for stage in range(len(schedule.stages))]
     while any(stage.advance(channels) for stage in stages):
@@ -78,7 +78,7 @@ def simulate(schedule: Schedule, costs: Costs | None = None) -> Simulation:
         makespan=max(stage.clock for stage in stages),
         busy=tuple(sum(done.end - done.start for done in stage.executed) for stage in stages),
         peak_activations=tuple(peak_activations(costs, stage, order) for stage, order in enumerate(orders)),
-        peak_micro_batches=tuple(map(_peak_micro_batches, orders)),
+        peak_micro_batches=tuple(_peak_micro_batches(schedule.placement.graph, order) for order in orders),
         executed=tuple(tuple(stage.executed) for stage in stages),
     )
 
@@ -176,14 +176,14 @@ class _StageRun:
         raise ScheduleError(f"stage {self.index}, instruction {self._position}: {why}")
 
 
-def _peak_micro_batches(order: Sequence[Compute]) -> int:
-    """Most micro-batches of which a stage holds any activations at once."""
+def _peak_micro_batches(graph: Graph, order: Sequence[Compute]) -> int:
+    """Find the most micro-batches of which a stage holds any activations at once."""
     held: set[tuple[str, int]] = set()
     peak = 0
     for work in order:
-        if isinstance(work, Forward):
-            held.add((work.network, work.micro))
+        if isinstance(work, Backward):
+            held.remove((work.work, work.micro))
+        elif graph.work(work.work).has_backward:
+            held.add((work.work, work.micro))
             peak = max(peak, len({micro for _, micro in held}))
-        elif isinstance(work, Backward):
-            held.remove((work.network, work.micro))
     return peak

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from peer_scale.corpus.wordpiece import WordPiece
-from peer_scale.objectives.config import ObjectiveConfig
+from peer_scale.samples.masking import MaskingConfig
 
 NUM_SPECIAL_TOKENS = 3  # [CLS] A [SEP] B [SEP]
 _SINGLE_SEGMENT_SHARE = 0.1
@@ -24,7 +24,7 @@ class Batch(NamedTuple):
     input_ids: Tensor  # [B, S] the original tokens
     masked_ids: Tensor  # [B, S] with [MASK] at the selected positions
     token_types: Tensor  # [B, S] 0 for [CLS] A [SEP] and padding, 1 for B [SEP]
-    is_token: Tensor  # [B, S] True but for padding
+    attention_mask: Tensor  # [B, S] True but for padding
     positions: Tensor  # [B, P] the selected positions; 0 where fewer than P are
     is_selected: Tensor  # [B, P] False where `positions` only fills up
     uniforms: Tensor  # [B, P] fp32 in [0, 1), to sample the replacement with
@@ -39,7 +39,7 @@ class ExampleBuilder:
     """Makes the example of one sample from its tokens."""
 
     tokenizer: WordPiece
-    objective: ObjectiveConfig
+    masking: MaskingConfig
     seq_length: int
     seed: int
 
@@ -49,11 +49,11 @@ class ExampleBuilder:
         input_ids, token_types, length = self._segments(tokens, draws[:2])
         keys, mask_draws, uniform_draws = np.split(draws[2:], 3)
         positions = self._select(input_ids[:length], keys)
-        width = self.objective.num_predictions(self.seq_length)
+        width = self.masking.num_predictions(self.seq_length)
         padded = np.zeros(width, np.int64)
         padded[: len(positions)] = positions
         masked_ids = input_ids.copy()
-        masked = positions[_unit(mask_draws[positions]) < self.objective.mask_probability]
+        masked = positions[_unit(mask_draws[positions]) < self.masking.mask_probability]
         masked_ids[masked] = self.tokenizer.mask_id
         return (
             input_ids,
@@ -89,7 +89,7 @@ class ExampleBuilder:
         special = self.tokenizer
         forbidden = (special.cls_id, special.sep_id, special.pad_id, special.mask_id)
         candidates = np.flatnonzero(~np.isin(content, forbidden))
-        count = min(self.objective.num_predictions(len(content)), len(candidates))
+        count = min(self.masking.num_predictions(len(content)), len(candidates))
         return np.sort(candidates[np.argsort(keys[candidates], kind="stable")[:count]])
 
 

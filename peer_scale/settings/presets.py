@@ -6,7 +6,10 @@ from typing import Any
 
 from peer_scale.errors import UserError
 from peer_scale.models.config import EncoderShape, ModelConfig
-from peer_scale.objectives.config import ObjectiveConfig
+from peer_scale.objectives.masked_lm import MaskedLanguageModel
+from peer_scale.objectives.objective import Objective
+from peer_scale.objectives.tqr import TokenQualityRanking
+from peer_scale.samples.masking import MaskingConfig
 from peer_scale.settings.run import TrainingConfig
 
 # The micro-batch sizes are for one 40 GB GPU (tiny: a laptop); the rest is Table 8 of the paper, and for the large size
@@ -44,7 +47,8 @@ class Preset:
     """A model, what it learns, and how."""
 
     model: ModelConfig
-    objective: ObjectiveConfig
+    objective: Objective
+    masking: MaskingConfig
     training: TrainingConfig
 
 
@@ -68,7 +72,8 @@ def find_preset(name: str) -> Preset:
         train_iters=_ITERATIONS.get(name, _TRAINING[size].train_iters),
         lr=_LEARNING_RATES.get(name, _TRAINING[size].lr),
     )
-    return Preset(_model(family, size), _objective(family, size), training)
+    masking = MaskingConfig(mask_fraction=0.25 if name == "electra-large" else 0.15)
+    return Preset(_model(family, size), _objective(family, size), masking, training)
 
 
 def _model(family: str, size: str) -> ModelConfig:
@@ -100,12 +105,12 @@ def _model(family: str, size: str) -> ModelConfig:
     )
 
 
-def _objective(family: str, size: str) -> ObjectiveConfig:
-    mask_fraction = 0.25 if (family, size) == ("electra", "large") else 0.15
-    if family == "peer":
-        # a tiny run ends before the paper's 0.8 epoch would
-        warmup_epochs = 0.15 if size == "tiny" else 0.8
-        delta = 9.0 if size in ("base", "large") else 3.0
-        return ObjectiveConfig(delta=delta, warmup_epochs=warmup_epochs, mask_fraction=mask_fraction)
-    # every replaced token has label 1: nothing is unknown to a ranker of two levels
-    return ObjectiveConfig(num_levels=2, taus=(), top_t=2**31, mask_fraction=mask_fraction)
+def _objective(family: str, size: str) -> Objective:
+    if family == "bert":
+        return MaskedLanguageModel()
+    if family == "electra":
+        # every replaced token has label 1: nothing is unknown to a ranker of two levels
+        return TokenQualityRanking(num_levels=2, taus=(), top_t=2**31)
+    # a tiny run ends before the paper's 0.8 epoch would
+    warmup_epochs = 0.15 if size == "tiny" else 0.8
+    return TokenQualityRanking(delta=9.0 if size in ("base", "large") else 3.0, warmup_epochs=warmup_epochs)

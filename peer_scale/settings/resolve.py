@@ -12,7 +12,7 @@ import yaml
 
 from peer_scale.errors import UserError
 from peer_scale.models.config import EncoderShape, ModelConfig
-from peer_scale.objectives.config import ObjectiveConfig
+from peer_scale.objectives.objective import Objective
 from peer_scale.settings.ds_config import (
     look_up,
     precision_of,
@@ -37,6 +37,7 @@ def resolve(args: argparse.Namespace, data_parallel: int, environ: Mapping[str, 
         name=args.model,
         model=preset.model,
         objective=preset.objective,
+        masking=preset.masking,
         training=training,
         data=_data(flags, environ),
         output=_override(OutputConfig(), flags),
@@ -52,7 +53,12 @@ def resolve_model(args: argparse.Namespace) -> Preset:
     """The preset with what the file and the flags change of its model and objective; `training` as the file has it."""
     preset = with_yaml(find_preset(args.model), args.config)
     flags = _given(args)
-    return replace(preset, model=_model(preset.model, flags), objective=_objective(preset.objective, flags))
+    return replace(
+        preset,
+        model=_model(preset.model, flags),
+        objective=_changed_objective(preset.objective, flags),
+        masking=_override(preset.masking, flags),
+    )
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:
@@ -109,12 +115,10 @@ def _typed(current: Any, value: Any, where: str) -> Any:
     return converted
 
 
-def _objective(objective: ObjectiveConfig, flags: Mapping[str, Any]) -> ObjectiveConfig:
-    """K = 2 has no taus; for other K the taus must be said unless the preset's fit."""
-    values = dict(flags)
-    if values.get("num_levels") == 2:
-        values.setdefault("taus", ())
-    return _override(objective, values)
+def _changed_objective(objective: Objective, flags: Mapping[str, Any]) -> Objective:
+    names = {field.name for field in dataclasses.fields(objective)}  # type: ignore[arg-type]
+    changes = {key: tuple(value) if isinstance(value, list) else value for key, value in flags.items() if key in names}
+    return objective.changed(changes)
 
 
 def _model(model: ModelConfig, flags: Mapping[str, Any]) -> ModelConfig:
@@ -131,7 +135,7 @@ def _model(model: ModelConfig, flags: Mapping[str, Any]) -> ModelConfig:
             "ranker": replace(model.ranker, **main),
             "generator": replace(model.generator, **{**shared_sizes, **narrow}),
         }
-    if "hidden_size" in main and model.embedding_size == (model.ranker or model.generator).hidden_size:
+    if "hidden_size" in main and model.embedding_size == model.main_network.hidden_size:
         changed["embedding_size"] = main["hidden_size"]
     return _override(replace(model, **changed), flags)
 
@@ -221,5 +225,5 @@ def _deepspeed(
         "gradient_accumulation_steps": training.global_batch_size // (training.micro_batch_size * data_parallel),
         "gradient_clipping": training.clip_grad,
     }
-    hidden_size = (model.ranker or model.generator).hidden_size
+    hidden_size = model.main_network.hidden_size
     return resolved_ds_config(ds_config, values, hidden_size=hidden_size)

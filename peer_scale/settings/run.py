@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from peer_scale.errors import UserError
 from peer_scale.models.config import ModelConfig
-from peer_scale.objectives.config import ObjectiveConfig
+from peer_scale.objectives.graph import SampleSize
+from peer_scale.objectives.objective import Objective
+from peer_scale.samples.masking import MaskingConfig
 
 if TYPE_CHECKING:
     import torch
@@ -107,7 +109,8 @@ class RunConfig:
 
     name: str
     model: ModelConfig
-    objective: ObjectiveConfig
+    objective: Objective
+    masking: MaskingConfig
     training: TrainingConfig
     data: DataConfig
     output: OutputConfig
@@ -125,13 +128,14 @@ class RunConfig:
             )
         if not 0 <= self.seed < 2**32:
             raise UserError(f"--seed is {self.seed}; it must be between 0 and 2^32 - 1")
+        self.objective.check_model(self.model)
         self._check_tensor_parallel()
 
     def _check_tensor_parallel(self) -> None:
         size = self.tensor_parallel
-        for role, shape in (("generator", self.model.generator), ("ranker", self.model.ranker)):
+        for role, shape in self.model.networks.items():
             for name in ("num_attention_heads", "ffn_hidden_size"):
-                value = 0 if shape is None else getattr(shape, name)
+                value = getattr(shape, name)
                 if value % size:
                     raise UserError(f"--tensor-model-parallel-size {size} does not divide the {role}'s {name} {value}")
         if self.sequence_parallel and size == 1:
@@ -148,6 +152,12 @@ class RunConfig:
         import torch
 
         return getattr(torch, _DTYPES[self.training.precision])
+
+    @property
+    def sample_size(self) -> SampleSize:
+        """Tokens of a full sequence and how many of them are selected."""
+        seq_length = self.training.seq_length
+        return SampleSize(seq_length, self.masking.num_predictions(seq_length))
 
     @property
     def num_micro_batches(self) -> int:

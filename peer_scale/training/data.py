@@ -50,4 +50,4 @@ def _samples(
 ) -> ExampleDataset:
     seq_length = run.training.seq_length
     windows = Windows(store, width=seq_length - NUM_SPECIAL_TOKENS, first=first, last=last)
-    return ExampleDataset(windows, ExampleBuilder(tokenizer, run.objective, seq_length, seed))
+    return ExampleDataset(windows, ExampleBuilder(tokenizer, run.masking, seq_length, seed))

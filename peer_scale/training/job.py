@@ -17,15 +17,14 @@ from peer_scale.checkpoints.progress import Progress
 from peer_scale.checkpoints.state import TrainingState, require_supported_offload
 from peer_scale.checkpoints.writer import CheckpointWriter
 from peer_scale.host_memory import keep_freed_memory
-from peer_scale.objectives.tasks import PretrainingTask
+from peer_scale.objectives.task import PretrainingTask
 from peer_scale.parallel.agreement import Agreement
 from peer_scale.parallel.environment import ProcessEnvironment, default_num_threads
 from peer_scale.parallel.initialization import count_parameters, initialize_weights
 from peer_scale.parallel.topology import Topology, build_topology, check_parallel_sizes, init_process_group
-from peer_scale.pipeline.executor import PipelineStage, num_backward_calls
+from peer_scale.pipeline.runner import PipelineRunner, num_backward_calls
 from peer_scale.pipeline.schedule import Schedule, build_schedule
 from peer_scale.pipeline.search import choose_placement
-from peer_scale.pipeline.stage_task import StageTask
 from peer_scale.samples.loader import BatchPlan, micro_batches
 from peer_scale.settings.resolve import resolve
 from peer_scale.settings.run import RunConfig
@@ -38,7 +37,7 @@ from peer_scale.training.callbacks.validation import Validation
 from peer_scale.training.data import Corpus, open_data
 from peer_scale.training.engine import build_engine, check_precision
 from peer_scale.training.metering import Meter, device_peak
-from peer_scale.training.passes import Passes, WholeModel
+from peer_scale.training.runner import Runner, WholeModelRunner
 from peer_scale.training.summary import resolved_configuration, startup_summary
 from peer_scale.training.trainer import Callback, Trainer
 
@@ -85,13 +84,11 @@ def train(run: RunConfig, topology: Topology, agreement: Agreement) -> None:
     found = agreement.first_rank(lambda: _find_checkpoint(run, identity, layout, say))
 
     pipeline = plan_pipeline(run) if topology.size("pp") > 1 else None
-    if pipeline is None:
-        task = PretrainingTask(run.model, run.objective, topology)
-    else:
-        task = StageTask(run.model, run.objective, topology, pipeline.placement)
+    part = pipeline.placement.stages[topology.rank("pp")] if pipeline else None
+    task = PretrainingTask(run.model, run.objective, topology, part)
     initialize_weights(task, seed=run.seed, std=run.model.init_std, vocab_size=run.model.vocab_size, topology=topology)
     num_parameters = count_parameters(task, topology)
-    engine, passes = _engine_and_passes(task, run, topology, pipeline)
+    engine, runner = _engine_and_runner(task, run, topology, pipeline)
     state = TrainingState(engine, topology, run.model.vocab_size)
     progress = load_checkpoint(state, agreement, *found) if found else Progress()
     peak = device_peak(topology.device, run.compute_dtype)
@@ -100,15 +97,18 @@ def train(run: RunConfig, topology: Topology, agreement: Agreement) -> None:
     plan = BatchPlan(
         run.training.micro_batch_size, run.training.global_batch_size, topology.rank("dp"), topology.size("dp")
     )
+    warmup_steps = run.objective.warmup_steps(len(corpus.training), run.training.global_batch_size)
     trainer = Trainer(
         run,
         topology,
         engine,
-        passes,
+        runner,
         Meter(run, dist.get_world_size(), peak),
-        _callbacks(run, topology, agreement, corpus, plan, {**identity, "layout": layout}, state, progress),
+        _callbacks(
+            run, topology, agreement, corpus, plan, {**identity, "layout": layout}, state, progress, warmup_steps
+        ),
         progress=progress,
-        warmup_steps=_warmup_steps(run, len(corpus.training)),
+        warmup_steps=warmup_steps,
     )
     steps = micro_batches(
         corpus.training,
@@ -120,26 +120,24 @@ def train(run: RunConfig, topology: Topology, agreement: Agreement) -> None:
     trainer.fit(steps)
 
 
-def _engine_and_passes(
+def _engine_and_runner(
     task: PretrainingTask, run: RunConfig, topology: Topology, pipeline: Schedule | None
-) -> tuple[Any, Passes]:
+) -> tuple[Any, Runner]:
     if pipeline is None:
         engine = build_engine(task, run, topology)
-        return engine, WholeModel(engine, topology)
+        return engine, WholeModelRunner(engine, topology)
     instructions = pipeline.stages[topology.rank("pp")]
     engine = build_engine(task, run, topology, backward_calls=num_backward_calls(instructions))
-    return engine, PipelineStage(engine, topology, pipeline.placement, instructions, run)
+    return engine, PipelineRunner(engine, topology, pipeline.placement, instructions, run.compute_dtype)
 
 
 def plan_pipeline(run: RunConfig) -> Schedule:
-    """Placement and schedule of one step: of the run's settings alone, so that all ranks have the same."""
-    training = run.training
+    """Place and schedule one step: of the run's settings alone, so that all ranks have the same."""
     placement = choose_placement(
-        run.model,
+        run.objective.graph(run.model),
         run.pipeline_parallel,
-        seq_length=training.seq_length,
-        num_predictions=run.objective.num_predictions(training.seq_length),
-        activation_checkpointing=training.activation_checkpointing,
+        size=run.sample_size,
+        activation_checkpointing=run.training.activation_checkpointing,
     )
     return build_schedule("two_pass", placement, run.num_micro_batches)
 
@@ -153,13 +151,14 @@ def _callbacks(
     identity_and_layout: dict,
     state: TrainingState,
     progress: Progress,
+    warmup_steps: int,
 ) -> list[Callback]:
     output = run.output
     callbacks: list[Callback] = []
     if output.eval_interval is not None and corpus.validation is not None:
         callbacks.append(Validation(corpus.validation, plan, output.eval_interval, output.eval_iters))
     if topology.is_first_rank:
-        callbacks.append(ProgressLine(progress.step, run.training.train_iters, output.log_interval))
+        callbacks.append(ProgressLine(run, progress.step, run.objective.notices(warmup_steps)))
         callbacks.append(MonitorEvents(output.log_dir, run.deepspeed))
         if output.log_dir is not None:
             callbacks.append(MetricsFile(output.log_dir / "metrics.jsonl", progress.step))
@@ -204,11 +203,6 @@ def _find_checkpoint(
     step = manifest.sections["progress"]["step"]
     say(f"resuming from {path} after step {step}" + (f" under another layout ({changes})" if changes else ""))
     return found
-
-
-def _warmup_steps(run: RunConfig, samples_an_epoch: int) -> int:
-    """Steps with the first term of the ranking loss only: those that begin before the warm-up's share of an epoch."""
-    return -(-round(run.objective.warmup_epochs * samples_an_epoch) // run.training.global_batch_size)
 
 
 def _say_nothing(_: str) -> None:

@@ -1,4 +1,4 @@
-"""From a step's sums to the figures that are reported: losses, throughput, FLOPs, and whether all is well."""
+"""From a step's sums to the metrics that are reported: losses, throughput, FLOPs, and whether all is well."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from peer_scale.checkpoints.progress import Progress
 from peer_scale.errors import TrainingError
 from peer_scale.flops import actual_train_flops, measure_peak_flops, paper_train_flops, peak_flops
-from peer_scale.objectives.statistics import StatisticsLayout
+from peer_scale.objectives.objective import SumsLayout
 from peer_scale.settings.run import RunConfig
 
 
@@ -32,65 +32,68 @@ class StepRecord:
 
 
 class Meter:
-    """Knows the cost of a sample and the device's peak; `peak` in FLOP/s a device, None where it is not known."""
+    """Knows the cost of a sample and the device's peak; `peak` in FLOP/s per device, None where it is not known."""
 
     def __init__(self, run: RunConfig, num_devices: int, peak: float | None) -> None:
         self._run, self._num_devices, self._peak = run, num_devices, peak
-        seq_length = run.training.seq_length
-        self._paper_flops = paper_train_flops(run.model, seq_length=seq_length, samples=1)
+        self._layout = SumsLayout(run.objective)
+        size = run.sample_size
+        self._paper_flops = paper_train_flops(run.model, run.objective, seq_length=size.seq_length, samples=1)
         self._actual_flops = actual_train_flops(
-            run.model,
-            seq_length=seq_length,
-            num_predictions=run.objective.num_predictions(seq_length),
-            samples=1,
-            activation_checkpointing=run.training.activation_checkpointing,
+            run.model, run.objective, size, samples=1, activation_checkpointing=run.training.activation_checkpointing
         )
         self._skipped_in_a_row = 0
         self._skipped_before = 0
 
-    def figures(
-        self, layout: StatisticsLayout, sums: list[float], record: StepRecord, progress: Progress
-    ) -> dict[str, Any]:
-        """The line of metrics.jsonl for one step; counts its samples into `progress`.
+    def advance(self, progress: Progress, sums: list[float], record: StepRecord) -> Progress:
+        """Give the progress after one more step."""
+        return Progress(
+            record.step,
+            progress.samples + self._run.training.global_batch_size,
+            progress.tokens + self._num_tokens(sums),
+        )
 
-        Raises TrainingError for a loss or gradient that is not finite, or too many fp16 overflows in a row.
+    def metrics(self, sums: list[float], record: StepRecord, progress: Progress) -> dict[str, Any]:
+        """Make the line of metrics.jsonl for one step, after which `progress` is reached.
+
+        Raises:
+            TrainingError: a loss or gradient is not finite, or too many fp16 overflows came in a row.
         """
-        batch = self._run.training.global_batch_size
-        progress.step = record.step
-        progress.samples += batch
-        tokens = int(sums[layout.names.index("tokens")])
-        progress.tokens += tokens
-        figures = layout.figures(sums, self._run.objective.tqr_weight)
+        metrics = self._layout.metrics(sums)
+        losses = {loss.name: metrics.pop(loss.name) for loss in self._run.objective.losses}
         grad_norm = None if record.grad_norm is None else float(record.grad_norm)
-        self._check_finite(record, figures, grad_norm)
-        flops_a_second = self._actual_flops * batch / record.step_time / self._num_devices
+        self._check_finite(record, losses, grad_norm)
+        samples = self._run.training.global_batch_size
+        flops_per_second = self._actual_flops * samples / record.step_time / self._num_devices
         return {
             "step": record.step,
             "samples": progress.samples,
             "tokens": progress.tokens,
-            "loss": figures.pop("loss"),
-            "mlm_loss": figures.pop("mlm_loss"),
-            **({"tqr_loss": figures.pop("tqr_loss")} if "tqr_loss" in figures else {}),
+            "loss": metrics.pop("loss"),
+            **losses,
             "lr": record.lr,
             "grad_norm": grad_norm if grad_norm is not None and math.isfinite(grad_norm) else None,
             "loss_scale": record.loss_scale,
             "step_time_s": record.step_time,
             "data_wait_s": record.data_wait,
-            "tokens_per_second": tokens / record.step_time,
+            "tokens_per_second": self._num_tokens(sums) / record.step_time,
             "train_flops": self._paper_flops * progress.samples,
-            "tflops_per_device": flops_a_second / 1e12,
-            "mfu": flops_a_second / self._peak if self._peak else None,
-            **figures,
+            "tflops_per_device": flops_per_second / 1e12,
+            "mfu": flops_per_second / self._peak if self._peak else None,
+            **metrics,
             **record.extra,
         }
 
-    def _check_finite(self, record: StepRecord, figures: dict[str, Any], grad_norm: float | None) -> None:
+    def _num_tokens(self, sums: list[float]) -> int:
+        return int(sums[self._layout.names.index("tokens")])
+
+    def _check_finite(self, record: StepRecord, losses: dict[str, Any], grad_norm: float | None) -> None:
         if self._run.training.precision == "fp16":
             self._check_skips(record)
             return
-        for name in ("mlm_loss", "tqr_loss"):
-            if name in figures and not math.isfinite(figures[name]):
-                raise TrainingError(f"step {record.step}: {name} is {figures[name]}; a lower --lr may help")
+        for name, value in losses.items():
+            if not math.isfinite(value):
+                raise TrainingError(f"step {record.step}: {name} is {value}; a lower --lr may help")
         if grad_norm is not None and not math.isfinite(grad_norm):
             raise TrainingError(f"step {record.step}: the gradient norm is {grad_norm}; a lower --lr may help")
 

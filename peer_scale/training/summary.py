@@ -23,7 +23,7 @@ def startup_summary(run: RunConfig, topology: Topology, corpus: Corpus, num_para
     optimizer_offload = run.deepspeed["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
     lines = {
         "model": f"{run.name}, {num_parameters / 1e6:.2f} M parameters: {_networks(run)}",
-        "objective": _objective(run),
+        "objective": f"{run.objective.describe()}; {run.masking.mask_fraction:.0%} of the tokens are selected",
         "data": f"{corpus.store.num_documents:,} documents, {corpus.store.num_tokens:,} tokens, "
         f"{len(corpus.training):,} samples an epoch; vocabulary {model.vocab_size:,}",
         "batch": f"{training.global_batch_size} x {training.seq_length} tokens "
@@ -46,24 +46,15 @@ def resolved_configuration(run: RunConfig) -> str:
 
 
 def _networks(run: RunConfig) -> str:
-    model = run.model
-    if model.ranker is None:
-        return f"encoder {_shape(model.generator)}"
-    shared = f", {model.num_shared_layers} layers shared" if model.num_shared_layers else ""
-    return f"generator {_shape(model.generator)}, ranker {_shape(model.ranker)}{shared}"
+    networks = run.model.networks
+    if len(networks) == 1:
+        return f"encoder {_shape(run.model.main_network)}"
+    shared = f", {run.model.num_shared_layers} layers shared" if run.model.num_shared_layers else ""
+    return ", ".join(f"{name} {_shape(shape)}" for name, shape in networks.items()) + shared
 
 
 def _shape(shape: EncoderShape) -> str:
     return f"{shape.num_layers} x {shape.hidden_size}"
-
-
-def _objective(run: RunConfig) -> str:
-    objective = run.objective
-    if run.model.ranker is None:
-        return f"masked language model, {objective.mask_fraction:.0%} of the tokens"
-    levels = {"taus": list(objective.taus), "top T": objective.top_t, "delta": objective.delta}
-    details = ", ".join(f"{name} {value}" for name, value in levels.items()) if objective.num_levels > 2 else "ELECTRA"
-    return f"{objective.num_levels} levels ({details}), lambda {objective.tqr_weight:g}"
 
 
 def _device(device: torch.device) -> Any:

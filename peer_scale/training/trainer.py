@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from peer_scale.checkpoints.progress import Progress
-from peer_scale.objectives.tasks import GlobalCounts
+from peer_scale.objectives.works import GlobalCounts, StepInfo
 from peer_scale.parallel.topology import Topology
 from peer_scale.samples.examples import Batch
 from peer_scale.seeds import stream_seed
@@ -20,17 +20,17 @@ from peer_scale.settings.run import RunConfig
 from peer_scale.training.engine import loss_scale
 from peer_scale.training.metering import Meter, StepRecord
 from peer_scale.training.optimizer import set_step
-from peer_scale.training.passes import Passes
+from peer_scale.training.runner import Runner
 
 
 class Callback:
     """Does nothing; subclasses override what they need. All ranks call the same methods in the same order."""
 
     def on_step_end(self, trainer: Trainer, record: StepRecord) -> None:
-        """A step has been launched; `record.extra` takes further figures for its line of metrics.jsonl."""
+        """A step has been launched; `record.extra` takes further metrics for its line of metrics.jsonl."""
 
-    def on_figures(self, figures: dict[str, Any]) -> None:
-        """A step's figures have been read back (at most one step late)."""
+    def on_metrics(self, metrics: dict[str, Any]) -> None:
+        """A step's metrics have been read back (at most one step late)."""
 
     def on_train_end(self, trainer: Trainer) -> None:
         """The last step is done and reported."""
@@ -47,14 +47,14 @@ class Trainer:
         run: RunConfig,
         topology: Topology,
         engine: Any,
-        passes: Passes,
+        runner: Runner,
         meter: Meter,
         callbacks: Sequence[Callback],
         *,
         progress: Progress,
         warmup_steps: int,
     ) -> None:
-        self.run, self.topology, self.engine, self.passes, self.meter = run, topology, engine, passes, meter
+        self.run, self.topology, self.engine, self.runner, self.meter = run, topology, engine, runner, meter
         self.callbacks = callbacks
         self.progress = progress
         self.warmup_steps = warmup_steps
@@ -86,16 +86,19 @@ class Trainer:
         engine, device = self.engine, self.topology.device
         lr = set_step(engine.optimizer, self.run.training, step, num_updates=step - engine.skipped_steps)
         batches = [batch.to(device) for batch in micro_batches]
-        counts = self.global_counts(batches)
         seed_dropout = partial(self._seed_dropout, step)
-        sums = self.passes.train(batches, counts, step <= self.warmup_steps, seed_dropout)
+        sums = self.runner.train(batches, self.step_info(step, batches), seed_dropout)
         sums = self.global_sums(sums, float(self.wants_stop))
         return StepRecord(step, sums, lr, engine.get_global_grad_norm(), loss_scale(engine), engine.skipped_steps)
+
+    def step_info(self, step: int, batches: Sequence[Batch]) -> StepInfo:
+        """Give what all micro-batches of a step have in common, on all ranks."""
+        return StepInfo(self.global_counts(batches), warmup=step <= self.warmup_steps)
 
     def global_counts(self, batches: Sequence[Batch]) -> GlobalCounts:
         """Selected positions and non-pad tokens of the whole global batch, known before any forward pass."""
         selected = sum(batch.is_selected.sum() for batch in batches)
-        tokens = sum(batch.is_token.sum() for batch in batches)
+        tokens = sum(batch.attention_mask.sum() for batch in batches)
         counts = torch.stack([torch.as_tensor(selected), torch.as_tensor(tokens)]).float()
         dist.all_reduce(counts, group=self.topology.group("dp"))
         return GlobalCounts(counts[0], counts[1])
@@ -109,14 +112,15 @@ class Trainer:
         return sums
 
     def report(self, keep: int) -> None:
-        """Read back all but the newest `keep` steps and pass their figures on, so that no step waits for its own."""
+        """Read back all but the newest `keep` steps and pass their metrics on, so that no step waits for its own."""
         while len(self._pending) > keep:
             record = self._pending.popleft()
             *sums, stop_votes = record.sums.tolist()
             self.stopping |= stop_votes > 0
-            figures = self.meter.figures(self.engine.module.statistics, sums, record, self.progress)
+            self.progress = self.meter.advance(self.progress, sums, record)
+            metrics = self.meter.metrics(sums, record, self.progress)
             for callback in self.callbacks:
-                callback.on_figures(figures)
+                callback.on_metrics(metrics)
 
     def _seed_dropout(self, step: int, micro: int, *where: str | int) -> None:
         """Begin a dropout stream for each micro-batch, so that a resumed run draws what an uninterrupted one would."""

@@ -2,38 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from peer_scale.objectives.objective import Objective
+from peer_scale.settings.run import RunConfig
 from peer_scale.training.trainer import Callback, Trainer
 
 
 class ProgressLine(Callback):
     """Step, losses, tokens/s, TFLOP/s, MFU and time left (first rank only)."""
 
-    def __init__(self, first_step: int, train_iters: int, log_interval: int) -> None:
+    def __init__(self, run: RunConfig, first_step: int, notices: Mapping[int, str]) -> None:
         self._console = Console(highlight=False, soft_wrap=True)
-        self._first_step, self._train_iters, self._log_interval = first_step, train_iters, log_interval
+        self._first_step, self._train_iters = first_step, run.training.train_iters
+        self._log_interval, self._objective, self._notices = run.output.log_interval, run.objective, notices
         self._seconds = 0.0
         self._bar: Progress | None = None
         if self._console.is_terminal:
             columns = (BarColumn(bar_width=12), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
             self._bar = Progress(*columns, TimeRemainingColumn(), console=self._console, speed_estimate_period=120)
-            self._task = self._bar.add_task("train", total=train_iters, completed=first_step, text="")
+            self._task = self._bar.add_task("train", total=self._train_iters, completed=first_step, text="")
             self._bar.start()
 
-    def on_figures(self, figures: dict[str, Any]) -> None:
-        self._seconds += figures["step_time_s"]
-        step = figures["step"]
+    def on_metrics(self, metrics: dict[str, Any]) -> None:
+        self._seconds += metrics["step_time_s"]
+        step = metrics["step"]
+        if step in self._notices:
+            self._console.print(f"step {step}: {self._notices[step]}")
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, text=describe(figures))
+            self._bar.update(self._task, completed=step, text=describe(metrics, self._objective))
         elif step % self._log_interval == 0 or step in (self._first_step + 1, self._train_iters):
             left = self._seconds / (step - self._first_step) * (self._train_iters - step)
-            self._console.print(f"step {step}/{self._train_iters}  {describe(figures)}  ETA {duration(left)}")
-        if "validation_loss" in figures:
-            self._console.print(f"step {step}: validation loss {figures['validation_loss']:.4f}")
+            self._console.print(
+                f"step {step}/{self._train_iters}  {describe(metrics, self._objective)}  ETA {duration(left)}"
+            )
+        if "validation_loss" in metrics:
+            self._console.print(f"step {step}: validation loss {metrics['validation_loss']:.4f}")
         self._console.file.flush()  # a log file shows where the run is
 
     def on_train_end(self, trainer: Trainer) -> None:
@@ -41,16 +49,20 @@ class ProgressLine(Callback):
             self._bar.stop()
 
 
-def describe(figures: dict[str, Any]) -> str:
-    """The figures of one step in a line."""
-    parts = [f"loss {figures['loss']:.4f}"]
-    if "tqr_loss" in figures:
-        parts.append(f"(mlm {figures['mlm_loss']:.4f}, tqr {figures['tqr_loss']:.4f})")
-    parts.append(f"lr {figures['lr']:.2e}")
-    parts.append(f"{figures['tokens_per_second']:,.0f} tokens/s")
-    parts.append(f"{figures['tflops_per_device']:.3g} TFLOP/s")
-    if figures["mfu"] is not None:
-        parts.append(f"MFU {figures['mfu']:.1%}")
+def describe(metrics: dict[str, Any], objective: Objective) -> str:
+    """The metrics of one step in a line."""
+    parts = [f"loss {metrics['loss']:.4f}"]
+    if len(objective.losses) > 1:
+        losses = (f"{loss.name.removesuffix('_loss')} {metrics[loss.name]:.4f}" for loss in objective.losses)
+        parts.append(f"({', '.join(losses)})")
+    for name, label in objective.progress_metrics.items():
+        if metrics[name] is not None:
+            parts.append(f"{label} {metrics[name]:.3f}")
+    parts.append(f"lr {metrics['lr']:.2e}")
+    parts.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
+    parts.append(f"{metrics['tflops_per_device']:.3g} TFLOP/s")
+    if metrics["mfu"] is not None:
+        parts.append(f"MFU {metrics['mfu']:.1%}")
     return "  ".join(parts)
 
 

@@ -1,4 +1,4 @@
-"""Figures on disk: metrics.jsonl and TensorBoard."""
+"""Metrics on disk: metrics.jsonl and TensorBoard."""
 
 import json
 import math
@@ -11,15 +11,15 @@ from peer_scale.training.trainer import Callback
 
 
 class MetricsFile(Callback):
-    """Appends one JSON object a step to metrics.jsonl (first rank only), flushed at once."""
+    """Appends one JSON object per step to metrics.jsonl (first rank only), flushed at once."""
 
     def __init__(self, path: Path, resume_step: int) -> None:
         self._path = path
         _keep_steps_up_to(path, resume_step)
         self._file = path.open("a", encoding="utf-8")
 
-    def on_figures(self, figures: dict[str, Any]) -> None:
-        self._file.write(json.dumps(_without_nan(figures), allow_nan=False) + "\n")
+    def on_metrics(self, metrics: dict[str, Any]) -> None:
+        self._file.write(json.dumps(_without_nan(metrics), allow_nan=False) + "\n")
         self._file.flush()
 
 
@@ -58,15 +58,15 @@ class MonitorEvents(Callback):
         except (ImportError, ValueError) as error:
             raise UserError(f"the ds_config's monitor cannot be started: {error}") from error
 
-    def on_figures(self, figures: dict[str, Any]) -> None:
+    def on_metrics(self, metrics: dict[str, Any]) -> None:
         if self._monitor.enabled:
-            events = [(f"train/{key}", value, figures["step"]) for key, value in _flat(figures) if key != "step"]
+            events = [(f"train/{key}", value, metrics["step"]) for key, value in _flat(metrics) if key != "step"]
             self._monitor.write_events(events)
 
 
-def _flat(figures: dict[str, Any]) -> list[tuple[str, float]]:
+def _flat(metrics: dict[str, Any]) -> list[tuple[str, float]]:
     numbers = []
-    for key, value in figures.items():
+    for key, value in metrics.items():
         if isinstance(value, dict):
             numbers += [(f"{key}/{inner}", number) for inner, number in value.items() if number is not None]
         elif value is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from peer_scale.objectives.objective import SumsLayout
 from peer_scale.samples.loader import BatchPlan, ExampleDataset, micro_batches
 from peer_scale.training.metering import StepRecord
 from peer_scale.training.trainer import Callback, Trainer
@@ -17,14 +18,15 @@ class Validation(Callback):
 
     def on_step_end(self, trainer: Trainer, record: StepRecord) -> None:
         if record.step % self._interval == 0 or record.step == trainer.run.training.train_iters:
-            record.extra |= self._evaluate(trainer, warmup=record.step <= trainer.warmup_steps)
+            record.extra |= self._evaluate(trainer, record.step)
 
-    def _evaluate(self, trainer: Trainer, *, warmup: bool) -> dict[str, object]:
-        layout = trainer.engine.module.statistics
+    def _evaluate(self, trainer: Trainer, trained_step: int) -> dict[str, object]:
+        objective = trainer.run.objective
+        layout = SumsLayout(objective)
         sums = torch.zeros(len(layout), dtype=torch.float64, device=trainer.topology.device)
         for step in micro_batches(self._dataset, self._plan, first_step=0, last_step=self._iters, num_workers=0):
             batches = [batch.to(trainer.topology.device) for batch in step]
-            sums += trainer.passes.evaluate(batches, trainer.global_counts(batches), warmup)
-        figures = layout.figures(trainer.global_sums(sums).tolist(), trainer.run.objective.tqr_weight)
-        names = ("loss", "mlm_loss", "tqr_loss", "mlm_accuracy", "rtd_recall", "rtd_auc", "rank_concordance")
-        return {f"validation_{name}": figures[name] for name in names if name in figures}
+            sums += trainer.runner.evaluate(batches, trainer.step_info(trained_step, batches))
+        metrics = layout.metrics(trainer.global_sums(sums).tolist())
+        names = ("loss", *(loss.name for loss in objective.losses), *objective.validation_metrics)
+        return {f"validation_{name}": metrics[name] for name in names}

@@ -1,0 +1,184 @@
+"""Masked language modelling: BERT's objective, and how the generators of all others are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peer_scale.errors import UserError
+from peer_scale.models.config import ModelConfig
+from peer_scale.models.costs import mlm_head_matmul_flops
+from peer_scale.models.generator_head import CHUNK_SIZE, GATHERED_BYTES, REDUCED_BYTES, GeneratorOutput, generator_head
+from peer_scale.models.heads import MaskedLMHead
+from peer_scale.models.networks import PretrainingModel, select
+from peer_scale.models.paper_costs import paper_generator_flops
+from peer_scale.objectives.exports import Entry, Export, dense_entries, vocabulary_entry
+from peer_scale.objectives.graph import Cost, Graph, Value, Work, embedding_costs
+from peer_scale.objectives.objective import HeadBuilder, Loss, Objective
+from peer_scale.objectives.works import Outcome, WorkContext
+
+MLM_LOSS = Loss("mlm_loss", 1.0, "selected")
+MLM_SUMS = ("mlm_correct", "selected_square", "selected_variation")
+
+AfterSampling = Callable[[WorkContext, GeneratorOutput], Mapping[str, Tensor]]
+"""Makes the values that a generator's head gives of what it has sampled."""
+
+
+@dataclass(frozen=True)
+class MaskedLanguageModel(Objective):
+    """BERT without next-sentence prediction: one network, the generator of the other objectives by itself."""
+
+    kind: ClassVar[str] = "mlm"
+    validation_metrics: ClassVar[tuple[str, ...]] = ("mlm_accuracy",)
+    progress_metrics: ClassVar[Mapping[str, str]] = {"mlm_accuracy": "MLM accuracy"}
+
+    def check_model(self, model: ModelConfig) -> None:
+        if model.ranker is not None:
+            raise UserError("the objective mlm trains one network; a model with a ranker needs another objective")
+
+    def graph(self, model: ModelConfig) -> Graph:
+        return Graph(tuple(model.networks.items()), model.num_shared_layers, generator_works(model))
+
+    def heads(self, model: ModelConfig) -> Mapping[str, HeadBuilder]:
+        return {"mlm_head": lambda topology: MaskedLMHead(model, topology)}
+
+    @property
+    def losses(self) -> tuple[Loss, ...]:
+        return (MLM_LOSS,)
+
+    @property
+    def sum_names(self) -> tuple[str, ...]:
+        return MLM_SUMS
+
+    def metrics(self, sums: Mapping[str, float]) -> dict[str, object]:
+        return generator_metrics(sums)
+
+    def describe(self) -> str:
+        return "masked language model"
+
+    def paper_flops(self, model: ModelConfig, seq_length: int) -> float:
+        return paper_generator_flops(model, seq_length)
+
+    def exports(self, model: ModelConfig) -> tuple[Export, ...]:
+        # BertForMaskedLM cannot project embeddings to another width; ELECTRA's class computes the same function and can
+        has_projection = model.embedding_size != model.generator.hidden_size
+        return (generator_export(model) if has_projection else _bert_export(model),)
+
+
+def generator_works(
+    model: ModelConfig, after_sampling: AfterSampling | None = None, gives: tuple[Value, ...] = ()
+) -> tuple[Work, Work]:
+    """Describe the pass through the generator and its head, which gives `gives` as `after_sampling` makes them."""
+
+    def head(context: WorkContext, _: Tensor | None) -> Outcome:
+        return _masked_lm(context, after_sampling)
+
+    width = model.generator.hidden_size
+    positions = Cost(
+        "position",
+        flops=mlm_head_matmul_flops(model, model.generator),
+        activations=width + 3 * model.embedding_size,
+        workspace=2 * CHUNK_SIZE,
+        reduced_bytes=REDUCED_BYTES + 4 * model.embedding_size,
+        gathered_bytes=GATHERED_BYTES,
+    )
+    return (
+        Work(
+            "generator",
+            network="generator",
+            begin=lambda context: context.batch.masked_ids,
+            end=_give_selected,
+            gives=(Value("selected", "compute", width),),
+            begin_costs=embedding_costs(model, model.generator),
+        ),
+        Work(
+            "mlm_head",
+            end=head,
+            end_takes=("selected",),
+            gives=gives,
+            heads=("mlm_head",),
+            has_loss=True,
+            end_costs=(positions,),
+        ),
+    )
+
+
+def generator_metrics(sums: Mapping[str, float]) -> dict[str, object]:
+    """Make the metrics of a generator of its sums.
+
+    `varying_share`: share of the squared norm of the hidden states at a sequence's selected positions that lies in
+    their differences from the sequence's mean; near 0 the network says the same everywhere and does not learn.
+    """
+    return {
+        "mlm_accuracy": sums["mlm_correct"] / sums["selected"],
+        "varying_share": sums["selected_variation"] / sums["selected_square"] if sums["selected_square"] else None,
+    }
+
+
+def generator_export(model: ModelConfig) -> Export:
+    """Describe the generator as an ElectraForMaskedLM, whose output matrix is the word embeddings."""
+    entries = _mlm_head_entries(
+        model, "generator_predictions.dense", "generator_predictions.LayerNorm", "generator_lm_head.bias"
+    )
+    usage = "This is the generator of the pre-training pair, kept to inspect it or to train further."
+    return Export("generator", "generator", "electra", "ElectraForMaskedLM", entries, usage, _mlm_logits)
+
+
+def _bert_export(model: ModelConfig) -> Export:
+    head = "cls.predictions"
+    entries = _mlm_head_entries(model, f"{head}.transform.dense", f"{head}.transform.LayerNorm", f"{head}.bias")
+    return Export("generator", "generator", "bert", "BertForMaskedLM", entries, "A masked language model.", _mlm_logits)
+
+
+def _mlm_head_entries(model: ModelConfig, dense: str, norm: str, bias: str) -> tuple[Entry, ...]:
+    return (
+        *dense_entries("mlm_head.dense", dense),
+        *dense_entries("mlm_head.norm", norm),
+        vocabulary_entry("mlm_head.bias", bias, model.vocab_size),
+    )
+
+
+def _mlm_logits(model: PretrainingModel, hidden: Tensor) -> Tensor:
+    states, bias = model.head("mlm_head")(hidden)
+    return F.linear(states, model.embeddings.word.weight, bias)[..., : model.config.vocab_size]
+
+
+def _give_selected(context: WorkContext, hidden: Tensor | None) -> Outcome:
+    assert hidden is not None, "a network ends in hidden states"
+    return Outcome(values={"selected": select(context.model.whole_sequence(hidden), context.batch.positions)})
+
+
+def _masked_lm(context: WorkContext, after_sampling: AfterSampling | None) -> Outcome:
+    """MLM head on the selected hidden states [B*P, H]: the loss, samples (no gradient), sums."""
+    model, batch, selected = context.model, context.batch, context.values["selected"]
+    states, bias = model.head("mlm_head")(selected)
+    targets = batch.input_ids.gather(1, batch.positions).flatten()
+    generated = generator_head(
+        states,
+        model.embeddings.word.weight,
+        bias,
+        targets,
+        batch.uniforms.flatten(),
+        group=model.topology.group("tp"),
+    )
+    is_selected = batch.is_selected.flatten()
+    sums = {
+        # the original token is the best guess where its rank is 1
+        "mlm_correct": ((generated.original_rank == 1) & is_selected).sum(),
+        **_variation(selected.detach(), batch.is_selected),
+    }
+    values = after_sampling(context, generated) if after_sampling else {}
+    return Outcome({"mlm_loss": torch.where(is_selected, generated.loss, 0.0).sum()}, sums, values)
+
+
+def _variation(selected: Tensor, is_selected: Tensor) -> dict[str, Tensor]:
+    """Sum the squared norms of the states [B*P, H], and of their differences from each sequence's mean."""
+    states_BPH = selected.float().view(*is_selected.shape, -1) * is_selected[..., None]
+    square = states_BPH.square().sum()
+    of_means = states_BPH.sum(1).square().sum(-1) / is_selected.sum(1).clamp(min=1)
+    return {"selected_square": square, "selected_variation": square - of_means.sum()}
