@@ -13,7 +13,14 @@ from torch import Tensor
 from peer_scale.errors import UserError
 from peer_scale.models.config import ModelConfig
 from peer_scale.models.costs import mlm_head_matmul_flops
-from peer_scale.models.generator_head import CHUNK_SIZE, GATHERED_BYTES, REDUCED_BYTES, GeneratorOutput, generator_head
+from peer_scale.models.generator_head import (
+    CHUNK_SIZE,
+    DRAW_REDUCED_BYTES,
+    GATHERED_BYTES,
+    REDUCED_BYTES,
+    GeneratorOutput,
+    generator_head,
+)
 from peer_scale.models.heads import MaskedLMHead
 from peer_scale.models.networks import PretrainingModel, select
 from peer_scale.models.paper_costs import paper_generator_flops
@@ -71,20 +78,28 @@ class MaskedLanguageModel(Objective):
 
 
 def generator_works(
-    model: ModelConfig, after_sampling: AfterSampling | None = None, gives: tuple[Value, ...] = ()
+    model: ModelConfig,
+    after_sampling: AfterSampling | None = None,
+    gives: tuple[Value, ...] = (),
+    *,
+    num_negatives: int = 0,
 ) -> tuple[Work, Work]:
-    """Describe the pass through the generator and its head, which gives `gives` as `after_sampling` makes them."""
+    """Describe the pass through the generator and its head, which gives `gives` as `after_sampling` makes them.
+
+    With `num_negatives` the head draws so many other tokens per position with the batch's extra random numbers.
+    """
 
     def head(context: WorkContext, _: Tensor | None) -> Outcome:
-        return _masked_lm(context, after_sampling)
+        return _masked_lm(context, after_sampling, num_negatives)
 
     width = model.generator.hidden_size
+    drawing = 2 * CHUNK_SIZE * model.embedding_size  # the chunk that a number falls into is computed again
     positions = Cost(
         "position",
-        flops=mlm_head_matmul_flops(model, model.generator),
+        flops=mlm_head_matmul_flops(model, model.generator) + num_negatives * drawing,
         activations=width + 3 * model.embedding_size,
         workspace=2 * CHUNK_SIZE,
-        reduced_bytes=REDUCED_BYTES + 4 * model.embedding_size,
+        reduced_bytes=REDUCED_BYTES + 4 * model.embedding_size + num_negatives * DRAW_REDUCED_BYTES,
         gathered_bytes=GATHERED_BYTES,
     )
     return (
@@ -153,7 +168,7 @@ def _give_selected(context: WorkContext, hidden: Tensor | None) -> Outcome:
     return Outcome(values={"selected": select(context.model.whole_sequence(hidden), context.batch.positions)})
 
 
-def _masked_lm(context: WorkContext, after_sampling: AfterSampling | None) -> Outcome:
+def _masked_lm(context: WorkContext, after_sampling: AfterSampling | None, num_negatives: int) -> Outcome:
     """MLM head on the selected hidden states [B*P, H]: the loss, samples (no gradient), sums."""
     model, batch, selected = context.model, context.batch, context.values["selected"]
     states, bias = model.head("mlm_head")(selected)
@@ -165,6 +180,7 @@ def _masked_lm(context: WorkContext, after_sampling: AfterSampling | None) -> Ou
         targets,
         batch.uniforms.flatten(),
         group=model.topology.group("tp"),
+        negative_uniforms=batch.extra_uniforms.flatten(0, 1)[:, :num_negatives] if num_negatives else None,
     )
     is_selected = batch.is_selected.flatten()
     sums = {
