@@ -15,7 +15,7 @@ from pathlib import Path
 from peer_scale.corpus.builtin import builtin_identity
 from peer_scale.corpus.locks import locked
 from peer_scale.corpus.parts import Part, Task, merge_bin, merge_index, read_part, token_dtype, write_part
-from peer_scale.corpus.progress import Progress, open_progress
+from peer_scale.corpus.progress import PreparationBar
 from peer_scale.corpus.readers import BUILTIN, Slice, Stream, find_sources, iter_documents, iter_stream, slice_file
 from peer_scale.corpus.store import (
     MANIFEST_FORMAT,
@@ -211,7 +211,7 @@ def _preprocess(
     for stale in parts_folder.glob("*.tmp"):  # of workers that were killed
         stale.unlink()
     total = None if any(isinstance(source, Stream) for source in sources) else sum(map(_size, sources))
-    with open_progress(show_progress, total) as progress:
+    with PreparationBar(show_progress, total) as progress:
         parts = _write_parts(
             _tasks(sources, text_key, part_bytes), tokenizer, str(parts_folder), text_key, workers, progress
         )
@@ -263,7 +263,7 @@ def _stream_blocks(stream: Stream, text_key: str, part_bytes: int) -> Iterator[t
 
 
 def _write_parts(
-    tasks: Iterator[Task], tokenizer: WordPiece, folder: str, text_key: str, workers: int, progress: Progress
+    tasks: Iterator[Task], tokenizer: WordPiece, folder: str, text_key: str, workers: int, progress: PreparationBar
 ) -> list[Part]:
     """Returns the parts of all tasks in order, those that lie there finished taken as they are."""
     dtype = token_dtype(tokenizer.vocab_size)
@@ -274,7 +274,7 @@ def _write_parts(
         for future in wait(pending, return_when=FIRST_COMPLETED).done:
             number, num_bytes = pending.pop(future)
             parts[number] = future.result()
-            progress.advance(parts[number].num_documents, num_bytes)
+            progress.add(parts[number].num_documents, num_bytes)
 
     with worker_pool(workers) as pool:
         for number, task in enumerate(tasks):
@@ -282,7 +282,7 @@ def _write_parts(
             finished = read_part(path, dtype)
             if finished:
                 parts[number] = finished
-                progress.advance(finished.num_documents, task.num_bytes)
+                progress.add(finished.num_documents, task.num_bytes)
                 continue
             pending[pool.submit(write_part, task, path, tokenizer, text_key)] = (number, task.num_bytes)
             if len(pending) >= 2 * workers:
