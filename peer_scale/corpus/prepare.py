@@ -3,7 +3,6 @@
 import contextlib
 import glob
 import hashlib
-import json
 import os
 import shutil
 import sys
@@ -14,18 +13,11 @@ from pathlib import Path
 
 from peer_scale.corpus.builtin import builtin_identity
 from peer_scale.corpus.locks import locked
+from peer_scale.corpus.manifest import InputSummary, PairManifest, has_manifest
 from peer_scale.corpus.parts import Part, Task, merge_bin, merge_index, read_part, token_dtype, write_part
 from peer_scale.corpus.progress import PreparationBar
 from peer_scale.corpus.readers import BUILTIN, Slice, Stream, find_sources, iter_documents, iter_stream, slice_file
-from peer_scale.corpus.store import (
-    MANIFEST_FORMAT,
-    MANIFEST_VERSION,
-    TokenStore,
-    check_vocab,
-    inspect_pair,
-    pair_fingerprint,
-    read_manifest,
-)
+from peer_scale.corpus.store import TokenStore, check_vocab, inspect_pair, pair_fingerprint
 from peer_scale.corpus.wordpiece import WordPiece, load_wordpiece, train_wordpiece
 from peer_scale.corpus.worker_pool import worker_pool
 from peer_scale.errors import UserError
@@ -127,8 +119,8 @@ def _open_pairs(prefixes: Sequence[str], wordpiece: WordPiece | None) -> tuple[T
             raise UserError(f"{path}: no such file; name the tokenizer that made {prefixes[0]}.bin by --tokenizer")
         wordpiece = load_wordpiece(path)
     for prefix in prefixes:
-        manifest = read_manifest(prefix)
-        if manifest and manifest["tokenizer_digest"] != wordpiece.digest:
+        manifest = PairManifest.read(prefix)
+        if manifest is not None and manifest.tokenizer_digest != wordpiece.digest:
             raise UserError(
                 f"{prefix}.bin: made with another tokenizer than the one given; it is {prefix}.tokenizer.json"
             )
@@ -301,35 +293,33 @@ def _merge(parts: Sequence[Part], inputs: Sequence[str], tokenizer: WordPiece, p
     data = merge_bin(parts, f"{prefix}.bin", dtype)
     index = merge_index(parts, f"{prefix}.idx", dtype)
     write_atomically(Path(f"{prefix}.tokenizer.json"), tokenizer.to_json().encode())
-    manifest = {
-        "format": MANIFEST_FORMAT,
-        "version": MANIFEST_VERSION,
-        "key": key,
-        "tokenizer_digest": tokenizer.digest,
-        "vocab_size": tokenizer.vocab_size,
-        "num_documents": sum(part.num_documents for part in parts),
-        "num_tokens": sum(part.num_tokens for part in parts),
-        "bin_bytes": data.num_bytes,
-        "bin_sha256": data.sha256,
-        "idx_bytes": index.num_bytes,
-        "idx_sha256": index.sha256,
-        "fingerprint": pair_fingerprint(prefix),
-        "inputs": [_described(name) for name in inputs],
-    }
-    write_atomically(Path(f"{prefix}.json"), (json.dumps(manifest, indent=2) + "\n").encode())
+    manifest = PairManifest(
+        key=key,
+        tokenizer_digest=tokenizer.digest,
+        vocab_size=tokenizer.vocab_size,
+        num_documents=sum(part.num_documents for part in parts),
+        num_tokens=sum(part.num_tokens for part in parts),
+        bin_bytes=data.num_bytes,
+        bin_sha256=data.sha256,
+        idx_bytes=index.num_bytes,
+        idx_sha256=index.sha256,
+        fingerprint=pair_fingerprint(prefix),
+        inputs=tuple(map(_summary, inputs)),
+    )
+    manifest.write(prefix)
 
 
-def _described(name: str) -> dict[str, str | int]:
+def _summary(name: str) -> InputSummary:
     files = [source for source in find_sources([name]) if isinstance(source, str)]
-    return {"path": name, "files": len(files), "bytes": sum(map(_size, files))}
+    return InputSummary(name, len(files), sum(map(_size, files)))
 
 
 def _is_finished(prefix: str, key: str | None) -> bool:
-    """Says whether a whole and undamaged pair lies there, made from what the key stands for."""
-    manifest = read_manifest(prefix)
-    if manifest is None or key not in (None, manifest["key"]):
-        return False
+    """Say whether a whole and undamaged pair lies there and, where a key is given, was made from what it stands for."""
     try:
+        manifest = PairManifest.read(prefix)
+        if manifest is None or key not in (None, manifest.key):
+            return False
         inspect_pair(prefix)
     except UserError:
         return False
@@ -343,7 +333,7 @@ def _refuse_to_overwrite(prefix: str, sources: Sequence[str | Stream]) -> None:
         if os.path.realpath(output) in read:
             raise UserError(f"{output}: is an input and would be overwritten; choose another output prefix")
     # Parts are the mark of an interrupted run of our own.
-    if read_manifest(prefix) is None and not os.path.isdir(f"{prefix}.parts"):
+    if not has_manifest(prefix) and not os.path.isdir(f"{prefix}.parts"):
         for output in outputs[:3]:
             if os.path.exists(output):
                 raise UserError(f"{output}: exists and was not made here; delete it or choose another output prefix")
