@@ -152,7 +152,7 @@ def train_wordpiece(documents: Iterable[str], vocab_size: int) -> WordPiece:
     # breaks ties between merges by these numbers. Naming them all beforehand makes it deterministic.
     continuing = [_PREFIX + char for char in alphabet if not _stands_alone(char)]
     backend.train_from_iterator(
-        texts,
+        iter(texts),
         vocab_size=vocab_size,
         min_frequency=2,
         special_tokens=[*SPECIAL_TOKENS, *continuing],
