@@ -33,7 +33,7 @@ from peer_scale.corpus.worker_pool import worker_pool
 from peer_scale.errors import UserError
 from peer_scale.storage import write_atomically
 
-PART_BYTES = 1 << 25  # of text per part: large against the start of a task, small against a worker's memory
+PART_BYTES = 1 << 25  # of text per part: much beside what starting a part costs, little beside a worker's memory
 _TRAINING_CHARS = 200_000_000
 _PARTS_VERSION = 1
 

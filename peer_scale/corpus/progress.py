@@ -41,7 +41,7 @@ class PreparationBar(tqdm):
 
 
 class _Lines(io.TextIOBase):
-    """Writes each state of a bar, which redraws itself after a carriage return, as a line of its own."""
+    """A stream that gives each state of a bar, which draws itself anew after a carriage return, a line of its own."""
 
     def write(self, text: str) -> int:
         line = text.strip()
