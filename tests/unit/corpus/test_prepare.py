@@ -13,9 +13,10 @@ import psutil
 import pytest
 
 from corpus_files import TOOL, contents, run_tool, tokens_of
+from peer_scale.corpus.manifest import PairManifest
 from peer_scale.corpus.prepare import open_corpus, preprocess, train_on_inputs
 from peer_scale.corpus.readers import iter_documents
-from peer_scale.corpus.store import TokenStore, read_manifest
+from peer_scale.corpus.store import TokenStore
 from peer_scale.corpus.wordpiece import load_wordpiece, train_wordpiece
 from peer_scale.corpus.worker_pool import worker_pool
 from peer_scale.errors import UserError
@@ -95,7 +96,7 @@ def test_the_manifest_describes_the_pair(pair, raw, wordpiece):
     assert manifest["num_documents"] == 600
     assert manifest["num_tokens"] == Path(f"{pair}.bin").stat().st_size // 2
     assert manifest["tokenizer_digest"] == wordpiece.digest
-    assert manifest["fingerprint"] == pickle.loads(pickle.dumps(TokenStore.open([pair])))._shards[0].fingerprint
+    assert manifest["fingerprint"] == pickle.loads(pickle.dumps(TokenStore.open([pair])))._pairs[0].fingerprint
     assert manifest["inputs"] == [
         {"path": str(raw), "files": 103, "bytes": sum(path.stat().st_size for path in raw.iterdir())}
     ]
@@ -355,9 +356,9 @@ def test_bad_input_ends_the_tool_with_one_line(tmp_path, raw, arguments, message
 def test_the_tool_trains_and_verifies_from_anywhere(tmp_path, raw):
     done = run_tool("--input", raw / "a.txt", "--vocab-size", 300, "--output-prefix", "out/corpus", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    manifest = read_manifest(str(tmp_path / "out" / "corpus"))
+    manifest = PairManifest.read(str(tmp_path / "out" / "corpus"))
     assert manifest is not None
-    assert (manifest["num_documents"], manifest["vocab_size"]) == (300, 300)
+    assert (manifest.num_documents, manifest.vocab_size) == (300, 300)
     assert run_tool("--verify", "out/corpus", cwd=tmp_path).returncode == 0
     help_text = run_tool("--help").stdout
     assert "--tokenizer vocab.txt" in help_text
