@@ -45,7 +45,7 @@ class MaskedLanguageModel(Objective):
         return Graph(tuple(model.networks.items()), model.num_shared_layers, generator_works(model))
 
     def heads(self, model: ModelConfig) -> Mapping[str, HeadBuilder]:
-        return {"mlm_head": lambda topology: MaskedLMHead(model, topology)}
+        return {"mlm_head": lambda tensor_parallel: MaskedLMHead(model, tensor_parallel)}
 
     @property
     def losses(self) -> tuple[Loss, ...]:
@@ -164,7 +164,7 @@ def _masked_lm(context: WorkContext, after_sampling: AfterSampling | None) -> Ou
         bias,
         targets,
         batch.uniforms.flatten(),
-        group=model.topology.group("tp"),
+        group=model.tensor_parallel.group,
     )
     is_selected = batch.is_selected.flatten()
     sums = {
