@@ -85,9 +85,16 @@ def train(run: RunConfig, topology: Topology, agreement: Agreement) -> None:
 
     pipeline = plan_pipeline(run) if topology.size("pp") > 1 else None
     part = pipeline.placement.stages[topology.rank("pp")] if pipeline else None
-    task = PretrainingTask(run.model, run.objective, topology, part)
-    initialize_weights(task, seed=run.seed, std=run.model.init_std, vocab_size=run.model.vocab_size, topology=topology)
-    num_parameters = count_parameters(task, topology)
+    tensor_parallel = topology.tensor_parallel
+    task = PretrainingTask(run.model, run.objective, tensor_parallel, part)
+    initialize_weights(
+        task,
+        seed=run.seed,
+        std=run.model.init_std,
+        vocab_size=run.model.vocab_size,
+        tensor_parallel=tensor_parallel,
+    )
+    num_parameters = count_parameters(task, tensor_parallel, topology.group("pp"))
     engine, runner = _engine_and_runner(task, run, topology, pipeline)
     state = TrainingState(engine, topology, run.model.vocab_size)
     progress = load_checkpoint(state, agreement, *found) if found else Progress()
