@@ -15,7 +15,7 @@ from peer_scale.corpus.formats.text import TextFile
 from peer_scale.errors import UserError
 
 FILE_FORMATS: tuple[type[FileSource], ...] = (TextFile, JsonLinesFile, ParquetFile)
-"""Those of files, asked in this order whether they take a name."""
+"""The formats of files; the first one that takes a name reads it."""
 
 _ENDINGS = ", ".join(ending for file_format in FILE_FORMATS for ending in file_format.endings)
 
