@@ -16,6 +16,7 @@ from peer_scale.models.costs import mlm_head_matmul_flops
 from peer_scale.models.generator_head import (
     CHUNK_SIZE,
     DRAW_REDUCED_BYTES,
+    EXCLUSION_REDUCED_BYTES,
     GATHERED_BYTES,
     REDUCED_BYTES,
     GeneratorOutput,
@@ -93,13 +94,15 @@ def generator_works(
         return _masked_lm(context, after_sampling, num_negatives)
 
     width = model.generator.hidden_size
-    drawing = 2 * CHUNK_SIZE * model.embedding_size  # the chunk that a number falls into is computed again
+    # the chunks of the original and of each negative are computed again
+    num_chunks = 1 + num_negatives if num_negatives else 0
+    drawing = EXCLUSION_REDUCED_BYTES + num_negatives * DRAW_REDUCED_BYTES if num_negatives else 0
     positions = Cost(
         "position",
-        flops=mlm_head_matmul_flops(model, model.generator) + num_negatives * drawing,
+        flops=mlm_head_matmul_flops(model, model.generator) + num_chunks * 2 * CHUNK_SIZE * model.embedding_size,
         activations=width + 3 * model.embedding_size,
         workspace=2 * CHUNK_SIZE,
-        reduced_bytes=REDUCED_BYTES + 4 * model.embedding_size + num_negatives * DRAW_REDUCED_BYTES,
+        reduced_bytes=REDUCED_BYTES + 4 * model.embedding_size + drawing,
         gathered_bytes=GATHERED_BYTES,
     )
     return (
