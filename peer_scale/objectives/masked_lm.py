@@ -65,9 +65,7 @@ class MaskedLanguageModel(Objective):
         return paper_generator_flops(model, seq_length)
 
     def exports(self, model: ModelConfig) -> tuple[Export, ...]:
-        # BertForMaskedLM cannot project embeddings to another width; ELECTRA's class computes the same function and can
-        has_projection = model.embedding_size != model.generator.hidden_size
-        return (generator_export(model) if has_projection else _bert_export(model),)
+        return generator_exports(model)[::-1]
 
 
 def generator_works(
@@ -120,7 +118,14 @@ def generator_metrics(sums: Mapping[str, float]) -> dict[str, object]:
     }
 
 
-def generator_export(model: ModelConfig) -> Export:
+def generator_exports(model: ModelConfig) -> tuple[Export, ...]:
+    """Describe the generator as an ElectraForMaskedLM and, where it can be one, as a BertForMaskedLM."""
+    # BertForMaskedLM cannot project embeddings to another width; ELECTRA's class computes the same function and can
+    has_projection = model.embedding_size != model.generator.hidden_size
+    return (_electra_export(model),) if has_projection else (_electra_export(model), _bert_export(model))
+
+
+def _electra_export(model: ModelConfig) -> Export:
     """Describe the generator as an ElectraForMaskedLM, whose output matrix is the word embeddings."""
     entries = _mlm_head_entries(
         model, "generator_predictions.dense", "generator_predictions.LayerNorm", "generator_lm_head.bias"
