@@ -18,6 +18,7 @@ from peer_scale.models.costs import layer_matmul_flops
 from peer_scale.objectives.graph import SampleSize
 from peer_scale.objectives.masked_lm import MaskedLanguageModel
 from peer_scale.objectives.objective import Objective
+from peer_scale.objectives.teams import Teams
 from peer_scale.objectives.tqr import TokenQualityRanking
 
 if TYPE_CHECKING:
@@ -122,6 +123,7 @@ _BASE_NARROW: Final = EncoderShape(num_layers=12, hidden_size=256, ffn_hidden_si
 _BERT: Final = MaskedLanguageModel()
 _ELECTRA: Final = TokenQualityRanking(num_levels=2, taus=())
 _PEER: Final = TokenQualityRanking()
+_TEAMS: Final = Teams()
 _ELECTRA_SMALL: Final = ModelConfig(_SMALL_NARROW, _SMALL, embedding_size=128)
 _SHARED_SMALL: Final = ModelConfig(_SMALL_6, _SMALL, num_shared_layers=3, embedding_size=128)
 _SHARED_BASE: Final = ModelConfig(_BASE_6, _BASE, num_shared_layers=3, embedding_size=768)
@@ -132,10 +134,12 @@ _PAPER_ROWS: Final[dict[str, tuple[ModelConfig, Objective, int, float]]] = {
     "BERT-Small": (ModelConfig(_SMALL, None, embedding_size=256), _BERT, 128, 512 * 250e3),
     "ELECTRA-Small": (_ELECTRA_SMALL, _ELECTRA, 128, 512 * 250e3),
     "ELECTRA-Small++": (_ELECTRA_SMALL, _ELECTRA, 512, 128 * 4e6),
+    "TEAMS-Small": (_SHARED_SMALL, _TEAMS, 128, 512 * 250e3),
     "PEER-Small (212.5K)": (_SHARED_SMALL, _PEER, 128, 512 * 212.5e3),
     "PEER-Small (250K)": (_SHARED_SMALL, _PEER, 128, 512 * 250e3),
     "BERT-Base (1M)": (ModelConfig(_BASE, None, embedding_size=768), _BERT, 512, 256 * 1e6),
     "ELECTRA-Base (766K)": (ModelConfig(_BASE_NARROW, _BASE, embedding_size=768), _ELECTRA, 512, 256 * 766e3),
+    "TEAMS-Base (666.9K)": (_SHARED_BASE, _TEAMS, 512, 256 * 666.9e3),
     "PEER-Base (666.9K)": (_SHARED_BASE, _PEER, 512, 256 * 666.9e3),
 }
 

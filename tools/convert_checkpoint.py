@@ -279,7 +279,6 @@ def _preset_of_sizes(args: argparse.Namespace, folders: "dict[str | None, Huggin
 
     Folders are given by the branch that they become, the first one by None.
     """
-    from peer_scale.conversion.from_hugging_face import layers_beside
     from peer_scale.settings.presets import find_preset
     from peer_scale.settings.resolve import resolve_model, with_yaml
 
@@ -288,9 +287,7 @@ def _preset_of_sizes(args: argparse.Namespace, folders: "dict[str | None, Huggin
     if has_one_network != (args.bert is not None):
         raise UserError(f"--model {args.model} starts from {'--bert' if has_one_network else '--discriminator'}")
     for branch, folder in folders.items():
-        sizes = dataclasses.asdict(folder.shape)
-        sizes["num_layers"] -= layers_beside(preset, branch)
-        for size, value in sizes.items():
+        for size, value in dataclasses.asdict(folder.shape).items():
             name = size if branch is None else f"{branch}_{size}"
             given = getattr(args, name)
             if given not in (None, value):

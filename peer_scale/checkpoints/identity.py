@@ -10,7 +10,7 @@ from peer_scale.checkpoints.manifest import Manifest
 from peer_scale.checkpoints.parameters import shardings
 from peer_scale.checkpoints.sections import Sections
 from peer_scale.errors import UserError
-from peer_scale.parallel.topology import Topology
+from peer_scale.parallel.tensor_parallel import TensorParallel
 
 _SECTIONS = ("model", "objective", "masking", "tokenizer", "data")
 _SECTIONS_OF_WEIGHTS = ("model", "tokenizer")
@@ -18,7 +18,7 @@ _SECTIONS_OF_WEIGHTS = ("model", "tokenizer")
 _OF_TRAINING = ("hidden_dropout", "attention_dropout", "init_std")
 
 
-def check_identity(folder: Path, manifest: Manifest, own: Sections, topology: Topology) -> None:
+def check_identity(folder: Path, manifest: Manifest, own: Sections, tensor_parallel: TensorParallel) -> None:
     """Raise UserError naming every field in which the checkpoint and the run that `own` describes differ.
 
     Imported weights may go on with any data, dropout and objective whose model has the same parameters.
@@ -31,7 +31,7 @@ def check_identity(folder: Path, manifest: Manifest, own: Sections, topology: To
             sections["model"] = {key: value for key, value in sections["model"].items() if key not in _OF_TRAINING}
         differences = _differences(_of(saved, _SECTIONS_OF_WEIGHTS), _of(here, _SECTIONS_OF_WEIGHTS))
         if not differences:
-            differences = _differences(_shapes(manifest), _model_shapes(own, topology))
+            differences = _differences(_shapes(manifest), _model_shapes(own, tensor_parallel))
     if differences:
         told = "; ".join(f"{where} {saved} there, {here} here" for where, saved, here in differences)
         raise UserError(f"--load {folder}: saved by another run: {told}")
@@ -51,8 +51,8 @@ def _shapes(manifest: Manifest) -> dict[str, Any]:
     return {name: list(entry.shape) for name, entry in manifest.tensors.items()}
 
 
-def _model_shapes(own: Sections, topology: Topology) -> dict[str, Any]:
-    found = shardings(own.model, own.objective, topology)
+def _model_shapes(own: Sections, tensor_parallel: TensorParallel) -> dict[str, Any]:
+    found = shardings(own.model, own.objective, tensor_parallel)
     return {name: list(sharding.shape) for name, sharding in found.items()}
 
 

@@ -11,7 +11,7 @@ from peer_scale.models.config import ModelConfig
 from peer_scale.models.networks import PretrainingModel
 from peer_scale.objectives.objective import Objective
 from peer_scale.objectives.task import build_model
-from peer_scale.parallel.topology import Topology
+from peer_scale.parallel.tensor_parallel import TensorParallel
 
 
 def sharding_of(name: str, parameter: nn.Parameter, tensor_parallel: int, vocab_size: int) -> Sharding:
@@ -26,18 +26,20 @@ def sharding_of(name: str, parameter: nn.Parameter, tensor_parallel: int, vocab_
     return Sharding(tuple(shape), dim, tensor_parallel, padding)
 
 
-def shardings(config: ModelConfig, objective: Objective, topology: Topology) -> dict[str, Sharding]:
-    """Say how the ranks of `topology` share each parameter of the whole model, in the model's order."""
-    model = model_without_weights(config, objective, topology)
-    size = topology.size("tp")
+def shardings(config: ModelConfig, objective: Objective, tensor_parallel: TensorParallel) -> dict[str, Sharding]:
+    """Say how tensor-parallel ranks share each parameter of the whole model, in the model's order."""
+    model = model_without_weights(config, objective, tensor_parallel)
+    size = tensor_parallel.size
     return {name: sharding_of(name, p, size, config.vocab_size) for name, p in model.named_parameters()}
 
 
-def model_without_weights(config: ModelConfig, objective: Objective, topology: Topology) -> PretrainingModel:
+def model_without_weights(
+    config: ModelConfig, objective: Objective, tensor_parallel: TensorParallel
+) -> PretrainingModel:
     """Build our own model in evaluation mode, its parameters on the meta device, its buffers as they are."""
     handle = register_module_parameter_registration_hook(_on_meta_device)
     try:
-        return build_model(config, objective, topology).eval()
+        return build_model(config, objective, tensor_parallel).eval()
     finally:
         handle.remove()
 

@@ -89,7 +89,7 @@ def empty_model(checkpoint: Checkpoint) -> PretrainingModel:
         UserError: a parameter is missing, superfluous or of another shape than the manifest's model has; all are named.
     """
     config, weights = checkpoint.model, checkpoint.weights
-    model = model_without_weights(config, checkpoint.objective, single_process_topology())
+    model = model_without_weights(config, checkpoint.objective, single_process_topology().tensor_parallel)
     shapes = {name: sharding_of(name, p, 1, config.vocab_size).shape for name, p in model.named_parameters()}
     problems = [
         *(f"lacks the parameter {name}" for name in shapes if name not in weights),

@@ -19,7 +19,7 @@ class FreshWeights:
     def __init__(self, config: ModelConfig, objective: Objective, seed: int) -> None:
         self._config, self._seed = config, seed
         self._networks, self._heads = dict(objective.graph(config).networks), objective.heads(config)
-        self._topology = single_process_topology()
+        self._tensor_parallel = single_process_topology().tensor_parallel
         self._made: tuple[ModelPart | str | None, dict[str, Tensor]] = (None, {})
 
     def __getitem__(self, name: str) -> Tensor:
@@ -47,15 +47,15 @@ class FreshWeights:
     def _make(self, part: ModelPart | str) -> dict[str, Tensor]:
         model: nn.Module
         if isinstance(part, str):
-            model = nn.ModuleDict({part: self._heads[part](self._topology)})
+            model = nn.ModuleDict({part: self._heads[part](self._tensor_parallel)})
         else:
-            model = PretrainingModel(self._config, self._networks, {}, self._topology, part)
+            model = PretrainingModel(self._config, self._networks, {}, self._tensor_parallel, part)
         # the trainer's name for it decides what is drawn
         initialize_weights(
             nn.ModuleDict({"model": model}),
             seed=self._seed,
             std=self._config.init_std,
             vocab_size=self._config.vocab_size,
-            topology=self._topology,
+            tensor_parallel=self._tensor_parallel,
         )
         return {name: parameter.detach() for name, parameter in model.named_parameters()}

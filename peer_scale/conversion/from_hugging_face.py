@@ -90,7 +90,7 @@ def _exports_of(branch: str | None, preset: Preset) -> list[Export]:
 
 def _bare(export: Export, folder: HuggingFaceFolder) -> Export:
     class_name = f"{folder.family.capitalize()}Model"
-    return dataclasses.replace(export, family=folder.family, class_name=class_name, head=(), logits=None, extras={})
+    return dataclasses.replace(export, family=folder.family, class_name=class_name, head=(), logits=None, extras={}, left_out=())
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def from_hugging_face(
     """
     taken = _Weights(sources)
     fresh = FreshWeights(preset.model, preset.objective, seed)
-    ours = shardings(preset.model, preset.objective, single_process_topology())
+    ours = shardings(preset.model, preset.objective, single_process_topology().tensor_parallel)
 
     def weight(our: str) -> Tensor:
         shape = ours[our].shape
@@ -158,13 +158,6 @@ def model_of(preset: Preset, folders: list[HuggingFaceFolder], vocab_size: int) 
         if rows < vocab_size:
             raise UserError(f"{folder.name}: {rows} word embeddings for a tokenizer of {vocab_size} ids")
     return dataclasses.replace(preset, model=dataclasses.replace(preset.model, vocab_size=vocab_size, **fields))
-
-
-def layers_beside(preset: Preset, branch: str | None) -> int:
-    """Count the layers of a branch's class that a model's `num_layers` leaves out, such as a top layer per branch."""
-    export = _exports_of(branch, preset)[0]
-    architecture = Architecture.of(export, preset.model, preset.objective)
-    return architecture.shape.num_layers - preset.model.networks[export.network].num_layers
 
 
 class _Weights:

@@ -15,9 +15,12 @@ def model_card(checkpoint: Checkpoint, export: Export) -> str:
     sections = checkpoint.sections
     name, step = sections.provenance.model, sections.progress.step
     facts = {"Model": name, "Branch": export.branch, "Step": step, **_training(checkpoint)}
+    if export.left_out:
+        facts |= {"Not in this folder": ", ".join(export.left_out)}
     facts |= {"Tokenizer digest": checkpoint.tokenizer.digest, "Objective": _objective(checkpoint)}
     if sections.imported is not None:
         facts |= {f"Weights of the {branch}": source for branch, source in sections.imported.items()}
+    result = "logits" if export.head else "last_hidden_state"
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     return f"""---
 library_name: transformers
@@ -34,7 +37,7 @@ from transformers import {export.class_name}, AutoTokenizer
 
 model = {export.class_name}.from_pretrained("THIS_FOLDER").eval()
 tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
-logits = model(**tokenizer("The quick brown fox ate over the lazy dog.", return_tensors="pt")).logits
+{result} = model(**tokenizer("The quick brown fox ate over the lazy dog.", return_tensors="pt")).{result}
 ```
 
 | | |

@@ -64,10 +64,11 @@ def choose_export(checkpoint: Checkpoint, branch: str | None) -> Export:
 
 
 def _check_coverage(checkpoint: Checkpoint) -> None:
-    """Let no trained number be lost unnoticed: each parameter belongs to the map of at least one export."""
+    """Let no trained number be lost unnoticed: each parameter is in the map of at least one export, or told of by it."""
     model, objective = checkpoint.model, checkpoint.objective
     architectures = [Architecture.of(export, model, objective) for export in objective.exports(model)]
-    unused = checkpoint.weights.keys() - {entry.ours for one in architectures for entry in one.entries}
+    known = {name for one in architectures for name in (*(e.ours for e in one.entries), *one.export.left_out)}
+    unused = checkpoint.weights.keys() - known
     if unused:
         raise UserError(f"{checkpoint.folder}: no branch's map takes the parameter {', '.join(sorted(unused))}")
 

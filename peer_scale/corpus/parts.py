@@ -5,17 +5,19 @@ import itertools
 import os
 import struct
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 
-from peer_scale.corpus.readers import Slice, iter_pieces
+from peer_scale.corpus.formats.base import FileSlice, Piece
 from peer_scale.corpus.store import DTYPE_CODES, INDEX_HEADER, INDEX_MAGIC, INDEX_VERSION
 from peer_scale.corpus.wordpiece import WordPiece
 from peer_scale.errors import UserError
 from peer_scale.storage import write_aside
+
+T = TypeVar("T")
 
 # A part is: the tokens, the documents' lengths as int64, and this: number of documents, number of tokens, magic.
 _TRAILER = struct.Struct("<QQ8s")
@@ -23,15 +25,15 @@ _MAGIC = b"PEERPART"
 _BATCH_CHARS = 1 << 19  # text handed to the tokenizer at once; its result is some hundred times larger than the ids
 _MAX_DOCUMENT_TOKENS = np.iinfo(np.int32).max  # the .idx holds lengths as int32
 _COPY_BYTES = 1 << 22
-_CHUNK = 1 << 20
+_INDEX_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
-class Task:
-    """What one part is made of: slices of files, or the texts themselves where they come from a stream."""
+class PartInput:
+    """What one part is made from: slices of files, or the texts themselves where the source is not a file."""
 
     name: str
-    slices: tuple[Slice, ...] = ()
+    slices: tuple[FileSlice, ...] = ()
     texts: tuple[str, ...] = ()
     num_bytes: int = 0
 
@@ -54,28 +56,42 @@ class WrittenFile:
 
 
 def token_dtype(vocab_size: int) -> type[np.integer]:
-    """Returns uint16 where every id fits, else int32."""
+    """Return uint16 where every id fits, else int32."""
     return np.uint16 if vocab_size - 1 <= np.iinfo(np.uint16).max else np.int32
 
 
-def write_part(task: Task, path: str, tokenizer: WordPiece, text_key: str) -> Part:
-    """Tokenises a task into a part file; runs in a worker process.
+def in_blocks(items: Iterable[T], size_of: Callable[[T], int], block_size: int) -> Iterator[list[T]]:
+    """Put items together, in order, until a block has at least `block_size`; the last one may have less."""
+    block: list[T] = []
+    size = 0
+    for item in items:
+        block.append(item)
+        size += size_of(item)
+        if size >= block_size:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
+
+
+def write_part(part_input: PartInput, path: str, tokenizer: WordPiece, text_key: str) -> Part:
+    """Tokenise into a part file; this runs in a worker process.
 
     Raises:
-        UserError: as `readers.iter_documents`, or a document is too long for the index.
+        UserError: as `formats.base.Source.documents`, or a document is too long for the index.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     dtype = token_dtype(tokenizer.vocab_size)
     lengths, length, num_tokens = array("q"), 0, 0
     with write_aside(path) as file:
-        for batch in _batches(_task_pieces(task, text_key)):
-            for ids, (_, ends) in zip(tokenizer.encode([text for text, _ in batch]), batch, strict=True):
+        for batch in in_blocks(_pieces(part_input, text_key), lambda piece: len(piece.text), _BATCH_CHARS):
+            for ids, (_, ends_document) in zip(tokenizer.encode([text for text, _ in batch]), batch, strict=True):
                 file.write(np.array(ids, dtype=dtype).tobytes())
                 length += len(ids)
                 if length > _MAX_DOCUMENT_TOKENS:
-                    names = ", ".join(part.path for part in task.slices)
+                    names = ", ".join(file_slice.source.name for file_slice in part_input.slices)
                     raise UserError(f"{names}: a document of over {_MAX_DOCUMENT_TOKENS} tokens; cut it by blank lines")
-                if ends and length:
+                if ends_document and length:
                     lengths.append(length)
                     num_tokens += length
                     length = 0
@@ -85,7 +101,7 @@ def write_part(task: Task, path: str, tokenizer: WordPiece, text_key: str) -> Pa
 
 
 def read_part(path: str, dtype: type[np.integer]) -> Part | None:
-    """Returns what a finished part holds, None where there is none."""
+    """Return what a finished part holds, None where there is none."""
     if not os.path.exists(path):
         return None
     size = os.path.getsize(path)
@@ -100,41 +116,25 @@ def read_part(path: str, dtype: type[np.integer]) -> Part | None:
 
 
 def merge_bin(parts: Sequence[Part], path: str, dtype: type[np.integer]) -> WrittenFile:
-    """Joins the parts' tokens into a `.bin`."""
+    """Join the tokens of the parts into a `.bin`."""
     return _write_hashed(path, (block for part in parts for block in _token_blocks(part, dtype)))
 
 
 def merge_index(parts: Sequence[Part], path: str, dtype: type[np.integer]) -> WrittenFile:
-    """Makes the `.idx` of the parts, one sequence a document, without holding a whole array of it."""
+    """Write the `.idx` of the parts, one sequence per document, without holding a whole array of it."""
     return _write_hashed(path, _index_blocks(parts, dtype))
 
 
-def _task_pieces(task: Task, text_key: str) -> Iterator[tuple[str, bool]]:
-    whole = itertools.chain(
-        itertools.chain.from_iterable(iter_pieces(part, text_key) for part in task.slices),
-        ((text, True) for text in task.texts),
-    )
-    for text, ends in whole:
+def _pieces(part_input: PartInput, text_key: str) -> Iterator[Piece]:
+    from_files = (piece for file_slice in part_input.slices for piece in file_slice.pieces(text_key))
+    for text, ends_document in itertools.chain(from_files, (Piece(text, True) for text in part_input.texts)):
         start = 0
         while len(text) - start > _BATCH_CHARS:
             # Cut after white space, which no token reaches across.
             cut = text.rfind(" ", start, start + _BATCH_CHARS) + 1 or start + _BATCH_CHARS
-            yield text[start:cut], False
+            yield Piece(text[start:cut], False)
             start = cut
-        yield text[start:], ends
-
-
-def _batches(pieces: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
-    batch: list[tuple[str, bool]] = []
-    size = 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece[0])
-        if size >= _BATCH_CHARS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+        yield Piece(text[start:], ends_document)
 
 
 def _write_hashed(path: str, blocks: Iterable[bytes]) -> WrittenFile:
@@ -179,5 +179,5 @@ def _index_blocks(parts: Sequence[Part], dtype: type[np.integer]) -> Iterator[by
         ends = position + np.cumsum(lengths * np.dtype(dtype).itemsize)
         yield np.concatenate([[position], ends[:-1]]).astype(np.int64).tobytes()
         position = int(ends[-1])
-    for start in range(0, count + 1, _CHUNK):
-        yield np.arange(start, min(start + _CHUNK, count + 1), dtype=np.int64).tobytes()
+    for start in range(0, count + 1, _INDEX_CHUNK):
+        yield np.arange(start, min(start + _INDEX_CHUNK, count + 1), dtype=np.int64).tobytes()

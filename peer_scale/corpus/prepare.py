@@ -3,7 +3,7 @@
 import contextlib
 import glob
 import hashlib
-import json
+import itertools
 import os
 import shutil
 import sys
@@ -12,26 +12,28 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from peer_scale.corpus.builtin import builtin_identity
+from peer_scale.corpus.formats.base import FileSource, Source
 from peer_scale.corpus.locks import locked
-from peer_scale.corpus.parts import Part, Task, merge_bin, merge_index, read_part, token_dtype, write_part
-from peer_scale.corpus.progress import Progress, open_progress
-from peer_scale.corpus.readers import BUILTIN, Slice, Stream, find_sources, iter_documents, iter_stream, slice_file
-from peer_scale.corpus.store import (
-    MANIFEST_FORMAT,
-    MANIFEST_VERSION,
-    TokenStore,
-    check_vocab,
-    inspect_pair,
-    pair_fingerprint,
-    read_manifest,
+from peer_scale.corpus.manifest import InputSummary, PairManifest, has_manifest
+from peer_scale.corpus.parts import (
+    Part,
+    PartInput,
+    in_blocks,
+    merge_bin,
+    merge_index,
+    read_part,
+    token_dtype,
+    write_part,
 )
+from peer_scale.corpus.progress import PreparationBar
+from peer_scale.corpus.readers import find_sources, iter_documents
+from peer_scale.corpus.store import TokenStore, check_vocab, inspect_pair, pair_fingerprint
 from peer_scale.corpus.wordpiece import WordPiece, load_wordpiece, train_wordpiece
 from peer_scale.corpus.worker_pool import worker_pool
 from peer_scale.errors import UserError
 from peer_scale.storage import write_atomically
 
-PART_BYTES = 1 << 25  # of text a part: large against the start of a task, small against a worker's memory
+PART_BYTES = 1 << 25  # of text per part: much beside what starting a part costs, little beside a worker's memory
 _TRAINING_CHARS = 200_000_000
 _PARTS_VERSION = 1
 
@@ -46,10 +48,10 @@ def preprocess(
     show_progress: bool = False,
     part_bytes: int = PART_BYTES,
 ) -> None:
-    """Tokenises raw text into `<prefix>.bin`, `.idx`, `.tokenizer.json` and, last, the manifest `.json`.
+    """Tokenise raw text into `<prefix>.bin`, `.idx`, `.tokenizer.json` and, last, the manifest `.json`.
 
-    The bytes depend on inputs and tokenizer only. Interrupted and called again it goes on from the finished parts; done
-    already it returns at once. Memory does not grow with the input.
+    The bytes depend on inputs and tokenizer only. Called again after an interruption it goes on from the finished
+    parts; where all is done it returns at once. Memory does not grow with the input.
 
     Args:
         inputs: as `readers.iter_documents`.
@@ -57,7 +59,7 @@ def preprocess(
         output_prefix: path without ending; its folder is made if need be.
         text_key: key or column of the text.
         workers: number of processes.
-        show_progress: reports on stderr.
+        show_progress: whether to report on stderr.
         part_bytes: how much text a worker takes at a time, and so an interruption can lose.
 
     Raises:
@@ -73,7 +75,7 @@ def preprocess(
 def train_on_inputs(
     inputs: Sequence[str], vocab_size: int, text_key: str = "text", show_progress: bool = False
 ) -> WordPiece:
-    """Trains a WordPiece on the first 200 million characters of the inputs, in a process of its own.
+    """Train a WordPiece on the first 200 million characters of the inputs, in a process of its own.
 
     Raises:
         UserError: as `readers.iter_documents` and `wordpiece.train_wordpiece`.
@@ -95,7 +97,7 @@ def open_corpus(
     workers: int,
     show_progress: bool = False,
 ) -> tuple[TokenStore, WordPiece]:
-    """Opens `.bin/.idx` pairs as they are, or raw text after tokenising it once into the cache.
+    """Open `.bin/.idx` pairs as they are, or raw text after tokenising it once into the cache.
 
     Args:
         data_path: prefixes of pairs (`.bin` or `.idx` may be appended), or raw text as `readers.iter_documents`.
@@ -104,7 +106,7 @@ def open_corpus(
         text_key: key or column of the text.
         cache_dir: where tokenised raw text is kept; several processes may use it at once.
         workers: number of processes that tokenise.
-        show_progress: reports on stderr.
+        show_progress: whether to report on stderr.
 
     Raises:
         UserError: data or tokenizer are missing, bad, or do not fit together; the cache cannot be written.
@@ -127,8 +129,8 @@ def _open_pairs(prefixes: Sequence[str], wordpiece: WordPiece | None) -> tuple[T
             raise UserError(f"{path}: no such file; name the tokenizer that made {prefixes[0]}.bin by --tokenizer")
         wordpiece = load_wordpiece(path)
     for prefix in prefixes:
-        manifest = read_manifest(prefix)
-        if manifest and manifest["tokenizer_digest"] != wordpiece.digest:
+        manifest = PairManifest.read(prefix)
+        if manifest is not None and manifest.tokenizer_digest != wordpiece.digest:
             raise UserError(
                 f"{prefix}.bin: made with another tokenizer than the one given; it is {prefix}.tokenizer.json"
             )
@@ -153,11 +155,11 @@ def _cached(
     workers: int,
     show_progress: bool,
 ) -> str:
-    """Returns the prefix of the pair in the cache, made where it is not there yet."""
+    """Return the prefix of the pair in the cache, which is made where it is not there yet."""
     with _as_user_errors(str(cache_dir)):
         sources = find_sources(data_path)
         made_with = wordpiece.digest if wordpiece else f"trained {vocab_size}"
-        folder = Path(cache_dir, _digest(*_identities(sources, text_key), made_with)[:32])
+        folder = Path(cache_dir, _digest(text_key, *_identities(sources), made_with)[:32])
         prefix = str(folder / "corpus")
         if _is_finished(prefix, None):
             return prefix  # without the lock, so that a complete cache may be read-only
@@ -189,7 +191,7 @@ def _train(inputs: tuple[str, ...], vocab_size: int, text_key: str) -> WordPiece
 
 def _preprocess(
     inputs: Sequence[str],
-    sources: Sequence[str | Stream],
+    sources: Sequence[Source],
     tokenizer: WordPiece,
     prefix: str,
     text_key: str,
@@ -197,7 +199,7 @@ def _preprocess(
     show_progress: bool,
     part_bytes: int,
 ) -> None:
-    key = _digest(*_identities(sources, text_key), tokenizer.digest, str(_PARTS_VERSION), str(part_bytes))
+    key = _digest(text_key, *_identities(sources), tokenizer.digest, str(_PARTS_VERSION), str(part_bytes))
     if _is_finished(prefix, key):
         return
     _refuse_to_overwrite(prefix, sources)
@@ -210,62 +212,49 @@ def _preprocess(
     parts_folder.mkdir(parents=True, exist_ok=True)
     for stale in parts_folder.glob("*.tmp"):  # of workers that were killed
         stale.unlink()
-    total = None if any(isinstance(source, Stream) for source in sources) else sum(map(_size, sources))
-    with open_progress(show_progress, total) as progress:
-        parts = _write_parts(
-            _tasks(sources, text_key, part_bytes), tokenizer, str(parts_folder), text_key, workers, progress
-        )
+    files = _files(sources)
+    total_bytes = sum(file.num_bytes for file in files) if len(files) == len(sources) else None
+    with PreparationBar(show_progress, total_bytes) as progress:
+        part_inputs = _part_inputs(sources, text_key, part_bytes)
+        parts = _write_parts(part_inputs, tokenizer, str(parts_folder), text_key, workers, progress)
     if not any(part.num_documents for part in parts):
         raise UserError(f"{', '.join(inputs)}: no document in it")
     _merge(parts, inputs, tokenizer, prefix, key)
     shutil.rmtree(folder)
 
 
-def _size(source: str | Stream) -> int:
-    return 0 if isinstance(source, Stream) else os.path.getsize(source)
+def _files(sources: Sequence[Source]) -> list[FileSource]:
+    return [source for source in sources if isinstance(source, FileSource)]
 
 
-def _tasks(sources: Sequence[str | Stream], text_key: str, part_bytes: int) -> Iterator[Task]:
-    """Cuts the sources, in order, into tasks of about `part_bytes`; small files share one."""
-    number = 0
-    slices: list[Slice] = []
-    for source in [*sources, None]:
-        for part in slice_file(source, part_bytes) if isinstance(source, str) else ():
-            slices.append(part)
-            if sum(part.num_bytes for part in slices) >= part_bytes:
-                yield _file_task(number, slices)
-                number, slices = number + 1, []
-        if not isinstance(source, str) and slices:
-            yield _file_task(number, slices)
-            number, slices = number + 1, []
-        for texts in _stream_blocks(source, text_key, part_bytes) if isinstance(source, Stream) else ():
-            # The content is part of the name, because what a hub serves under a name may change.
-            name = f"{number:08d}-{_digest(*texts)[:32]}"
-            yield Task(name, texts=texts, num_bytes=sum(map(len, texts)))
-            number += 1
-
-
-def _file_task(number: int, slices: list[Slice]) -> Task:
-    return Task(f"{number:08d}", slices=tuple(slices), num_bytes=sum(part.num_bytes for part in slices))
-
-
-def _stream_blocks(stream: Stream, text_key: str, part_bytes: int) -> Iterator[tuple[str, ...]]:
-    block: list[str] = []
-    size = 0
-    for text in iter_stream(stream, text_key):
-        block.append(text)
-        size += len(text)
-        if size >= part_bytes // 8:  # these travel to the workers through a pipe
-            yield tuple(block)
-            block, size = [], 0
-    if block:
-        yield tuple(block)
+def _part_inputs(sources: Sequence[Source], text_key: str, part_bytes: int) -> Iterator[PartInput]:
+    """Cut the sources, in order, into inputs of about `part_bytes` each; neighbouring small files share one."""
+    numbers = itertools.count()
+    for are_files, group in itertools.groupby(sources, lambda source: isinstance(source, FileSource)):
+        members = list(group)
+        if are_files:
+            slices = (file_slice for file in _files(members) for file_slice in file.slices(part_bytes))
+            for block in in_blocks(slices, lambda file_slice: file_slice.num_bytes, part_bytes):
+                num_bytes = sum(file_slice.num_bytes for file_slice in block)
+                yield PartInput(f"{next(numbers):08d}", slices=tuple(block), num_bytes=num_bytes)
+            continue
+        for source in members:
+            # An eighth, because these travel to the workers through a pipe.
+            for texts in in_blocks(source.documents(text_key), len, part_bytes // 8):
+                # The content is part of the name, because what a hub serves under a name may change.
+                name = f"{next(numbers):08d}-{_digest(*texts)[:32]}"
+                yield PartInput(name, texts=tuple(texts), num_bytes=sum(map(len, texts)))
 
 
 def _write_parts(
-    tasks: Iterator[Task], tokenizer: WordPiece, folder: str, text_key: str, workers: int, progress: Progress
+    part_inputs: Iterator[PartInput],
+    tokenizer: WordPiece,
+    folder: str,
+    text_key: str,
+    workers: int,
+    progress: PreparationBar,
 ) -> list[Part]:
-    """Returns the parts of all tasks in order, those that lie there finished taken as they are."""
+    """Write the parts of all inputs that do not lie there finished; return all of them in order."""
     dtype = token_dtype(tokenizer.vocab_size)
     parts: dict[int, Part] = {}
     pending: dict[Future[Part], tuple[int, int]] = {}
@@ -274,17 +263,17 @@ def _write_parts(
         for future in wait(pending, return_when=FIRST_COMPLETED).done:
             number, num_bytes = pending.pop(future)
             parts[number] = future.result()
-            progress.advance(parts[number].num_documents, num_bytes)
+            progress.add(parts[number].num_documents, num_bytes)
 
     with worker_pool(workers) as pool:
-        for number, task in enumerate(tasks):
-            path = os.path.join(folder, task.name)
+        for number, part_input in enumerate(part_inputs):
+            path = os.path.join(folder, part_input.name)
             finished = read_part(path, dtype)
             if finished:
                 parts[number] = finished
-                progress.advance(finished.num_documents, task.num_bytes)
+                progress.add(finished.num_documents, part_input.num_bytes)
                 continue
-            pending[pool.submit(write_part, task, path, tokenizer, text_key)] = (number, task.num_bytes)
+            pending[pool.submit(write_part, part_input, path, tokenizer, text_key)] = (number, part_input.num_bytes)
             if len(pending) >= 2 * workers:
                 collect()
         while pending:
@@ -301,64 +290,54 @@ def _merge(parts: Sequence[Part], inputs: Sequence[str], tokenizer: WordPiece, p
     data = merge_bin(parts, f"{prefix}.bin", dtype)
     index = merge_index(parts, f"{prefix}.idx", dtype)
     write_atomically(Path(f"{prefix}.tokenizer.json"), tokenizer.to_json().encode())
-    manifest = {
-        "format": MANIFEST_FORMAT,
-        "version": MANIFEST_VERSION,
-        "key": key,
-        "tokenizer_digest": tokenizer.digest,
-        "vocab_size": tokenizer.vocab_size,
-        "num_documents": sum(part.num_documents for part in parts),
-        "num_tokens": sum(part.num_tokens for part in parts),
-        "bin_bytes": data.num_bytes,
-        "bin_sha256": data.sha256,
-        "idx_bytes": index.num_bytes,
-        "idx_sha256": index.sha256,
-        "fingerprint": pair_fingerprint(prefix),
-        "inputs": [_described(name) for name in inputs],
-    }
-    write_atomically(Path(f"{prefix}.json"), (json.dumps(manifest, indent=2) + "\n").encode())
+    manifest = PairManifest(
+        key=key,
+        tokenizer_digest=tokenizer.digest,
+        vocab_size=tokenizer.vocab_size,
+        num_documents=sum(part.num_documents for part in parts),
+        num_tokens=sum(part.num_tokens for part in parts),
+        bin_bytes=data.num_bytes,
+        bin_sha256=data.sha256,
+        idx_bytes=index.num_bytes,
+        idx_sha256=index.sha256,
+        fingerprint=pair_fingerprint(prefix),
+        inputs=tuple(map(_summary, inputs)),
+    )
+    manifest.write(prefix)
 
 
-def _described(name: str) -> dict[str, str | int]:
-    files = [source for source in find_sources([name]) if isinstance(source, str)]
-    return {"path": name, "files": len(files), "bytes": sum(map(_size, files))}
+def _summary(name: str) -> InputSummary:
+    files = _files(find_sources([name]))
+    return InputSummary(name, len(files), sum(file.num_bytes for file in files))
 
 
 def _is_finished(prefix: str, key: str | None) -> bool:
-    """Says whether a whole and undamaged pair lies there, made from what the key stands for."""
-    manifest = read_manifest(prefix)
-    if manifest is None or key not in (None, manifest["key"]):
-        return False
+    """Say whether a whole and undamaged pair lies there and, where a key is given, was made from what it stands for."""
     try:
+        manifest = PairManifest.read(prefix)
+        if manifest is None or key not in (None, manifest.key):
+            return False
         inspect_pair(prefix)
     except UserError:
         return False
     return os.path.exists(f"{prefix}.tokenizer.json")
 
 
-def _refuse_to_overwrite(prefix: str, sources: Sequence[str | Stream]) -> None:
+def _refuse_to_overwrite(prefix: str, sources: Sequence[Source]) -> None:
     outputs = [f"{prefix}.{ending}" for ending in ("json", "bin", "idx", "tokenizer.json")]
-    read = {os.path.realpath(source) for source in sources if isinstance(source, str)}
+    read = {os.path.realpath(file.name) for file in _files(sources)}
     for output in outputs:
         if os.path.realpath(output) in read:
             raise UserError(f"{output}: is an input and would be overwritten; choose another output prefix")
     # Parts are the mark of an interrupted run of our own.
-    if read_manifest(prefix) is None and not os.path.isdir(f"{prefix}.parts"):
+    if not has_manifest(prefix) and not os.path.isdir(f"{prefix}.parts"):
         for output in outputs[:3]:
             if os.path.exists(output):
                 raise UserError(f"{output}: exists and was not made here; delete it or choose another output prefix")
 
 
-def _identities(sources: Sequence[str | Stream], text_key: str) -> Iterator[str]:
-    yield text_key
-    for source in sources:
-        if isinstance(source, str):
-            status = os.stat(source)
-            yield f"{os.path.abspath(source)} {status.st_size} {status.st_mtime_ns}"
-        elif source.name == BUILTIN:
-            yield from builtin_identity()
-        else:
-            yield f"hub {source.name}"
+def _identities(sources: Sequence[Source]) -> list[str]:
+    return [identity for source in sources for identity in source.identity()]
 
 
 def _digest(*texts: str) -> str:

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import logging
 import os
 import struct
@@ -11,18 +10,17 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from peer_scale.corpus.manifest import PairManifest
 from peer_scale.corpus.wordpiece import WordPiece
 from peer_scale.errors import UserError
 
 if TYPE_CHECKING:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-MANIFEST_FORMAT = "peer_scale tokens"
-MANIFEST_VERSION = 1
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
 INDEX_VERSION = 1
 INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, number of sequences, number of documents + 1
@@ -35,9 +33,7 @@ DTYPE_CODES: dict[int, type[np.integer]] = {
     8: np.uint16,
 }
 _LENGTH_BYTES, _POINTER_BYTES = 4, 8
-_MAX_MANIFEST_BYTES = 1 << 22
 _SAMPLES, _SAMPLE_BYTES = 32, 1024
-_HASH_BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -51,19 +47,19 @@ class PairIndex:
 
     @property
     def itemsize(self) -> int:
-        """Bytes a token."""
+        """Bytes per token."""
         return np.dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True)
-class _Shard:
+class _Pair:
     prefix: str
     index: PairIndex
     data: "IndexedDataset"
     fingerprint: str
 
     def byte_offsets(self, first: int, last: int) -> np.ndarray:
-        """Returns the bytes at which documents [first, last) begin and the last one ends, int64 [last - first + 1]."""
+        """Return the bytes at which documents [first, last) begin and the last one ends, int64 [last - first + 1]."""
         sequences = self.data.index.document_indices[first : last + 1]
         pointers = self.data.index.sequence_pointers
         inside = pointers[np.minimum(sequences, self.index.num_sequences - 1)]
@@ -81,18 +77,18 @@ class TokenStore:
         fingerprint: changes when a byte count or sampled content changes; computed in constant time.
     """
 
-    def __init__(self, shards: Sequence[_Shard]) -> None:
-        assert shards
-        self._shards = tuple(shards)
-        self._ends = list(accumulate(shard.index.num_documents for shard in shards))
-        self.prefixes = tuple(shard.prefix for shard in shards)
+    def __init__(self, pairs: Sequence[_Pair]) -> None:
+        assert pairs
+        self._pairs = tuple(pairs)
+        self._ends = list(accumulate(pair.index.num_documents for pair in pairs))
+        self.prefixes = tuple(pair.prefix for pair in pairs)
         self.num_documents = self._ends[-1]
-        self.num_tokens = sum(shard.index.num_tokens for shard in shards)
-        self.fingerprint = _hex_digest(*(shard.fingerprint.encode() for shard in shards))
+        self.num_tokens = sum(pair.index.num_tokens for pair in pairs)
+        self.fingerprint = _hex_digest(*(pair.fingerprint.encode() for pair in pairs))
 
     @classmethod
     def open(cls, prefixes: Sequence[str]) -> "TokenStore":
-        """Opens pairs in a time that does not depend on their size.
+        """Open pairs in a time that does not depend on their size.
 
         Args:
             prefixes: paths of which `.bin` and `.idx` exist.
@@ -100,48 +96,48 @@ class TokenStore:
         Raises:
             UserError: a file is missing, truncated, not an index, or not what its manifest describes.
         """
-        shards = []
+        pairs = []
         for prefix in prefixes:
             index, fingerprint = inspect_pair(prefix)
-            shards.append(_Shard(prefix, index, _quiet_indexed_dataset(prefix), fingerprint))
-        return cls(shards)
+            pairs.append(_Pair(prefix, index, _quiet_indexed_dataset(prefix), fingerprint))
+        return cls(pairs)
 
     def document_lengths(self, first: int, last: int) -> np.ndarray:
-        """Returns the tokens of documents [first, last), int64 [last - first], reading only their part of the index."""
+        """Return the tokens of documents [first, last), int64 [last - first], reading only their part of the index."""
         assert 0 <= first <= last <= self.num_documents, (first, last, self.num_documents)
         lengths = [np.empty(0, dtype=np.int64)]
-        for shard, start, stop in self._overlaps(first, last):
-            lengths.append(np.diff(shard.byte_offsets(start, stop)) // shard.index.itemsize)
+        for pair, start, stop in self._overlaps(first, last):
+            lengths.append(np.diff(pair.byte_offsets(start, stop)) // pair.index.itemsize)
         return np.concatenate(lengths)
 
     def read(self, document: int, offset: int, length: int) -> np.ndarray:
-        """Returns `length` tokens of a document from `offset` on, int64 [length]."""
+        """Return `length` tokens of a document from `offset` on, int64 [length]."""
         assert 0 <= document < self.num_documents, (document, self.num_documents)
-        ((shard, start, stop),) = self._overlaps(document, document + 1)
-        begin, end = shard.byte_offsets(start, stop).tolist()
-        position = begin + offset * shard.index.itemsize
+        ((pair, start, stop),) = self._overlaps(document, document + 1)
+        begin, end = pair.byte_offsets(start, stop).tolist()
+        position = begin + offset * pair.index.itemsize
         assert offset >= 0 and length >= 0, (offset, length)
-        assert position + length * shard.index.itemsize <= end, (document, offset, length)
-        return shard.data.bin_reader.read(shard.index.dtype, length, position).astype(np.int64)
+        assert position + length * pair.index.itemsize <= end, (document, offset, length)
+        return pair.data.bin_reader.read(pair.index.dtype, length, position).astype(np.int64)
 
     def dtypes(self) -> list[tuple[str, type[np.integer]]]:
-        """Returns each pair's prefix and token dtype."""
-        return [(shard.prefix, shard.index.dtype) for shard in self._shards]
+        """Return each pair's prefix and token dtype."""
+        return [(pair.prefix, pair.index.dtype) for pair in self._pairs]
 
     def __reduce__(self) -> tuple[Callable[[Sequence[str]], "TokenStore"], tuple[tuple[str, ...]]]:
         return TokenStore.open, (self.prefixes,)
 
-    def _overlaps(self, first: int, last: int) -> Iterator[tuple[_Shard, int, int]]:
-        """Yields (shard, first, last document in the shard's own numbers)."""
-        for number in range(bisect_right(self._ends, first), len(self._shards)):
-            begin = self._ends[number] - self._shards[number].index.num_documents
+    def _overlaps(self, first: int, last: int) -> Iterator[tuple[_Pair, int, int]]:
+        """Yield each pair with the first and last of its documents, in its own numbers, that lie in [first, last)."""
+        for number in range(bisect_right(self._ends, first), len(self._pairs)):
+            begin = self._ends[number] - self._pairs[number].index.num_documents
             if begin >= last:
                 break
-            yield self._shards[number], max(first, begin) - begin, min(last, self._ends[number]) - begin
+            yield self._pairs[number], max(first, begin) - begin, min(last, self._ends[number]) - begin
 
 
 def check_vocab(store: TokenStore, wordpiece: WordPiece) -> None:
-    """Checks that a store can be, and as far as its samples tell is, made of a tokenizer's ids.
+    """Check that a store can be made of a tokenizer's ids and, as far as its samples tell, is.
 
     Raises:
         UserError: the vocabulary exceeds a pair's dtype, or a sampled token exceeds the vocabulary.
@@ -154,27 +150,14 @@ def check_vocab(store: TokenStore, wordpiece: WordPiece) -> None:
         length = int(store.document_lengths(document, document + 1)[0])
         ids = store.read(document, 0, min(length, _SAMPLE_BYTES))
         if ids.size and not 0 <= ids.min() <= ids.max() < wordpiece.vocab_size:
-            prefix = next(shard.prefix for shard, _, _ in store._overlaps(document, document + 1))
+            prefix = next(pair.prefix for pair, _, _ in store._overlaps(document, document + 1))
             raise UserError(
                 f"{prefix}.bin: holds token id {ids.max()}, beyond the tokenizer's vocabulary of {wordpiece.vocab_size}"
             )
 
 
-def read_manifest(prefix: str) -> dict[str, Any] | None:
-    """Returns what `<prefix>.json` says of the pair, None where there is none or it is another kind of file."""
-    path = f"{prefix}.json"
-    if not os.path.isfile(path) or os.path.getsize(path) > _MAX_MANIFEST_BYTES:
-        return None
-    try:
-        with open(path, encoding="utf-8") as file:
-            manifest = json.load(file)
-    except ValueError:
-        return None
-    return manifest if isinstance(manifest, dict) and manifest.get("format") == MANIFEST_FORMAT else None
-
-
 def pair_fingerprint(prefix: str) -> str:
-    """Digests the sizes and evenly spaced samples, first and last bytes included, of a pair's two files."""
+    """Digest the sizes and evenly spaced samples, first and last bytes included, of a pair's two files."""
     parts = []
     for path in (f"{prefix}.idx", f"{prefix}.bin"):
         size = os.path.getsize(path)
@@ -188,26 +171,20 @@ def pair_fingerprint(prefix: str) -> str:
 
 
 def verify(prefix: str) -> None:
-    """Reads a pair through and compares it with its manifest.
+    """Read a pair through and compare it with its manifest.
 
     Raises:
         UserError: there is no manifest, or a file is missing or not what the manifest describes.
     """
-    manifest = read_manifest(prefix)
+    manifest = PairManifest.read(prefix)
     if manifest is None:
         raise UserError(f"{prefix}.json: no manifest of {prefix}.bin there to verify it against")
     inspect_pair(prefix)
-    for ending in ("bin", "idx"):
-        digest = hashlib.sha256()
-        with open(f"{prefix}.{ending}", "rb") as file:
-            while block := file.read(_HASH_BLOCK):
-                digest.update(block)
-        if digest.hexdigest() != manifest[f"{ending}_sha256"]:
-            raise UserError(f"{prefix}.{ending}: its sha256 is not the one in {prefix}.json; the file was changed")
+    manifest.check_every_byte(prefix)
 
 
 def inspect_pair(prefix: str) -> tuple[PairIndex, str]:
-    """Checks a pair in constant time.
+    """Check a pair in constant time.
 
     Returns:
         What its index says, and its fingerprint.
@@ -219,29 +196,15 @@ def inspect_pair(prefix: str) -> tuple[PairIndex, str]:
         if not os.path.isfile(path):
             raise UserError(f"{path}: no such file; {prefix}.bin and {prefix}.idx are needed together")
     fingerprint = pair_fingerprint(prefix)
-    _check_manifest(prefix, fingerprint)
+    manifest = PairManifest.read(prefix)
+    if manifest is not None:
+        manifest.check(prefix, fingerprint)
     index = _read_index(prefix)
     expected = index.num_tokens * index.itemsize
     actual = os.path.getsize(f"{prefix}.bin")
     if actual < expected:
         raise UserError(f"{prefix}.bin: {actual} bytes, but {prefix}.idx says {expected}; the file is truncated")
     return index, fingerprint
-
-
-def _check_manifest(prefix: str, fingerprint: str) -> None:
-    manifest = read_manifest(prefix)
-    if manifest is None:
-        return
-    if manifest["version"] != MANIFEST_VERSION:
-        raise UserError(f"{prefix}.json: version {manifest['version']}, but only {MANIFEST_VERSION} can be read")
-    for ending in ("bin", "idx"):
-        actual, expected = os.path.getsize(f"{prefix}.{ending}"), manifest[f"{ending}_bytes"]
-        if actual != expected:
-            raise UserError(
-                f"{prefix}.{ending}: {actual} bytes, but {prefix}.json says {expected}; truncated or changed"
-            )
-    if fingerprint != manifest["fingerprint"]:
-        raise UserError(f"{prefix}.bin or .idx: the content is not what {prefix}.json says; the file was changed")
 
 
 def _read_index(prefix: str) -> PairIndex:

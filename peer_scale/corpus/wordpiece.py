@@ -1,4 +1,15 @@
-"""WordPiece tokenizers as BERT and ELECTRA use them: opened, trained, saved, applied to raw text."""
+"""WordPiece tokenizers as BERT and ELECTRA use them: opened, trained, saved, applied to raw text.
+
+The `tokenizers` library makes the pipeline and trains it. Files are opened here, because the libraries' own ways of
+opening them would change the ids, and so the digests, of tokenizers in use:
+
+- `transformers.AutoTokenizer` opens no single file, and no vocab.txt without a tokenizer_config.json that names a
+  class. For the class BertTokenizer it makes the pipeline of a tokenizer.json anew, so that another normaliser or
+  another `max_input_chars_per_word` is lost. Each worker process would also import it: 1.8 s, where this module takes
+  0.2 s.
+- `tokenizers.models.WordPiece.read_file` strips white space from the end of each line of a vocab.txt, so that tokens
+  such as U+3000 are lost.
+"""
 
 import hashlib
 import json
@@ -13,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, models, processors
+from tokenizers.implementations import BertWordPieceTokenizer
 
 from peer_scale.errors import UserError
 from peer_scale.storage import write_atomically
@@ -54,15 +66,15 @@ class WordPiece:
         return starts
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Returns each text's ids, without special tokens and untruncated."""
+        """Return each text's ids, without special tokens and untruncated."""
         return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def to_json(self) -> str:
-        """Returns the content of a `tokenizer.json`."""
+        """Return the content of a `tokenizer.json`."""
         return self.backend.to_str(pretty=True)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes a folder that `transformers.AutoTokenizer` opens: tokenizer.json, vocab.txt and the two config files.
+        """Write a folder that `transformers.AutoTokenizer` opens: tokenizer.json, vocab.txt and the two config files.
 
         Raises:
             UserError: the folder cannot be written.
@@ -89,7 +101,7 @@ class WordPiece:
 
 
 def wordpiece_from_json(content: str, name: str = "tokenizer.json") -> WordPiece:
-    """Makes a WordPiece from the content of a tokenizer.json.
+    """Make a WordPiece from the content of a tokenizer.json.
 
     Raises:
         UserError: it is not a WordPiece tokenizer or lacks a special token; `name` says where it came from.
@@ -102,7 +114,7 @@ def wordpiece_from_json(content: str, name: str = "tokenizer.json") -> WordPiece
 
 
 def load_wordpiece(path: str) -> WordPiece:
-    """Opens a WordPiece tokenizer.
+    """Open a WordPiece tokenizer.
 
     Args:
         path: a folder with a tokenizer.json or vocab.txt, one of these files, or a Hugging Face id. A vocab.txt is
@@ -121,34 +133,35 @@ def load_wordpiece(path: str) -> WordPiece:
 
 
 def train_wordpiece(documents: Iterable[str], vocab_size: int) -> WordPiece:
-    """Trains a lower-casing WordPiece; the same documents give the same vocabulary.
+    """Train a lower-casing WordPiece; the same documents give the same vocabulary.
 
     Args:
         documents: texts; they are gone through twice, so an iterator is held in memory.
         vocab_size: number of ids, the special tokens 0..4 included; a small corpus may give fewer.
 
     Raises:
-        UserError: there is no text, or `vocab_size` leaves no room for it.
+        UserError: there is no text, or `vocab_size` is too small for any.
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise UserError(f"a vocabulary of {vocab_size} is too small to train: at least {MIN_VOCAB_SIZE}")
     texts = documents if isinstance(documents, Sequence) else list(documents)
-    backend = _bert_tokenizer({UNK: 0}, {})
+    backend = BertWordPieceTokenizer()
     alphabet = _alphabet(texts, backend.normalizer, min(_MAX_ALPHABET, vocab_size // 4))
     if not alphabet:
         raise UserError("no text to train a tokenizer on")
     # Left alone, the trainer numbers the "##x" of single characters in the order of a randomly seeded hash map, and
     # breaks ties between merges by these numbers. Naming them all beforehand makes it deterministic.
     continuing = [_PREFIX + char for char in alphabet if not _stands_alone(char)]
-    trainer = trainers.WordPieceTrainer(
+    backend.train_from_iterator(
+        iter(texts),
         vocab_size=vocab_size,
         min_frequency=2,
         special_tokens=[*SPECIAL_TOKENS, *continuing],
         initial_alphabet=alphabet,
         limit_alphabet=len(alphabet),
         show_progress=False,
+        wordpieces_prefix=_PREFIX,
     )
-    backend.train_from_iterator(texts, trainer)
     # Made anew, because the trainer's tokenizer takes the "##x" for special tokens.
     return _wordpiece(_bert_tokenizer(backend.get_vocab(), {}), "the trained tokenizer")
 
@@ -162,21 +175,25 @@ def _alphabet(texts: Iterable[str], normalizer: Any, size: int) -> list[str]:
 
 
 def _stands_alone(char: str) -> bool:
-    """Says whether BERT's pre-tokenizer makes a word of this character alone (ASCII symbols and punctuation)."""
+    """Say whether BERT's pre-tokenizer makes a word of this character alone (ASCII symbols and punctuation)."""
     return (char.isascii() and not char.isalnum()) or unicodedata.category(char).startswith("P")
 
 
 def _bert_tokenizer(vocab: dict[str, int], config: dict[str, Any]) -> Tokenizer:
-    backend = Tokenizer(models.WordPiece(vocab, unk_token=UNK, max_input_chars_per_word=100))
-    backend.normalizer = normalizers.BertNormalizer(
-        clean_text=True,
+    """Make BERT's tokenizer of a vocabulary that has the special tokens.
+
+    Args:
+        vocab: id by token.
+        config: the content of a tokenizer_config.json.
+    """
+    backend = BertWordPieceTokenizer(
+        vocab,
         handle_chinese_chars=config.get("tokenize_chinese_chars", True),
         strip_accents=config.get("strip_accents"),
         lowercase=config.get("do_lower_case", True),
+        wordpieces_prefix=_PREFIX,
     )
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    backend.decoder = decoders.WordPiece(prefix=_PREFIX)
-    return backend
+    return Tokenizer.from_str(backend.to_str())
 
 
 def _wordpiece(backend: Tokenizer, name: str) -> WordPiece:
@@ -232,7 +249,9 @@ def _load_file(path: str) -> WordPiece:
     vocab = {line.rstrip("\r"): id_ for id_, line in enumerate(content.removesuffix("\n").split("\n"))}
     for token in SPECIAL_TOKENS:
         if token not in vocab:
-            raise UserError(f"{path}: the vocabulary lacks {token}; a BERT or ELECTRA vocab.txt has it, a token a line")
+            raise UserError(
+                f"{path}: the vocabulary lacks {token}; a BERT or ELECTRA vocab.txt has it, one token per line"
+            )
     return _wordpiece(_bert_tokenizer(vocab, _config_beside(path)), path)
 
 
@@ -259,7 +278,7 @@ def _download(name: str) -> str:
 
 
 def _transformers_class(backend: Tokenizer) -> dict[str, Any]:
-    """Chooses the class by which transformers gives the same ids; BertTokenizer rebuilds the normaliser by these."""
+    """Choose the class by which transformers gives the same ids; BertTokenizer makes its normaliser from these keys."""
     content = json.loads(backend.to_str())
     normalizer, pre_tokenizer = content["normalizer"] or {}, content["pre_tokenizer"] or {}
     if (normalizer.get("type"), pre_tokenizer.get("type")) != ("BertNormalizer", "BertPreTokenizer"):

@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 
 @contextmanager
 def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Opens a process pool whose workers end at once when the block raises or this process dies, even by SIGKILL.
+    """Open a process pool whose workers end at once when the block raises or this process dies, even by SIGKILL.
 
     Workers are spawned, not forked (the caller may hold threads), and ignore Ctrl-C, which is the caller's to handle.
 

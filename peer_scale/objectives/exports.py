@@ -41,6 +41,7 @@ class Export:
             logits are the hidden states. The class must give the same.
         usage: a sentence for the model card.
         extras: parameters that the class has only a part of, by the keys under which config.json has all of them.
+        left_out: parameters of the branch that the class has no place for; they are lost, which the user is told.
     """
 
     branch: str
@@ -52,6 +53,7 @@ class Export:
     logits: Callable[[PretrainingModel, Tensor], Tensor] | None
     top_layers: tuple[str, ...] = ()
     extras: Mapping[str, str] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
 
 def dense_entries(ours: str, theirs: str) -> tuple[Entry, ...]:

@@ -13,7 +13,14 @@ from torch import Tensor
 from peer_scale.errors import UserError
 from peer_scale.models.config import ModelConfig
 from peer_scale.models.costs import mlm_head_matmul_flops
-from peer_scale.models.generator_head import CHUNK_SIZE, GATHERED_BYTES, REDUCED_BYTES, GeneratorOutput, generator_head
+from peer_scale.models.generator_head import (
+    CHUNK_SIZE,
+    DRAW_REDUCED_BYTES,
+    GATHERED_BYTES,
+    REDUCED_BYTES,
+    GeneratorOutput,
+    generator_head,
+)
 from peer_scale.models.heads import MaskedLMHead
 from peer_scale.models.networks import PretrainingModel, select
 from peer_scale.models.paper_costs import paper_generator_flops
@@ -45,7 +52,7 @@ class MaskedLanguageModel(Objective):
         return Graph(tuple(model.networks.items()), model.num_shared_layers, generator_works(model))
 
     def heads(self, model: ModelConfig) -> Mapping[str, HeadBuilder]:
-        return {"mlm_head": lambda topology: MaskedLMHead(model, topology)}
+        return {"mlm_head": lambda tensor_parallel: MaskedLMHead(model, tensor_parallel)}
 
     @property
     def losses(self) -> tuple[Loss, ...]:
@@ -69,20 +76,28 @@ class MaskedLanguageModel(Objective):
 
 
 def generator_works(
-    model: ModelConfig, after_sampling: AfterSampling | None = None, gives: tuple[Value, ...] = ()
+    model: ModelConfig,
+    after_sampling: AfterSampling | None = None,
+    gives: tuple[Value, ...] = (),
+    *,
+    num_negatives: int = 0,
 ) -> tuple[Work, Work]:
-    """Describe the pass through the generator and its head, which gives `gives` as `after_sampling` makes them."""
+    """Describe the pass through the generator and its head, which gives `gives` as `after_sampling` makes them.
+
+    With `num_negatives` the head draws so many other tokens per position with the batch's extra random numbers.
+    """
 
     def head(context: WorkContext, _: Tensor | None) -> Outcome:
-        return _masked_lm(context, after_sampling)
+        return _masked_lm(context, after_sampling, num_negatives)
 
     width = model.generator.hidden_size
+    drawing = 2 * CHUNK_SIZE * model.embedding_size  # the chunk that a number falls into is computed again
     positions = Cost(
         "position",
-        flops=mlm_head_matmul_flops(model, model.generator),
+        flops=mlm_head_matmul_flops(model, model.generator) + num_negatives * drawing,
         activations=width + 3 * model.embedding_size,
         workspace=2 * CHUNK_SIZE,
-        reduced_bytes=REDUCED_BYTES + 4 * model.embedding_size,
+        reduced_bytes=REDUCED_BYTES + 4 * model.embedding_size + num_negatives * DRAW_REDUCED_BYTES,
         gathered_bytes=GATHERED_BYTES,
     )
     return (
@@ -122,10 +137,10 @@ def generator_exports(model: ModelConfig) -> tuple[Export, ...]:
     """Describe the generator as an ElectraForMaskedLM and, where it can be one, as a BertForMaskedLM."""
     # BertForMaskedLM cannot project embeddings to another width; ELECTRA's class computes the same function and can
     has_projection = model.embedding_size != model.generator.hidden_size
-    return (_electra_export(model),) if has_projection else (_electra_export(model), _bert_export(model))
+    return (generator_export(model),) if has_projection else (generator_export(model), _bert_export(model))
 
 
-def _electra_export(model: ModelConfig) -> Export:
+def generator_export(model: ModelConfig) -> Export:
     """Describe the generator as an ElectraForMaskedLM, whose output matrix is the word embeddings."""
     entries = _mlm_head_entries(
         model, "generator_predictions.dense", "generator_predictions.LayerNorm", "generator_lm_head.bias"
@@ -158,7 +173,7 @@ def _give_selected(context: WorkContext, hidden: Tensor | None) -> Outcome:
     return Outcome(values={"selected": select(context.model.whole_sequence(hidden), context.batch.positions)})
 
 
-def _masked_lm(context: WorkContext, after_sampling: AfterSampling | None) -> Outcome:
+def _masked_lm(context: WorkContext, after_sampling: AfterSampling | None, num_negatives: int) -> Outcome:
     """MLM head on the selected hidden states [B*P, H]: the loss, samples (no gradient), sums."""
     model, batch, selected = context.model, context.batch, context.values["selected"]
     states, bias = model.head("mlm_head")(selected)
@@ -169,7 +184,8 @@ def _masked_lm(context: WorkContext, after_sampling: AfterSampling | None) -> Ou
         bias,
         targets,
         batch.uniforms.flatten(),
-        group=model.topology.group("tp"),
+        group=model.tensor_parallel.group,
+        negative_uniforms=batch.extra_uniforms.flatten(0, 1)[:, :num_negatives] if num_negatives else None,
     )
     is_selected = batch.is_selected.flatten()
     sums = {

@@ -77,6 +77,11 @@ class Objective(ABC):
         """Give the objective with other hyper-parameters, as a user asks for them by flags."""
         return replace(self, **changes)  # type: ignore[type-var]
 
+    @property
+    def num_extra_uniforms(self) -> int:
+        """Random numbers per selected position that its works need besides the one that a replacement is drawn with."""
+        return 0
+
     def warmup_steps(self, samples_per_epoch: int, global_batch_size: int) -> int:
         """Give the number of first steps in which works see `warmup` set."""
         return 0

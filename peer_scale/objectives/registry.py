@@ -5,10 +5,11 @@ from __future__ import annotations
 from peer_scale.errors import UserError
 from peer_scale.objectives.masked_lm import MaskedLanguageModel
 from peer_scale.objectives.objective import Objective
+from peer_scale.objectives.teams import Teams
 from peer_scale.objectives.tqr import TokenQualityRanking
 
 OBJECTIVES: dict[str, type[Objective]] = {
-    objective.kind: objective for objective in (MaskedLanguageModel, TokenQualityRanking)
+    objective.kind: objective for objective in (MaskedLanguageModel, TokenQualityRanking, Teams)
 }
 
 

@@ -185,8 +185,8 @@ class TokenQualityRanking(Objective):
 
     def heads(self, model: ModelConfig) -> Mapping[str, HeadBuilder]:
         return {
-            "mlm_head": lambda topology: MaskedLMHead(model, topology),
-            "ranking_head": lambda topology: RankingHead(_ranker(model).hidden_size, self.num_levels),
+            "mlm_head": lambda tensor_parallel: MaskedLMHead(model, tensor_parallel),
+            "ranking_head": lambda _: RankingHead(_ranker(model).hidden_size, self.num_levels),
         }
 
     @property

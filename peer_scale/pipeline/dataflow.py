@@ -40,9 +40,8 @@ def stage_work(placement: Placement, stage: int, micro: int) -> list[Compute]:
 
 def needs(placement: Placement, stage: int, work: Compute) -> Needs:
     """Say what `work` on `stage` waits for."""
-    found = (
-        _forward_needs(placement, stage, work) if isinstance(work, Forward) else _backward_needs(placement, stage, work)
-    )
+    list_needs = _forward_needs if isinstance(work, Forward) else _backward_needs
+    found = tuple(list_needs(placement, stage, work))
     return Needs(
         tuple(one for one in found if not isinstance(one, Message)),
         tuple(one for one in found if isinstance(one, Message)),
@@ -51,10 +50,8 @@ def needs(placement: Placement, stage: int, work: Compute) -> Needs:
 
 def sends(placement: Placement, stage: int, work: Compute) -> tuple[Message, ...]:
     """List the messages that `stage` sends when `work` is done."""
-    messages = (
-        _after_forward(placement, stage, work) if isinstance(work, Forward) else _after_backward(placement, stage, work)
-    )
-    return tuple(messages)
+    list_messages = _after_forward if isinstance(work, Forward) else _after_backward
+    return tuple(list_messages(placement, stage, work))
 
 
 def taken_at(placement: Placement, stage: int, work: Work) -> tuple[str, ...]:
@@ -75,7 +72,7 @@ def taking_stages(placement: Placement, value: str) -> tuple[int, ...]:
     return tuple(stages)
 
 
-def _forward_needs(placement: Placement, stage: int, forward: Forward) -> Iterator[Compute | Message]:
+def _forward_needs(placement: Placement, stage: int, forward: Compute) -> Iterator[Compute | Message]:
     work = placement.graph.work(forward.work)
     before, _ = _neighbours(placement, stage, work.name)
     if before is not None:
@@ -87,7 +84,7 @@ def _forward_needs(placement: Placement, stage: int, forward: Forward) -> Iterat
         yield Forward(giver.name, forward.micro) if is_local else Message(value, forward.micro, source, stage)
 
 
-def _backward_needs(placement: Placement, stage: int, backward: Backward) -> Iterator[Compute | Message]:
+def _backward_needs(placement: Placement, stage: int, backward: Compute) -> Iterator[Compute | Message]:
     work = placement.graph.work(backward.work)
     yield Forward(work.name, backward.micro)
     _, after = _neighbours(placement, stage, work.name)
@@ -103,7 +100,7 @@ def _backward_needs(placement: Placement, stage: int, backward: Backward) -> Ite
             yield Backward(taker.name, backward.micro) if is_local else message
 
 
-def _after_forward(placement: Placement, stage: int, forward: Forward) -> Iterator[Message]:
+def _after_forward(placement: Placement, stage: int, forward: Compute) -> Iterator[Message]:
     work = placement.graph.work(forward.work)
     _, after = _neighbours(placement, stage, work.name)
     if after is not None:
@@ -115,7 +112,7 @@ def _after_forward(placement: Placement, stage: int, forward: Forward) -> Iterat
                 yield Message(value.name, forward.micro, stage, destination)
 
 
-def _after_backward(placement: Placement, stage: int, backward: Backward) -> Iterator[Message]:
+def _after_backward(placement: Placement, stage: int, backward: Compute) -> Iterator[Message]:
     work = placement.graph.work(backward.work)
     before, _ = _neighbours(placement, stage, work.name)
     if before is not None:

@@ -28,6 +28,7 @@ class Batch(NamedTuple):
     positions: Tensor  # [B, P] the selected positions; 0 where fewer than P are
     is_selected: Tensor  # [B, P] False where `positions` only fills up
     uniforms: Tensor  # [B, P] fp32 in [0, 1), to sample the replacement with
+    extra_uniforms: Tensor  # [B, P, N] likewise, as many per position as the objective asks for
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on `device`; the copy does not block the host."""
@@ -42,12 +43,15 @@ class ExampleBuilder:
     masking: MaskingConfig
     seq_length: int
     seed: int
+    num_extra_uniforms: int = 0
 
     def build(self, tokens: np.ndarray, sample: int) -> tuple[np.ndarray, ...]:
         """The fields of `Batch` for one sample of at most seq_length - 3 tokens, in its order and without B."""
-        draws = sample_stream(self.seed, sample).random_raw(2 + 3 * self.seq_length)
+        per_position = 3 + self.num_extra_uniforms
+        draws = sample_stream(self.seed, sample).random_raw(2 + per_position * self.seq_length)
         input_ids, token_types, length = self._segments(tokens, draws[:2])
-        keys, mask_draws, uniform_draws = np.split(draws[2:], 3)
+        keys, mask_draws, uniform_draws, *extra_draws = np.split(draws[2:], per_position)
+        extra = np.array(extra_draws, np.uint64).reshape(self.num_extra_uniforms, self.seq_length)
         positions = self._select(input_ids[:length], keys)
         width = self.masking.num_predictions(self.seq_length)
         padded = np.zeros(width, np.int64)
@@ -63,6 +67,7 @@ class ExampleBuilder:
             padded,
             np.arange(width) < len(positions),
             _unit(uniform_draws[padded]),
+            _unit(extra[:, padded].T),
         )
 
     def _segments(self, tokens: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:

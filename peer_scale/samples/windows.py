@@ -9,8 +9,8 @@ from peer_scale.corpus.store import TokenStore
 from peer_scale.errors import UserError
 from peer_scale.seeds import stream_seed
 
-_BLOCK = 128  # documents a row of the window table stands for: read and added up for every sample
-_BLOCKS_A_READ = 8192  # while the table is made
+_BLOCK = 128  # documents per row of the window table, whose lengths are read and added up for every sample
+_BLOCKS_PER_READ = 8192  # while the table is made
 _FEISTEL_ROUNDS = 6
 
 
@@ -23,14 +23,14 @@ class Windows:
 
     def __init__(self, store: TokenStore, *, width: int, first: int, last: int) -> None:
         self._store, self._width, self._first, self._last = store, width, first, last
-        counts = [self._block_counts(start) for start in range(first, last, _BLOCK * _BLOCKS_A_READ)]
+        counts = [self._block_counts(start) for start in range(first, last, _BLOCK * _BLOCKS_PER_READ)]
         self._ends = np.cumsum(np.concatenate(counts)) if counts else np.zeros(0, np.int64)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def tokens(self, window: int) -> np.ndarray:
-        """Tokens of one window, int64 [1..width]."""
+        """Return the tokens of one window, int64 [1..width]."""
         block = int(np.searchsorted(self._ends, window, side="right"))
         start = self._first + block * _BLOCK
         lengths = self._lengths(start, _BLOCK)
@@ -47,14 +47,14 @@ class Windows:
         return self._store.document_lengths(start, min(start + count, self._last))
 
     def _block_counts(self, start: int) -> np.ndarray:
-        """Windows of each block of one read that begins at document `start`."""
-        counts = -(-self._lengths(start, _BLOCK * _BLOCKS_A_READ) // self._width)
+        """Count the windows of each block of one read that begins at document `start`."""
+        counts = -(-self._lengths(start, _BLOCK * _BLOCKS_PER_READ) // self._width)
         return np.add.reduceat(counts, np.arange(0, len(counts), _BLOCK))
 
 
 @dataclass(frozen=True)
 class SeededOrder:
-    """Every number below `size` once an epoch, each epoch in an order of its own, computed number by number.
+    """Every number below `size` once per epoch, each epoch in an order of its own, computed number by number.
 
     A Feistel network on the next power of four, walked until it lands below `size`: a permutation without a table.
     """
@@ -94,7 +94,13 @@ def _mix(value: int) -> int:
 
 
 def split_documents(num_documents: int, validation_fraction: float) -> int:
-    """Index of the first held-out document: the last `validation_fraction` of them, at least one if it is above 0."""
+    """Return the index of the first held-out document, `num_documents` where none is.
+
+    The last `validation_fraction` of the documents are held out, at least one if the fraction is above 0.
+
+    Raises:
+        UserError: no document would be left to train on.
+    """
     if validation_fraction == 0:
         return num_documents
     held_out = max(1, round(num_documents * validation_fraction))

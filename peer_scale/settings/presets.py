@@ -8,6 +8,7 @@ from peer_scale.errors import UserError
 from peer_scale.models.config import EncoderShape, ModelConfig
 from peer_scale.objectives.masked_lm import MaskedLanguageModel
 from peer_scale.objectives.objective import Objective
+from peer_scale.objectives.teams import Teams
 from peer_scale.objectives.tqr import TokenQualityRanking
 from peer_scale.samples.masking import MaskingConfig
 from peer_scale.settings.run import TrainingConfig
@@ -54,15 +55,11 @@ class Preset:
 
 def preset_names() -> list[str]:
     """All names that `find_preset` takes."""
-    return [f"{family}-{size}" for family in ("peer", "electra", "bert") for size in _SHAPES]
+    return [f"{family}-{size}" for family in ("peer", "electra", "bert", "teams") for size in _SHAPES]
 
 
 def find_preset(name: str) -> Preset:
     """The preset of that name; raises UserError with the nearest one for an unknown name."""
-    if name.startswith("teams-"):
-        raise UserError(
-            f"--model {name}: the TEAMS models are not there yet; choose one of {', '.join(preset_names())}"
-        )
     if name not in preset_names():
         nearest = difflib.get_close_matches(name, preset_names(), n=1, cutoff=0.0)[0]
         raise UserError(f"--model {name}: unknown; did you mean {nearest}? Known: {', '.join(preset_names())}")
@@ -108,6 +105,8 @@ def _model(family: str, size: str) -> ModelConfig:
 def _objective(family: str, size: str) -> Objective:
     if family == "bert":
         return MaskedLanguageModel()
+    if family == "teams":
+        return Teams()
     if family == "electra":
         # every replaced token has label 1: nothing is unknown to a ranker of two levels
         return TokenQualityRanking(num_levels=2, taus=(), top_t=2**31)

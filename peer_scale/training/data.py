@@ -50,4 +50,8 @@ def _samples(
 ) -> ExampleDataset:
     seq_length = run.training.seq_length
     windows = Windows(store, width=seq_length - NUM_SPECIAL_TOKENS, first=first, last=last)
-    return ExampleDataset(windows, ExampleBuilder(tokenizer, run.masking, seq_length, seed))
+    return ExampleDataset(windows, _builder(run, tokenizer, seed))
+
+
+def _builder(run: RunConfig, tokenizer: WordPiece, seed: int) -> ExampleBuilder:
+    return ExampleBuilder(tokenizer, run.masking, run.training.seq_length, seed, run.objective.num_extra_uniforms)

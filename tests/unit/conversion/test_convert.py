@@ -96,7 +96,7 @@ def our_model(folder):
         sizes[network] = sizes[network] and EncoderShape(**sizes[network])
     settings = dict(saved["objective"])
     objective = {"mlm": MaskedLanguageModel, "tqr": TokenQualityRanking}[settings.pop("kind")](**settings)
-    model = build_model(ModelConfig(**sizes), objective, single_process_topology()).eval()
+    model = build_model(ModelConfig(**sizes), objective, single_process_topology().tensor_parallel).eval()
     weights = weights_by_hand(folder)
     for name, parameter in model.named_parameters():
         weight = weights.pop(name)

@@ -336,7 +336,7 @@ def real_bert():
 def test_a_real_bert(run, one_rank, two_ranks, tmp_path, text_file):
     run("from-hf", "--bert", real_bert(), "--output", tmp_path / "start")
     checkpoint = read_checkpoint(tmp_path / "start")
-    ours = build_model(checkpoint.model, checkpoint.objective, single_process_topology()).eval()
+    ours = build_model(checkpoint.model, checkpoint.objective, single_process_topology().tensor_parallel).eval()
     ours.load_state_dict({name: our_weights(checkpoint, name) for name in checkpoint.weights})
     tokenizer = AutoTokenizer.from_pretrained(real_bert())
     batch = tokenizer(text_file.read_text()[:4000].split(". "), return_tensors="pt", padding=True, truncation=True)

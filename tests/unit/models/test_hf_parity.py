@@ -31,9 +31,9 @@ TOLERANCE = 1e-5
 @pytest.fixture(params=MODELS)
 def model(request):
     config = replace(MODELS[request.param], hidden_dropout=0.0, attention_dropout=0.0, max_position_embeddings=32)
-    topology = single_process_topology()
-    built = build_model(config, objective_of(config), topology)
-    initialize_weights(built, seed=3, std=0.1, vocab_size=config.vocab_size, topology=topology)
+    ranks = single_process_topology().tensor_parallel
+    built = build_model(config, objective_of(config), ranks)
+    initialize_weights(built, seed=3, std=0.1, vocab_size=config.vocab_size, tensor_parallel=ranks)
     with torch.no_grad():  # biases and LayerNorms too, so that a swapped pair shows
         for parameter in built.parameters():
             if parameter.ndim == 1:

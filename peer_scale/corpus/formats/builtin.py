@@ -11,10 +11,13 @@ import re
 import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from peer_scale.corpus.formats.base import Source
 from peer_scale.corpus.worker_pool import worker_pool
 
+_NAME = "builtin"
 # Distribution names with the folder below the import root that holds their sources.
 _PACKAGES = {
     "numpy": "numpy",
@@ -24,7 +27,7 @@ _PACKAGES = {
     "megatron-core": "megatron/core",
     "datasets": "datasets",
 }
-_EXTRACTION = 1  # to be raised whenever the rules below change: prepared corpora are keyed by it
+_EXTRACTION = 1  # raise it whenever the rules below change: prepared corpora are keyed by it
 _LEFT_OUT_FOLDERS = {"test", "tests", "testing", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
 _FILES_PER_TASK = 64
 _MIN_WORDS = 6
@@ -44,24 +47,30 @@ _SENTENCE_END = re.compile(r"[.!?][\"')\]]*$")
 _WORD = re.compile(r"[A-Za-z]+(?:['-][A-Za-z]+)*[.,;:!?)\"']*|\([A-Za-z]+[.,;:!?)\"']*")
 
 
-def builtin_identity() -> list[str]:
-    """Names what the built-in corpus is made of: the interpreter's and each package's version."""
-    versions = [f"builtin {_EXTRACTION}", f"python {platform.python_version()}"]
-    for distribution in _PACKAGES:
-        try:
-            versions.append(f"{distribution} {importlib.metadata.version(distribution)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
+@dataclass(frozen=True)
+class BuiltinCorpus(Source):
+    """The built-in corpus: one document per source file, in an order that only the texts decide."""
 
+    @classmethod
+    def takes(cls, name: str) -> bool:
+        return name == _NAME
 
-def iter_builtin_documents() -> Iterator[str]:
-    """Yields the built-in corpus: one document per source file, in an order that only the texts decide."""
-    yield from extract_documents(root for root in _package_roots() if root.is_dir())
+    def identity(self) -> list[str]:
+        """Name what the documents are made from: the interpreter's and each package's version."""
+        versions = [f"builtin {_EXTRACTION}", f"python {platform.python_version()}"]
+        for distribution in _PACKAGES:
+            try:
+                versions.append(f"{distribution} {importlib.metadata.version(distribution)}")
+            except importlib.metadata.PackageNotFoundError:
+                continue
+        return versions
+
+    def documents(self, text_key: str) -> Iterator[str]:
+        yield from extract_documents(root for root in _package_roots() if root.is_dir())
 
 
 def extract_documents(roots: Iterable[Path]) -> Iterator[str]:
-    """Yields the docstring prose of the Python sources below some folders.
+    """Yield the docstring prose of the Python sources below some folders.
 
     Args:
         roots: folders, read in this order: a docstring found twice counts where it is met first.
@@ -85,7 +94,7 @@ def extract_documents(roots: Iterable[Path]) -> Iterator[str]:
 
 
 def prose(docstring: str) -> str:
-    """Returns what reads as sentences in a docstring: one paragraph a line, empty where nothing does."""
+    """Return what reads as sentences in a docstring: one paragraph per line, nothing where none does."""
     paragraphs = (_clean(paragraph) for paragraph in _paragraphs(inspect.cleandoc(docstring)))
     return "\n".join(_as_sentence(paragraph) for paragraph in paragraphs if _is_prose(paragraph))
 
@@ -119,7 +128,7 @@ def _parallel_docstrings(tasks: Sequence[list[str]]) -> Iterator[list[tuple[byte
 
 
 def _docstring_prose(files: Sequence[str]) -> list[list[tuple[bytes, str]]]:
-    """Returns for every file its (docstring's digest, prose) pairs, those without prose left out."""
+    """Return for every file its pairs of (docstring's digest, prose), those without prose left out."""
     result = []
     for file in files:
         pairs = ((_digest(docstring), prose(docstring)) for docstring in _docstrings(Path(file).read_bytes()))
@@ -146,7 +155,7 @@ def _digest(text: str) -> bytes:
 
 
 def _paragraphs(text: str) -> Iterator[str]:
-    """Cuts at blank lines, bullets and parameter entries; leaves out code, directives, doctests and headings."""
+    """Cut at blank lines, bullets and parameter entries; leave out code, directives, doctests and headings."""
     lines: list[str] = []
     fenced = False
     skipped_indent: int | None = None  # inside a literal block or directive that is indented deeper than this

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import pickle
@@ -13,12 +14,23 @@ import psutil
 import pytest
 
 from corpus_files import TOOL, contents, run_tool, tokens_of
+from peer_scale.corpus.manifest import PairManifest
 from peer_scale.corpus.prepare import open_corpus, preprocess, train_on_inputs
 from peer_scale.corpus.readers import iter_documents
-from peer_scale.corpus.store import TokenStore, read_manifest
+from peer_scale.corpus.store import TokenStore
 from peer_scale.corpus.wordpiece import load_wordpiece, train_wordpiece
 from peer_scale.corpus.worker_pool import worker_pool
 from peer_scale.errors import UserError
+
+
+def digest(*texts: str) -> str:
+    """What prepared corpora are known by: the sha256 of texts, each after its length in 8 bytes."""
+    encoded = [text.encode() for text in texts]
+    return hashlib.sha256(b"".join(len(text).to_bytes(8, "little") + text for text in encoded)).hexdigest()
+
+
+def identities(folder: Path) -> list[str]:
+    return [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in sorted(folder.iterdir())]
 
 
 def indexed_dataset(prefix: str):
@@ -95,7 +107,8 @@ def test_the_manifest_describes_the_pair(pair, raw, wordpiece):
     assert manifest["num_documents"] == 600
     assert manifest["num_tokens"] == Path(f"{pair}.bin").stat().st_size // 2
     assert manifest["tokenizer_digest"] == wordpiece.digest
-    assert manifest["fingerprint"] == pickle.loads(pickle.dumps(TokenStore.open([pair])))._shards[0].fingerprint
+    assert manifest["key"] == digest("text", *identities(raw), wordpiece.digest, "1", "50000")
+    assert manifest["fingerprint"] == pickle.loads(pickle.dumps(TokenStore.open([pair])))._pairs[0].fingerprint
     assert manifest["inputs"] == [
         {"path": str(raw), "files": 103, "bytes": sum(path.stat().st_size for path in raw.iterdir())}
     ]
@@ -245,6 +258,9 @@ def test_raw_text_is_tokenised_once_into_the_cache(tmp_path, raw, wordpiece):
     given = str(tmp_path / "tokenizer")
     store, found = opened(raw, tokenizer=given, cache=cache)
     assert (store.num_documents, found.digest) == (600, wordpiece.digest)
+    # Caches of earlier versions are found by the same names.
+    folder = digest("text", *identities(raw), wordpiece.digest)[:32]
+    assert store.prefixes == (str(cache / folder / "corpus"),)
     stamp = os.stat(f"{store.prefixes[0]}.bin").st_mtime_ns
     again, _ = opened(raw, tokenizer=given, cache=cache)
     assert again.fingerprint == store.fingerprint
@@ -253,6 +269,9 @@ def test_raw_text_is_tokenised_once_into_the_cache(tmp_path, raw, wordpiece):
     assert part.num_documents == 300
     trained_store, trained = opened(raw / "a.txt", cache=cache, vocab_size=300)
     assert trained.vocab_size == 300
+    (folder,) = (path for path in cache.iterdir() if path.name in trained_store.prefixes[0])
+    (identity,) = (identity for identity in identities(raw) if identity.startswith(str(raw / "a.txt")))
+    assert folder.name == digest("text", identity, "trained 300")[:32]
     assert trained.digest == train_on_inputs([str(raw / "a.txt")], 300).digest
     assert trained_store.read(0, 0, 5).tolist() == trained.encode([next(iter_documents([str(raw / "a.txt")]))])[0][:5]
     assert len(list(cache.iterdir())) == 3
@@ -355,9 +374,9 @@ def test_bad_input_ends_the_tool_with_one_line(tmp_path, raw, arguments, message
 def test_the_tool_trains_and_verifies_from_anywhere(tmp_path, raw):
     done = run_tool("--input", raw / "a.txt", "--vocab-size", 300, "--output-prefix", "out/corpus", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    manifest = read_manifest(str(tmp_path / "out" / "corpus"))
+    manifest = PairManifest.read(str(tmp_path / "out" / "corpus"))
     assert manifest is not None
-    assert (manifest["num_documents"], manifest["vocab_size"]) == (300, 300)
+    assert (manifest.num_documents, manifest.vocab_size) == (300, 300)
     assert run_tool("--verify", "out/corpus", cwd=tmp_path).returncode == 0
     help_text = run_tool("--help").stdout
     assert "--tokenizer vocab.txt" in help_text

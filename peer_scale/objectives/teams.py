@@ -1,0 +1,232 @@
+"""TEAMS (Shen et al. 2021): replaced-token detection and multi-word selection, each with top layers of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peer_scale.errors import UserError
+from peer_scale.models.config import EncoderShape, ModelConfig
+from peer_scale.models.generator_head import GeneratorOutput
+from peer_scale.models.heads import MaskedLMHead
+from peer_scale.models.multi_word_selection import DetectionBranch, SelectionBranch, candidate_scores
+from peer_scale.models.networks import HeadBuilder, PretrainingModel
+from peer_scale.models.paper_costs import paper_generator_flops, paper_ranker_flops
+from peer_scale.objectives.exports import Export
+from peer_scale.objectives.graph import Cost, Graph, Value, Work, embedding_costs
+from peer_scale.objectives.masked_lm import MLM_LOSS, MLM_SUMS, generator_exports, generator_metrics, generator_works
+from peer_scale.objectives.objective import Loss, Objective
+from peer_scale.objectives.statistics import RTD_SUMS, rtd_metrics, rtd_sums
+from peer_scale.objectives.tqr import corrupted_ids, rtd_head_entries, scatter_labels, score_head_cost, token_losses
+from peer_scale.objectives.works import Outcome, WorkContext
+
+_REPLACED, _ORIGINAL = 1.0, 2.0  # rank labels of two levels
+
+
+@dataclass(frozen=True)
+class Teams(Objective):
+    """TEAMS's hyper-parameters; the weights are those of its released code, 1 : 5 : 2.
+
+    The ranker's `num_layers` counts its trunk and `num_separate_layers` of replaced-token detection; as many layers
+    again, for multi-word selection, branch off the trunk. A position's candidates are the original token and
+    `num_negatives` others that the generator finds likely.
+    """
+
+    kind: ClassVar[str] = "teams"
+    validation_metrics: ClassVar[tuple[str, ...]] = ("mlm_accuracy", "rtd_recall", "rtd_auc", "mws_accuracy")
+    progress_metrics: ClassVar[Mapping[str, str]] = {
+        "mlm_accuracy": "MLM accuracy",
+        "rtd_auc": "RTD AUC",
+        "mws_accuracy": "MWS accuracy",
+    }
+
+    rtd_weight: float = 5.0
+    mws_weight: float = 2.0
+    num_negatives: int = 4
+    num_separate_layers: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("rtd_weight", "mws_weight"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"{name} is {getattr(self, name)}; it must not be negative")
+        for name in ("num_negatives", "num_separate_layers"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    def check_model(self, model: ModelConfig) -> None:
+        if model.ranker is None:
+            raise UserError("the objective teams trains a generator and a ranker, but the model has no ranker")
+        limit = model.ranker.num_layers - max(model.num_shared_layers, 1)
+        if self.num_separate_layers > limit:
+            raise UserError(
+                f"num_separate_layers is {self.num_separate_layers}; of the ranker's {model.ranker.num_layers} layers "
+                f"at most {limit} can be above the trunk"
+            )
+        if model.vocab_size - 1 < self.num_negatives:
+            raise UserError(
+                f"num_negatives is {self.num_negatives}, but a vocabulary of {model.vocab_size} has only "
+                f"{model.vocab_size - 1} tokens beside the original"
+            )
+
+    def graph(self, model: ModelConfig) -> Graph:
+        trunk, num_candidates = self._trunk(model), 1 + self.num_negatives
+        width = model.embedding_size
+        gives = (
+            Value("sampled", "int64"),
+            Value("labels", "float32"),
+            Value("candidates", "int64", num_candidates),
+        )
+        works = (
+            *generator_works(model, _after_sampling, gives, num_negatives=self.num_negatives),
+            Work(
+                "ranker",
+                network="ranker",
+                begin=corrupted_ids,
+                begin_takes=("sampled",),
+                end=_detect,
+                end_takes=("labels",),
+                gives=(Value("selection_states", "compute", width),),
+                heads=("rtd_branch", "mws_branch"),
+                has_loss=True,
+                end_layers=2 * self.num_separate_layers,
+                begin_costs=embedding_costs(model, trunk),
+                end_costs=(
+                    score_head_cost(trunk),
+                    Cost("position", flops=2 * trunk.hidden_size * width, activations=trunk.hidden_size + 3 * width),
+                ),
+            ),
+            Work(
+                "selection",
+                end=_choose,
+                end_takes=("selection_states", "candidates"),
+                has_loss=True,
+                end_costs=(
+                    Cost(
+                        "position",
+                        flops=2 * width * num_candidates,
+                        activations=width,
+                        workspace=num_candidates * width,
+                        reduced_bytes=4 * (num_candidates + width),
+                    ),
+                ),
+            ),
+        )
+        networks = {**model.networks, "ranker": trunk}
+        return Graph(tuple(networks.items()), model.num_shared_layers, works)
+
+    def heads(self, model: ModelConfig) -> Mapping[str, HeadBuilder]:
+        trunk, count = self._trunk(model), self.num_separate_layers
+        return {
+            "mlm_head": lambda ranks: MaskedLMHead(model, ranks),
+            "rtd_branch": lambda ranks: DetectionBranch(trunk, model, count, ranks),
+            "mws_branch": lambda ranks: SelectionBranch(trunk, model, count, ranks),
+        }
+
+    @property
+    def num_extra_uniforms(self) -> int:
+        return self.num_negatives
+
+    @property
+    def losses(self) -> tuple[Loss, ...]:
+        rtd, mws = Loss("rtd_loss", self.rtd_weight, "tokens"), Loss("mws_loss", self.mws_weight, "selected")
+        return MLM_LOSS, rtd, mws
+
+    @property
+    def sum_names(self) -> tuple[str, ...]:
+        return (*MLM_SUMS, *RTD_SUMS, "mws_correct")
+
+    def metrics(self, sums: Mapping[str, float]) -> dict[str, object]:
+        accuracy = {"mws_accuracy": sums["mws_correct"] / sums["selected"]}
+        return {**generator_metrics(sums), **rtd_metrics(sums), **accuracy}
+
+    def describe(self) -> str:
+        return (
+            f"TEAMS, {1 + self.num_negatives} candidates, weights 1 : {self.rtd_weight:g} : {self.mws_weight:g} (MLM, "
+            "detection, selection)"
+        )
+
+    def paper_flops(self, model: ModelConfig, seq_length: int) -> float:
+        """Count the layers of both branches, but not the candidates' scores: the printed numbers leave them out."""
+        trunk = self._trunk(model)
+        all_layers = replace(trunk, num_layers=trunk.num_layers + 2 * self.num_separate_layers)
+        return paper_generator_flops(model, seq_length) + paper_ranker_flops(model, all_layers, seq_length)
+
+    def exports(self, model: ModelConfig) -> tuple[Export, ...]:
+        detection = Export(
+            branch="rtd",
+            network="ranker",
+            family="electra",
+            class_name="ElectraForPreTraining",
+            head=rtd_head_entries("rtd_branch.head"),
+            usage="The branch of replaced-token detection (rtd): positive logits mark tokens that do not fit.",
+            logits=_replaced_logits,
+            top_layers=self._top_layers("rtd_branch"),
+        )
+        selection = Export(
+            branch="mws",
+            network="ranker",
+            family="electra",
+            class_name="ElectraModel",
+            head=(),
+            usage="The branch of multi-word selection (mws), as an encoder to fine-tune.",
+            logits=None,
+            top_layers=self._top_layers("mws_branch"),
+            left_out=tuple(f"mws_branch.{part}.{kind}" for part in ("dense", "norm") for kind in ("weight", "bias")),
+        )
+        return detection, selection, *generator_exports(model)
+
+    def _top_layers(self, branch: str) -> tuple[str, ...]:
+        return tuple(f"{branch}.layers.{number}" for number in range(self.num_separate_layers))
+
+    def _trunk(self, model: ModelConfig) -> EncoderShape:
+        assert model.ranker is not None, "check_model has been asked"
+        return replace(model.ranker, num_layers=model.ranker.num_layers - self.num_separate_layers)
+
+
+def _after_sampling(context: WorkContext, generated: GeneratorOutput) -> dict[str, Tensor]:
+    """Make what the other works need of the generator's draws: replacements, labels [n] and candidates [n, c]."""
+    assert generated.negatives is not None, "the head was asked for negatives"
+    originals = context.batch.input_ids.gather(1, context.batch.positions).flatten()
+    # slots that only fill up point at position 0 and write back what is there
+    sampled = torch.where(context.batch.is_selected.flatten(), generated.sampled_ids, originals)
+    labels = torch.where(sampled == originals, _ORIGINAL, _REPLACED)
+    return {"sampled": sampled, "labels": labels, "candidates": torch.cat([originals[:, None], generated.negatives], 1)}
+
+
+def _detect(context: WorkContext, hidden: Tensor | None) -> Outcome:
+    """Run both branches on the trunk's states: the loss of detection, and the states to select candidates with."""
+    assert hidden is not None, "a network ends in hidden states"
+    model, batch = context.model, context.batch
+    scores_SB, thresholds = model.head("rtd_branch")(hidden, batch.attention_mask)
+    scores = scores_SB.transpose(0, 1)
+    labels = scatter_labels(batch, context.values["labels"], num_levels=2)
+    losses = token_losses(scores, thresholds, labels)
+    rtd_sum = torch.where(batch.attention_mask, losses, 0.0).sum()
+    states = model.head("mws_branch")(hidden, batch.attention_mask, batch.positions)
+    sums = rtd_sums(scores.detach(), thresholds.detach()[-1], labels == _REPLACED, batch)
+    return Outcome({"rtd_loss": rtd_sum}, sums, {"selection_states": states})
+
+
+def _choose(context: WorkContext, _: Tensor | None) -> Outcome:
+    """Score the candidates, of which the first is the original."""
+    model, is_selected = context.model, context.batch.is_selected.flatten()
+    scores = candidate_scores(
+        context.values["selection_states"],
+        model.embeddings.word.weight,
+        context.values["candidates"],
+        group=model.tensor_parallel.group,
+    )
+    originals = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
+    losses = F.cross_entropy(scores, originals, reduction="none")
+    is_correct = (scores[:, :1] > scores[:, 1:]).all(1) & is_selected
+    return Outcome({"mws_loss": torch.where(is_selected, losses, 0.0).sum()}, {"mws_correct": is_correct.sum()})
+
+
+def _replaced_logits(model: PretrainingModel, hidden: Tensor) -> Tensor:
+    scores, thresholds = model.head("rtd_branch.head")(hidden)
+    return thresholds[-1] - scores
