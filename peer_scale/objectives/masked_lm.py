@@ -73,9 +73,7 @@ class MaskedLanguageModel(Objective):
         return paper_generator_flops(model, seq_length)
 
     def exports(self, model: ModelConfig) -> tuple[Export, ...]:
-        # BertForMaskedLM cannot project embeddings to another width; ELECTRA's class computes the same function and can
-        has_projection = model.embedding_size != model.generator.hidden_size
-        return (generator_export(model) if has_projection else _bert_export(model),)
+        return generator_exports(model)[::-1]
 
 
 def generator_works(
@@ -136,6 +134,13 @@ def generator_metrics(sums: Mapping[str, float]) -> dict[str, object]:
         "mlm_accuracy": sums["mlm_correct"] / sums["selected"],
         "varying_share": sums["selected_variation"] / sums["selected_square"] if sums["selected_square"] else None,
     }
+
+
+def generator_exports(model: ModelConfig) -> tuple[Export, ...]:
+    """Describe the generator as an ElectraForMaskedLM and, where it can be one, as a BertForMaskedLM."""
+    # BertForMaskedLM cannot project embeddings to another width; ELECTRA's class computes the same function and can
+    has_projection = model.embedding_size != model.generator.hidden_size
+    return (generator_export(model),) if has_projection else (generator_export(model), _bert_export(model))
 
 
 def generator_export(model: ModelConfig) -> Export:
