@@ -42,7 +42,7 @@ def identity(run: RunConfig, *, data_fingerprint: str, tokenizer_digest: str) ->
 
 def objective_section(objective: Objective) -> dict[str, Any]:
     """Describe an objective by its kind and its hyper-parameters."""
-    return {"kind": objective.kind, **dataclasses.asdict(objective)}  # type: ignore[call-overload]
+    return objective.section()
 
 
 def layout(run: RunConfig, topology: Topology) -> dict[str, Any]:
