@@ -24,7 +24,7 @@ def small_run(*flags):
 def test_the_transformers_peer_is_tied_and_shared_like_ours():
     run = small_run()
     pair = bench_peers.TransformersPair(run)
-    ours = PretrainingTask(run.model, run.objective, single_process_topology())
+    ours = PretrainingTask(run.model, run.objective, single_process_topology().tensor_parallel)
     count = sum(parameter.numel() for parameter in pair.parameters())  # each shared one once
     # ours has two thresholds where theirs has one bias, theirs a bias of the output score less
     assert count == sum(parameter.numel() for parameter in ours.parameters()) - 1

@@ -24,7 +24,7 @@ def scores_and_labels(save, cache, text_file, num_samples=3072):
         [str(text_file)], None, vocab_size=VOCAB_SIZE, text_key="text", cache_dir=cache, workers=1
     )
     assert tokenizer.digest == checkpoint.tokenizer.digest
-    task = PretrainingTask(checkpoint.model, checkpoint.objective, single_process_topology()).eval()
+    task = PretrainingTask(checkpoint.model, checkpoint.objective, single_process_topology().tensor_parallel).eval()
     task.model.load_state_dict({name: our_weights(checkpoint, name) for name in checkpoint.weights})
     seq_length = checkpoint.data.seq_length
     windows = Windows(store, width=seq_length - 3, first=0, last=store.num_documents)

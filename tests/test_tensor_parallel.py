@@ -93,7 +93,7 @@ def draw_numbers() -> tuple[list[float], list[float], list[float]]:
     topology = build_topology(torch.device("cpu"), tensor_parallel=dist.get_world_size())
     torch.manual_seed(5)
     before = torch.rand(3).tolist()
-    with own_random_stream(topology):
+    with own_random_stream(topology.tensor_parallel):
         inside = torch.rand(3).tolist()
     return before, inside, torch.rand(3).tolist()
 

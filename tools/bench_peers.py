@@ -34,9 +34,11 @@ class Setting:
 def our_task(setting: Setting) -> PretrainingTask:
     """Our model with its initial weights."""
     run = setting.run
-    task = PretrainingTask(run.model, run.objective, setting.topology)
-    model = run.model
-    initialize_weights(task, seed=run.seed, std=model.init_std, vocab_size=model.vocab_size, topology=setting.topology)
+    model, tensor_parallel = run.model, setting.topology.tensor_parallel
+    task = PretrainingTask(model, run.objective, tensor_parallel)
+    initialize_weights(
+        task, seed=run.seed, std=model.init_std, vocab_size=model.vocab_size, tensor_parallel=tensor_parallel
+    )
     return task
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from peer_scale.models.config import ModelConfig, padded_vocab_size
 from peer_scale.parallel.megatron import mark_sharded
-from peer_scale.parallel.topology import Topology
+from peer_scale.parallel.tensor_parallel import TensorParallel
 
 
 class MaskedLMHead(nn.Module):
@@ -17,14 +17,14 @@ class MaskedLMHead(nn.Module):
     The output matrix is the word-embedding table, so it is not here.
     """
 
-    def __init__(self, config: ModelConfig, topology: Topology) -> None:
+    def __init__(self, config: ModelConfig, tensor_parallel: TensorParallel) -> None:
         super().__init__()
         self.dense = nn.Linear(config.generator.hidden_size, config.embedding_size)
         self.norm = nn.LayerNorm(config.embedding_size, eps=config.layer_norm_eps)
-        rows = padded_vocab_size(config.vocab_size, topology.size("tp")) // topology.size("tp")
+        rows = padded_vocab_size(config.vocab_size, tensor_parallel.size) // tensor_parallel.size
         self.bias = nn.Parameter(torch.zeros(rows))
         mark_sharded(self.bias, dim=0)
-        first_row = rows * topology.rank("tp")
+        first_row = rows * tensor_parallel.rank
         is_padding = torch.arange(first_row, first_row + rows) >= config.vocab_size
         self.register_buffer("is_padding", is_padding, persistent=False)
 

@@ -27,7 +27,7 @@ from peer_scale.parallel.sequence import (
     own_random_stream,
     whole_gradients,
 )
-from peer_scale.parallel.topology import Topology
+from peer_scale.parallel.tensor_parallel import TensorParallel
 
 
 class ColumnLinear(ColumnParallelLinear):
@@ -36,22 +36,22 @@ class ColumnLinear(ColumnParallelLinear):
     Under sequence parallelism the input is this rank's slice of the sequence and the output is of the whole.
     """
 
-    def __init__(self, input_size: int, output_size: int, topology: Topology) -> None:
+    def __init__(self, input_size: int, output_size: int, tensor_parallel: TensorParallel) -> None:
         super().__init__(
             input_size,
             output_size,
-            config=layer_config(topology),
+            config=layer_config(tensor_parallel),
             init_method=None,
             gather_output=False,
             skip_bias_add=True,
-            disable_grad_reduce=topology.sequence_parallel,
-            tp_group=topology.group("tp"),
+            disable_grad_reduce=tensor_parallel.sequence_parallel,
+            tp_group=tensor_parallel.group,
         )
-        self.topology = topology
+        self.tensor_parallel = tensor_parallel
         mark_sharded(self.weight, dim=0)
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        return super().forward(join_sequence_for_split_weights(hidden, self.topology))
+        return super().forward(join_sequence_for_split_weights(hidden, self.tensor_parallel))
 
 
 class RowLinear(RowParallelLinear):
@@ -60,37 +60,37 @@ class RowLinear(RowParallelLinear):
     Under sequence parallelism the output is this rank's slice of the sequence.
     """
 
-    def __init__(self, input_size: int, output_size: int, topology: Topology) -> None:
+    def __init__(self, input_size: int, output_size: int, tensor_parallel: TensorParallel) -> None:
         super().__init__(
             input_size,
             output_size,
-            config=layer_config(topology),
+            config=layer_config(tensor_parallel),
             init_method=None,
             bias=True,
             input_is_parallel=True,
             skip_bias_add=True,
-            tp_group=topology.group("tp"),
+            tp_group=tensor_parallel.group,
         )
-        self.topology = topology
+        self.tensor_parallel = tensor_parallel
         mark_sharded(self.weight, dim=1)
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        if not self.topology.sequence_parallel:
+        if not self.tensor_parallel.sequence_parallel:
             return super().forward(hidden)
-        return add_up_and_split(F.linear(hidden, self.weight), self.topology), self.bias
+        return add_up_and_split(F.linear(hidden, self.weight), self.tensor_parallel), self.bias
 
 
 class Embeddings(nn.Module):
     """Sum of word, position and type embeddings, then LayerNorm and dropout: ids [B, S] -> [S, B, E]."""
 
-    def __init__(self, config: ModelConfig, topology: Topology) -> None:
+    def __init__(self, config: ModelConfig, tensor_parallel: TensorParallel) -> None:
         super().__init__()
         self.word = VocabParallelEmbedding(
-            padded_vocab_size(config.vocab_size, topology.size("tp")),
+            padded_vocab_size(config.vocab_size, tensor_parallel.size),
             config.embedding_size,
             init_method=None,
-            config=layer_config(topology),
-            tp_group=topology.group("tp"),
+            config=layer_config(tensor_parallel),
+            tp_group=tensor_parallel.group,
         )
         mark_sharded(self.word.weight, dim=0)
         self.position = nn.Embedding(config.max_position_embeddings, config.embedding_size)
@@ -110,18 +110,18 @@ class SelfAttention(nn.Module):
     The rows of the fused QKV matrix are ordered [head, (q, k, v), D], so a split of the rows is a split of the heads.
     """
 
-    def __init__(self, shape: EncoderShape, config: ModelConfig, topology: Topology) -> None:
+    def __init__(self, shape: EncoderShape, config: ModelConfig, tensor_parallel: TensorParallel) -> None:
         super().__init__()
-        self.topology = topology
+        self.tensor_parallel = tensor_parallel
         self.head_size = shape.head_size
         self.dropout = config.attention_dropout
-        self.qkv = ColumnLinear(shape.hidden_size, 3 * shape.hidden_size, topology)
-        self.dense = RowLinear(shape.hidden_size, shape.hidden_size, topology)
+        self.qkv = ColumnLinear(shape.hidden_size, 3 * shape.hidden_size, tensor_parallel)
+        self.dense = RowLinear(shape.hidden_size, shape.hidden_size, tensor_parallel)
 
     def forward(self, hidden_SBH: Tensor, mask_BS: Tensor | None) -> tuple[Tensor, Tensor]:
         qkv, bias = self.qkv(hidden_SBH)
         dropout = self.dropout if self.training else 0.0
-        with own_random_stream(self.topology) if dropout else contextlib.nullcontext():
+        with own_random_stream(self.tensor_parallel) if dropout else contextlib.nullcontext():
             context_SBH = self_attention(qkv, bias, mask_BS, head_size=self.head_size, dropout=dropout)
         return self.dense(context_SBH)
 
@@ -129,10 +129,10 @@ class SelfAttention(nn.Module):
 class FeedForward(nn.Module):
     """Two linear layers with a GELU (erf) between them: [S, B, H] -> [S, B, H] and the bias, not yet added."""
 
-    def __init__(self, shape: EncoderShape, topology: Topology) -> None:
+    def __init__(self, shape: EncoderShape, tensor_parallel: TensorParallel) -> None:
         super().__init__()
-        self.up = ColumnLinear(shape.hidden_size, shape.ffn_hidden_size, topology)
-        self.down = RowLinear(shape.ffn_hidden_size, shape.hidden_size, topology)
+        self.up = ColumnLinear(shape.hidden_size, shape.ffn_hidden_size, tensor_parallel)
+        self.down = RowLinear(shape.ffn_hidden_size, shape.hidden_size, tensor_parallel)
 
     def forward(self, hidden_SBH: Tensor) -> tuple[Tensor, Tensor]:
         output, bias = self.up(hidden_SBH)
@@ -142,16 +142,16 @@ class FeedForward(nn.Module):
 class ResidualNorm(nn.LayerNorm):
     """LayerNorm of residual + dropout(output + bias), all [S, B, H]."""
 
-    def __init__(self, hidden_size: int, config: ModelConfig, topology: Topology) -> None:
+    def __init__(self, hidden_size: int, config: ModelConfig, tensor_parallel: TensorParallel) -> None:
         super().__init__(hidden_size, eps=config.layer_norm_eps)
-        self.topology = topology
+        self.tensor_parallel = tensor_parallel
         self.dropout = config.hidden_dropout
 
     def forward(self, output: Tensor, output_bias: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
-        output_bias, weight, bias = whole_gradients((output_bias, self.weight, self.bias), self.topology)
+        output_bias, weight, bias = whole_gradients((output_bias, self.weight, self.bias), self.tensor_parallel)
         dropout = self.dropout if self.training else 0.0
-        is_split = self.topology.sequence_parallel and dropout
-        with own_random_stream(self.topology) if is_split else contextlib.nullcontext():
+        is_split = self.tensor_parallel.sequence_parallel and dropout
+        with own_random_stream(self.tensor_parallel) if is_split else contextlib.nullcontext():
             return bias_dropout_residual_norm(
                 output, output_bias, residual, weight, bias, dropout=dropout, eps=self.eps
             )
@@ -163,12 +163,12 @@ class TransformerLayer(nn.Module):
     Under sequence parallelism S is this rank's slice of the sequence.
     """
 
-    def __init__(self, shape: EncoderShape, config: ModelConfig, topology: Topology) -> None:
+    def __init__(self, shape: EncoderShape, config: ModelConfig, tensor_parallel: TensorParallel) -> None:
         super().__init__()
-        self.attention = SelfAttention(shape, config, topology)
-        self.attention_norm = ResidualNorm(shape.hidden_size, config, topology)
-        self.feed_forward = FeedForward(shape, topology)
-        self.feed_forward_norm = ResidualNorm(shape.hidden_size, config, topology)
+        self.attention = SelfAttention(shape, config, tensor_parallel)
+        self.attention_norm = ResidualNorm(shape.hidden_size, config, tensor_parallel)
+        self.feed_forward = FeedForward(shape, tensor_parallel)
+        self.feed_forward_norm = ResidualNorm(shape.hidden_size, config, tensor_parallel)
 
     def forward(self, hidden_SBH: Tensor, mask_BS: Tensor | None) -> Tensor:
         attended = self.attention_norm(*self.attention(hidden_SBH, mask_BS), hidden_SBH)

@@ -13,22 +13,24 @@ from peer_scale.models.config import EncoderShape, ModelConfig
 from peer_scale.models.heads import RankingHead
 from peer_scale.models.networks import layer_stack, select
 from peer_scale.parallel.sequence import join_sequence
-from peer_scale.parallel.topology import Topology
+from peer_scale.parallel.tensor_parallel import TensorParallel
 
 
 class DetectionBranch(nn.Module):
     """Layers of its own on top of the trunk, then ELECTRA's head: [S, B, H] -> scores and one threshold."""
 
-    def __init__(self, shape: EncoderShape, config: ModelConfig, num_layers: int, topology: Topology) -> None:
+    def __init__(
+        self, shape: EncoderShape, config: ModelConfig, num_layers: int, tensor_parallel: TensorParallel
+    ) -> None:
         super().__init__()
-        self.topology = topology
-        self.layers = layer_stack(range(num_layers), shape, config, topology)
+        self.tensor_parallel = tensor_parallel
+        self.layers = layer_stack(range(num_layers), shape, config, tensor_parallel)
         self.head = RankingHead(shape.hidden_size, num_levels=2)
 
     def forward(self, hidden_SBH: Tensor, mask_BS: Tensor) -> tuple[Tensor, Tensor]:
         for layer in self.layers.values():
             hidden_SBH = layer(hidden_SBH, mask_BS)
-        return self.head(join_sequence(hidden_SBH, self.topology))
+        return self.head(join_sequence(hidden_SBH, self.tensor_parallel))
 
 
 class SelectionBranch(nn.Module):
@@ -37,17 +39,19 @@ class SelectionBranch(nn.Module):
     The candidates' scores are products with their rows of the word table, so they are not here.
     """
 
-    def __init__(self, shape: EncoderShape, config: ModelConfig, num_layers: int, topology: Topology) -> None:
+    def __init__(
+        self, shape: EncoderShape, config: ModelConfig, num_layers: int, tensor_parallel: TensorParallel
+    ) -> None:
         super().__init__()
-        self.topology = topology
-        self.layers = layer_stack(range(num_layers), shape, config, topology)
+        self.tensor_parallel = tensor_parallel
+        self.layers = layer_stack(range(num_layers), shape, config, tensor_parallel)
         self.dense = nn.Linear(shape.hidden_size, config.embedding_size)
         self.norm = nn.LayerNorm(config.embedding_size, eps=config.layer_norm_eps)
 
     def forward(self, hidden_SBH: Tensor, mask_BS: Tensor, positions_BP: Tensor) -> Tensor:
         for layer in self.layers.values():
             hidden_SBH = layer(hidden_SBH, mask_BS)
-        selected = select(join_sequence(hidden_SBH, self.topology), positions_BP)
+        selected = select(join_sequence(hidden_SBH, self.tensor_parallel), positions_BP)
         return self.norm(F.gelu(self.dense(selected)))
 
 

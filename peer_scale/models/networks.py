@@ -11,21 +11,27 @@ from torch import Tensor, nn
 from peer_scale.models.config import EncoderShape, ModelConfig, ModelPart
 from peer_scale.models.layers import Embeddings, TransformerLayer
 from peer_scale.parallel.sequence import join_sequence, split_sequence
-from peer_scale.parallel.topology import Topology
+from peer_scale.parallel.tensor_parallel import TensorParallel
 
-HeadBuilder: TypeAlias = Callable[[Topology], nn.Module]
+HeadBuilder: TypeAlias = Callable[[TensorParallel], nn.Module]
 
 
 class Encoder(nn.Module):
     """What one encoder does not share: its projection (where E != H) and its layers above the shared ones."""
 
     def __init__(
-        self, shape: EncoderShape, config: ModelConfig, layers: range, topology: Topology, *, has_projection: bool
+        self,
+        shape: EncoderShape,
+        config: ModelConfig,
+        layers: range,
+        tensor_parallel: TensorParallel,
+        *,
+        has_projection: bool,
     ) -> None:
         super().__init__()
         needs_projection = has_projection and config.embedding_size != shape.hidden_size
         self.projection = nn.Linear(config.embedding_size, shape.hidden_size) if needs_projection else nn.Identity()
-        self.layers = layer_stack(layers, shape, config, topology)
+        self.layers = layer_stack(layers, shape, config, tensor_parallel)
 
 
 class PretrainingModel(nn.Module):
@@ -40,7 +46,7 @@ class PretrainingModel(nn.Module):
         config: ModelConfig,
         networks: Mapping[str, EncoderShape],
         heads: Mapping[str, Mapping[str, HeadBuilder]],
-        topology: Topology,
+        tensor_parallel: TensorParallel,
         part: ModelPart | None = None,
     ) -> None:
         """Build the model.
@@ -49,21 +55,21 @@ class PretrainingModel(nn.Module):
             config: sizes of what the networks have in common.
             networks: each network's shape; `num_layers` counts the shared ones.
             heads: for each network, the makers of the heads that come after it, by name.
-            topology: the ranks that share each layer.
+            tensor_parallel: the ranks that share each layer.
             part: None for the whole model.
         """
         super().__init__()
-        self.config, self.topology = config, topology
+        self.config, self.tensor_parallel = config, tensor_parallel
         part = part or whole_model(config, networks)
         if part.has_embeddings:
-            self.embeddings = Embeddings(config, topology)
+            self.embeddings = Embeddings(config, tensor_parallel)
         bottom = next(iter(networks.values()))
-        self.shared_layers = layer_stack(part.shared_layers, bottom, config, topology)
+        self.shared_layers = layer_stack(part.shared_layers, bottom, config, tensor_parallel)
         for name, shape in networks.items():
             layers = part.layers(name)
-            self.add_module(name, Encoder(shape, config, layers, topology, has_projection=part.has_embeddings))
+            self.add_module(name, Encoder(shape, config, layers, tensor_parallel, has_projection=part.has_embeddings))
             for head, build in heads.get(name, {}).items():
-                self.add_module(head, build(topology))
+                self.add_module(head, build(tensor_parallel))
 
     def encode(self, network: str, ids_BS: Tensor, token_types_BS: Tensor, mask_BS: Tensor | None) -> Tensor:
         """Give the network's hidden states [S, B, H]; the mask is True on non-pad tokens."""
@@ -73,7 +79,7 @@ class PretrainingModel(nn.Module):
     def embed(self, network: str, ids_BS: Tensor, token_types_BS: Tensor) -> Tensor:
         """Make what goes into the first layer: [S, B, H], this rank's slice of it under sequence parallelism."""
         projection = self._encoder(network).projection
-        return split_sequence(projection(self.embeddings(ids_BS, token_types_BS)), self.topology)
+        return split_sequence(projection(self.embeddings(ids_BS, token_types_BS)), self.tensor_parallel)
 
     def run_layers(self, network: str, hidden_SBH: Tensor, mask_BS: Tensor | None) -> Tensor:
         """Run the shared layers and those of the network that are here: [S, B, H] -> [S, B, H]."""
@@ -83,7 +89,7 @@ class PretrainingModel(nn.Module):
 
     def whole_sequence(self, hidden: Tensor) -> Tensor:
         """Give the hidden states of all positions where sequence parallelism left a slice of them."""
-        return join_sequence(hidden, self.topology)
+        return join_sequence(hidden, self.tensor_parallel)
 
     def head(self, name: str) -> nn.Module:
         """Give the head of that name."""
@@ -107,6 +113,8 @@ def whole_model(config: ModelConfig, networks: Mapping[str, EncoderShape]) -> Mo
     return ModelPart(range(config.num_shared_layers), own, has_embeddings=True, ends=tuple(networks))
 
 
-def layer_stack(numbers: Iterable[int], shape: EncoderShape, config: ModelConfig, topology: Topology) -> nn.ModuleDict:
+def layer_stack(
+    numbers: Iterable[int], shape: EncoderShape, config: ModelConfig, tensor_parallel: TensorParallel
+) -> nn.ModuleDict:
     """Make layers by their numbers, so that a part's parameters are named as in the whole."""
-    return nn.ModuleDict({str(number): TransformerLayer(shape, config, topology) for number in numbers})
+    return nn.ModuleDict({str(number): TransformerLayer(shape, config, tensor_parallel) for number in numbers})

@@ -47,7 +47,7 @@ class MaskedLanguageModel(Objective):
     def heads(self, model: ModelConfig) -> Mapping[str, HeadBuilder]:
         from peer_scale.models.heads import MaskedLMHead
 
-        return {"mlm_head": lambda topology: MaskedLMHead(model, topology)}
+        return {"mlm_head": lambda tensor_parallel: MaskedLMHead(model, tensor_parallel)}
 
     @property
     def losses(self) -> tuple[Loss, ...]:
@@ -183,7 +183,7 @@ def _masked_lm(context: WorkContext, after_sampling: AfterSampling | None, num_n
         bias,
         targets,
         batch.uniforms.flatten(),
-        group=model.topology.group("tp"),
+        group=model.tensor_parallel.group,
         negative_uniforms=batch.extra_uniforms.flatten(0, 1)[:, :num_negatives] if num_negatives else None,
     )
     is_selected = batch.is_selected.flatten()

@@ -15,7 +15,7 @@ from peer_scale.models.networks import HeadBuilder, PretrainingModel, whole_mode
 from peer_scale.objectives.graph import Graph, Work
 from peer_scale.objectives.objective import Objective, SumsLayout
 from peer_scale.objectives.works import Outcome, StepInfo, WorkContext
-from peer_scale.parallel.topology import Topology
+from peer_scale.parallel.tensor_parallel import TensorParallel
 from peer_scale.samples.examples import Batch
 
 TaskOutput = tuple[Tensor | None, Tensor, dict[str, Tensor]]
@@ -26,12 +26,12 @@ class PretrainingTask(nn.Module):
     """All works of an objective, or those that a pipeline stage has its part in."""
 
     def __init__(
-        self, config: ModelConfig, objective: Objective, topology: Topology, part: ModelPart | None = None
+        self, config: ModelConfig, objective: Objective, tensor_parallel: TensorParallel, part: ModelPart | None = None
     ) -> None:
         super().__init__()
         self.objective, self.graph, self.sums = objective, objective.graph(config), SumsLayout(objective)
         self.part = part or whole_model(config, dict(self.graph.networks))
-        self.model = build_model(config, objective, topology, self.part)
+        self.model = build_model(config, objective, tensor_parallel, self.part)
 
     def forward(
         self, works: Sequence[str], batch: Batch, step: StepInfo, values: Mapping[str, Tensor] | None = None
@@ -98,13 +98,13 @@ class PretrainingTask(nn.Module):
 
 
 def build_model(
-    config: ModelConfig, objective: Objective, topology: Topology, part: ModelPart | None = None
+    config: ModelConfig, objective: Objective, tensor_parallel: TensorParallel, part: ModelPart | None = None
 ) -> PretrainingModel:
     """Build the model that an objective trains, or a part of it, with the heads that the part's works need."""
     graph = objective.graph(config)
     networks = dict(graph.networks)
     part = part or whole_model(config, networks)
-    return PretrainingModel(config, networks, _heads(graph, objective.heads(config), part), topology, part)
+    return PretrainingModel(config, networks, _heads(graph, objective.heads(config), part), tensor_parallel, part)
 
 
 def _heads(graph: Graph, builders: Mapping[str, HeadBuilder], part: ModelPart) -> dict[str, dict[str, HeadBuilder]]:

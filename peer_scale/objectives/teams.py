@@ -129,9 +129,9 @@ class Teams(Objective):
 
         trunk, count = self._trunk(model), self.num_separate_layers
         return {
-            "mlm_head": lambda topology: MaskedLMHead(model, topology),
-            "rtd_branch": lambda topology: DetectionBranch(trunk, model, count, topology),
-            "mws_branch": lambda topology: SelectionBranch(trunk, model, count, topology),
+            "mlm_head": lambda ranks: MaskedLMHead(model, ranks),
+            "rtd_branch": lambda ranks: DetectionBranch(trunk, model, count, ranks),
+            "mws_branch": lambda ranks: SelectionBranch(trunk, model, count, ranks),
         }
 
     @property
@@ -234,7 +234,7 @@ def _choose(context: WorkContext, _: Tensor | None) -> Outcome:
         context.values["selection_states"],
         model.embeddings.word.weight,
         context.values["candidates"],
-        group=model.topology.group("tp"),
+        group=model.tensor_parallel.group,
     )
     originals = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
     losses = F.cross_entropy(scores, originals, reduction="none")

@@ -218,8 +218,8 @@ class TokenQualityRanking(Objective):
         from peer_scale.models.heads import MaskedLMHead, RankingHead
 
         return {
-            "mlm_head": lambda topology: MaskedLMHead(model, topology),
-            "ranking_head": lambda topology: RankingHead(_ranker(model).hidden_size, self.num_levels),
+            "mlm_head": lambda tensor_parallel: MaskedLMHead(model, tensor_parallel),
+            "ranking_head": lambda _: RankingHead(_ranker(model).hidden_size, self.num_levels),
         }
 
     @property

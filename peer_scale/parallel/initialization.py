@@ -5,14 +5,16 @@ import torch.distributed as dist
 from torch import nn
 
 from peer_scale.parallel.megatron import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from peer_scale.parallel.topology import Topology
+from peer_scale.parallel.tensor_parallel import TensorParallel
 from peer_scale.seeds import stream_seed
 
 _DENSE = (nn.Linear, nn.Embedding, ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)
 
 
 @torch.no_grad()
-def initialize_weights(model: nn.Module, *, seed: int, std: float, vocab_size: int, topology: Topology) -> None:
+def initialize_weights(
+    model: nn.Module, *, seed: int, std: float, vocab_size: int, tensor_parallel: TensorParallel
+) -> None:
     """Truncated normal (two standard deviations) for matrices and tables, zero biases; LayerNorms as they come.
 
     A split parameter is drawn whole and then sliced; rows that only pad the vocabulary are zero.
@@ -24,22 +26,22 @@ def initialize_weights(model: nn.Module, *, seed: int, std: float, vocab_size: i
         shape = list(weight.shape)
         split_dim = getattr(weight, "partition_dim", -1)
         if split_dim >= 0:
-            shape[split_dim] *= topology.size("tp")
+            shape[split_dim] *= tensor_parallel.size
         logical = [vocab_size, shape[1]] if isinstance(module, VocabParallelEmbedding) else shape
         generator = torch.Generator().manual_seed(stream_seed(seed, "init", module_name))
         whole = torch.zeros(shape)
         drawn = whole[: logical[0]]
         nn.init.trunc_normal_(drawn, std=std, a=-2 * std, b=2 * std, generator=generator)
-        weight.copy_(whole.chunk(topology.size("tp"), split_dim)[topology.rank("tp")] if split_dim >= 0 else whole)
+        weight.copy_(whole.chunk(tensor_parallel.size, split_dim)[tensor_parallel.rank] if split_dim >= 0 else whole)
         bias = getattr(module, "bias", None)
         if isinstance(bias, torch.Tensor):
             nn.init.zeros_(bias)
 
 
-def count_parameters(model: nn.Module, topology: Topology) -> int:
-    """Parameters of the whole model, split or not; rows that pad the vocabulary count."""
+def count_parameters(model: nn.Module, tensor_parallel: TensorParallel, stages: dist.ProcessGroup) -> int:
+    """Count the parameters of all pipeline stages' models, split or not; rows that pad the vocabulary count."""
     sizes = ((p.numel(), getattr(p, "tensor_model_parallel", False)) for p in model.parameters())
-    own = sum(size * (topology.size("tp") if is_split else 1) for size, is_split in sizes)
-    total = torch.tensor(own, device=topology.device)
-    dist.all_reduce(total, group=topology.group("pp"))
+    own = sum(size * (tensor_parallel.size if is_split else 1) for size, is_split in sizes)
+    total = torch.tensor(own, device=tensor_parallel.device)
+    dist.all_reduce(total, group=stages)
     return int(total)

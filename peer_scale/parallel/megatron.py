@@ -8,15 +8,15 @@ from megatron.core import ModelParallelConfig
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from torch import nn
 
-from peer_scale.parallel.topology import Topology
+from peer_scale.parallel.tensor_parallel import TensorParallel
 
 __all__ = ["ColumnParallelLinear", "RowParallelLinear", "VocabParallelEmbedding", "layer_config", "mark_sharded"]
 
 
-def layer_config(topology: Topology) -> ModelParallelConfig:
+def layer_config(tensor_parallel: TensorParallel) -> ModelParallelConfig:
     """Return what megatron-core's layers want to know; weights are made on the CPU and initialised by us."""
     return ModelParallelConfig(
-        tensor_model_parallel_size=topology.size("tp"),
+        tensor_model_parallel_size=tensor_parallel.size,
         pipeline_model_parallel_size=1,
         use_cpu_initialization=True,
         perform_initialization=False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from peer_scale.errors import UserError
 from peer_scale.parallel.environment import ANY_PORT, ProcessEnvironment
+from peer_scale.parallel.tensor_parallel import TensorParallel
+
+Dimension: TypeAlias = Literal["pp", "dp", "tp", "model"]
+"""Of the grid of ranks: pipeline, data and tensor parallel; "model" is all of one replica, stages x tensor-parallel."""
 
 
 @dataclass(frozen=True)
@@ -27,21 +32,26 @@ class Topology:
     device: torch.device
     sequence_parallel: bool = False
 
-    def size(self, dim: str) -> int:
-        """Number of ranks along `dim`; "model" is all of one replica, stages x tensor-parallel ranks."""
+    def size(self, dim: Dimension) -> int:
+        """Give the number of ranks along `dim`."""
         return self.size("pp") * self.size("tp") if dim == "model" else self.mesh[dim].size()
 
-    def rank(self, dim: str) -> int:
-        """Coordinate of this rank along `dim`."""
+    def rank(self, dim: Literal["pp", "dp", "tp"]) -> int:
+        """Give the coordinate of this rank along `dim`."""
         return self.mesh.get_local_rank(dim)
 
-    def group(self, dim: str) -> dist.ProcessGroup:
-        """The ranks that differ from this one only along `dim`."""
+    def group(self, dim: Dimension) -> dist.ProcessGroup:
+        """Give the ranks that differ from this one only along `dim`."""
         return self.model_mesh.get_group() if dim == "model" else self.mesh.get_group(dim)
 
     def pipeline_group(self, *, forward: bool) -> dist.ProcessGroup:
         """The ranks of this pipeline, for messages to later stages or for those that go back."""
         return (self.mesh if forward else self.reverse_mesh).get_group("pp")
+
+    @property
+    def tensor_parallel(self) -> TensorParallel:
+        """The ranks that share each layer, as models want to know them."""
+        return TensorParallel(self.size("tp"), self.rank("tp"), self.group("tp"), self.sequence_parallel, self.device)
 
     @property
     def is_first_rank(self) -> bool:
@@ -58,7 +68,8 @@ class ModelParallelUnit:
     """
 
     def __init__(self, topology: Topology) -> None:
-        for name, dim in (("model", "model"), ("tensor_model", "tp"), ("data", "dp")):
+        dims: dict[str, Dimension] = {"model": "model", "tensor_model": "tp", "data": "dp"}
+        for name, dim in dims.items():
             rank_dim = "tp" if dim == "model" else dim
             setattr(self, f"get_{name}_parallel_group", lambda dim=dim: topology.group(dim))
             setattr(self, f"get_{name}_parallel_rank", lambda dim=rank_dim: topology.rank(dim))

@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +16,7 @@ from peer_scale.checkpoints.progress import Progress
 from peer_scale.checkpoints.state import TrainingState, require_supported_offload
 from peer_scale.checkpoints.writer import CheckpointWriter
 from peer_scale.host_memory import keep_freed_memory
+from peer_scale.objectives.engine import Engine
 from peer_scale.objectives.task import PretrainingTask
 from peer_scale.parallel.agreement import Agreement
 from peer_scale.parallel.environment import ProcessEnvironment, default_num_threads
@@ -31,6 +31,7 @@ from peer_scale.settings.resolve import resolve
 from peer_scale.settings.run import RunConfig
 from peer_scale.storage import require_writable_folder, write_atomically
 from peer_scale.training.callbacks.checkpointing import Checkpointing
+from peer_scale.training.callbacks.closing import ClosingSummary
 from peer_scale.training.callbacks.console import ProgressLine
 from peer_scale.training.callbacks.reporting import MetricsFile, MonitorEvents
 from peer_scale.training.callbacks.stopping import StopAfter, StopOnSignal
@@ -85,9 +86,16 @@ def train(run: RunConfig, topology: Topology, agreement: Agreement) -> None:
 
     pipeline = plan_pipeline(run) if topology.size("pp") > 1 else None
     part = pipeline.placement.stages[topology.rank("pp")] if pipeline else None
-    task = PretrainingTask(run.model, run.objective, topology, part)
-    initialize_weights(task, seed=run.seed, std=run.model.init_std, vocab_size=run.model.vocab_size, topology=topology)
-    num_parameters = count_parameters(task, topology)
+    tensor_parallel = topology.tensor_parallel
+    task = PretrainingTask(run.model, run.objective, tensor_parallel, part)
+    initialize_weights(
+        task,
+        seed=run.seed,
+        std=run.model.init_std,
+        vocab_size=run.model.vocab_size,
+        tensor_parallel=tensor_parallel,
+    )
+    num_parameters = count_parameters(task, tensor_parallel, topology.group("pp"))
     engine, runner = _engine_and_runner(task, run, topology, pipeline)
     state = TrainingState(engine, topology, run.model.vocab_size)
     progress = load_checkpoint(state, agreement, *found) if found else Progress()
@@ -122,7 +130,7 @@ def train(run: RunConfig, topology: Topology, agreement: Agreement) -> None:
 
 def _engine_and_runner(
     task: PretrainingTask, run: RunConfig, topology: Topology, pipeline: Schedule | None
-) -> tuple[Any, Runner]:
+) -> tuple[Engine, Runner]:
     if pipeline is None:
         engine = build_engine(task, run, topology)
         return engine, WholeModelRunner(engine, topology)
@@ -174,6 +182,8 @@ def _callbacks(
             output.save, kept, state, agreement, said, corpus.tokenizer, in_background=output.async_save
         )
         callbacks.append(Checkpointing(writer, output.save_interval))
+    if topology.is_first_rank:
+        callbacks.append(ClosingSummary(run, progress.step))
     return callbacks
 
 
