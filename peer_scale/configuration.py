@@ -25,7 +25,6 @@ from typing_extensions import dataclass_transform
 from peer_scale.errors import UserError
 
 _CONFIG = ConfigDict(allow_inf_nan=False, arbitrary_types_allowed=True, extra="forbid")
-_WRONG_CALL = ("missing_argument", "unexpected_keyword_argument", "unexpected_positional_argument")
 _METADATA_KEY = "option"
 C = TypeVar("C")
 
@@ -101,10 +100,10 @@ def _explained(cls: type, error: ValidationError, args: tuple, kwargs: Mapping[s
     positional = [field.name for field in dataclasses.fields(cls) if not field.kw_only]
     where = first["loc"][0]
     name = positional[where] if isinstance(where, int) else str(where)
-    if first["type"] in _WRONG_CALL or name not in settings(cls):
+    arguments = {**dict(zip(positional, args, strict=False)), **kwargs}
+    if name not in arguments or name not in settings(cls):
         return TypeError(f"{cls.__name__}: {name}: {first['msg']}")
-    value = {**dict(zip(positional, args, strict=False)), **kwargs}[name]
-    return settings(cls)[name].refusal(value, name)
+    return settings(cls)[name].refusal(arguments[name], name)
 
 
 @dataclass(frozen=True)

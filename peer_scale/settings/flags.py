@@ -100,7 +100,7 @@ def given(args: argparse.Namespace, cls: type, prefix: str = "") -> dict[str, Gi
     found = {}
     for name, setting in settings(cls).items():
         value = getattr(args, _destination(setting, prefix), None)
-        if value is not None:
+        if value is not None and setting.option.no_flag is None:
             flag = value if setting.choices and not isinstance(setting.option.help, str) else prefix + setting.flag
             found[name] = Given(value, f"--{flag}")
     return found
