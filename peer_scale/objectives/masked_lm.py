@@ -67,9 +67,7 @@ class MaskedLanguageModel(Objective):
         return paper_generator_flops(model, seq_length)
 
     def exports(self, model: ModelConfig) -> tuple[Export, ...]:
-        # BertForMaskedLM cannot project embeddings to another width; ELECTRA's class computes the same function and can
-        has_projection = model.embedding_size != model.generator.hidden_size
-        return (generator_export(model) if has_projection else _bert_export(model),)
+        return generator_exports(model)[::-1]
 
 
 def generator_works(
@@ -83,19 +81,27 @@ def generator_works(
 
     With `num_negatives` the head draws so many other tokens per position with the batch's extra random numbers.
     """
-    from peer_scale.models.generator_head import CHUNK_SIZE, DRAW_REDUCED_BYTES, GATHERED_BYTES, REDUCED_BYTES
+    from peer_scale.models.generator_head import (
+        CHUNK_SIZE,
+        DRAW_REDUCED_BYTES,
+        EXCLUSION_REDUCED_BYTES,
+        GATHERED_BYTES,
+        REDUCED_BYTES,
+    )
 
     def head(context: WorkContext, _: Tensor | None) -> Outcome:
         return _masked_lm(context, after_sampling, num_negatives)
 
     width = model.generator.hidden_size
-    drawing = 2 * CHUNK_SIZE * model.embedding_size  # the chunk that a number falls into is computed again
+    # the chunks of the original and of each negative are computed again
+    num_chunks = 1 + num_negatives if num_negatives else 0
+    drawing = EXCLUSION_REDUCED_BYTES + num_negatives * DRAW_REDUCED_BYTES if num_negatives else 0
     positions = Cost(
         "position",
-        flops=mlm_head_matmul_flops(model, model.generator) + num_negatives * drawing,
+        flops=mlm_head_matmul_flops(model, model.generator) + num_chunks * 2 * CHUNK_SIZE * model.embedding_size,
         activations=width + 3 * model.embedding_size,
         workspace=2 * CHUNK_SIZE,
-        reduced_bytes=REDUCED_BYTES + 4 * model.embedding_size + num_negatives * DRAW_REDUCED_BYTES,
+        reduced_bytes=REDUCED_BYTES + 4 * model.embedding_size + drawing,
         gathered_bytes=GATHERED_BYTES,
     )
     return (
@@ -129,6 +135,13 @@ def generator_metrics(sums: Mapping[str, float]) -> dict[str, object]:
         "mlm_accuracy": sums["mlm_correct"] / sums["selected"],
         "varying_share": sums["selected_variation"] / sums["selected_square"] if sums["selected_square"] else None,
     }
+
+
+def generator_exports(model: ModelConfig) -> tuple[Export, ...]:
+    """Describe the generator as an ElectraForMaskedLM and, where it can be one, as a BertForMaskedLM."""
+    # BertForMaskedLM cannot project embeddings to another width; ELECTRA's class computes the same function and can
+    has_projection = model.embedding_size != model.generator.hidden_size
+    return (generator_export(model),) if has_projection else (generator_export(model), _bert_export(model))
 
 
 def generator_export(model: ModelConfig) -> Export:
