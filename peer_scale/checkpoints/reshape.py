@@ -92,9 +92,7 @@ def reshape(folder: Path, manifest: Manifest, output: Path, cut: Cut, *, verify:
             _compare(reader, TensorReader(aside, written.tensors))
 
 
-def _write(
-    reader: TensorReader, manifest: Manifest, shardings: dict[str, Sharding], cut: Cut, aside: Path
-) -> Manifest:
+def _write(reader: TensorReader, manifest: Manifest, shardings: dict[str, Sharding], cut: Cut, aside: Path) -> Manifest:
     pieces = {name: cut.pieces(sharding) for name, sharding in shardings.items()}
     files = {name: entry for name, entry in manifest.files.items() if name.startswith(f"{TOKENIZER}/")}
     shutil.copytree(reader.folder / TOKENIZER, aside / TOKENIZER)

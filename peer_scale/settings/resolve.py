@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from peer_scale.configuration import Given, settings, values
 from peer_scale.errors import UserError
 from peer_scale.models.config import EncoderShape, ModelConfig
+from peer_scale.objectives.objective import Objective
 from peer_scale.parallel.topology import check_parallel_sizes
 from peer_scale.samples.loader import BatchPlan
 from peer_scale.settings.config_file import ConfigFile, read_config_file
@@ -65,10 +66,9 @@ def with_yaml(preset: Preset, path: Path | None) -> Preset:
 
 
 def _changed_by_file(preset: Preset, file: ConfigFile) -> Preset:
-    objective = file.objective(preset.objective)
     return Preset(
         file.changed(preset.model, "model"),
-        objective.changed(values(file.given_to_objective(objective))),
+        _objective(preset.objective, file),
         file.changed(preset.masking, "masking"),
         file.changed(preset.training, "training"),
     )
@@ -77,14 +77,18 @@ def _changed_by_file(preset: Preset, file: ConfigFile) -> Preset:
 def _preset(args: argparse.Namespace, file: ConfigFile) -> Preset:
     name = _name(args, file)
     preset = find_preset(name)
-    objective = file.objective(preset.objective)
-    hyper_parameters = {**file.given_to_objective(objective), **given_to_objective(args, objective, name)}
+    objective = _objective(preset.objective, file)
     return Preset(
         _model(file.changed(preset.model, "model"), args),
-        objective.changed(values(hyper_parameters)),
+        objective.changed(values(given_to_objective(args, objective, name))),
         _flat(preset.masking, "masking", args, file),
         file.changed(preset.training, "training"),
     )
+
+
+def _objective(preset: Objective, file: ConfigFile) -> Objective:
+    objective = file.objective(preset)
+    return objective.changed(values(file.given_to_objective(objective)))
 
 
 def _name(args: argparse.Namespace, file: ConfigFile) -> str:

@@ -90,8 +90,13 @@ def test_what_is_wrong_is_named():
     assert refused(layout=None) == "peer_scale.json: layout: missing"
     wrong = {**content["model"], "generator": {**content["model"]["generator"], "num_layers": "two"}}
     assert refused(model=wrong).startswith("peer_scale.json: model.generator.num_layers: ")
-    assert "delta is -1.0" in refused(objective={**content["objective"], "delta": -1.0})
-    assert refused(objective={"kind": "mlm", "delta": 1.0}) == "peer_scale.json: objective.delta: unknown to this version"
+    line = refused(objective={**content["objective"], "delta": -1.0})
+    assert line.startswith("peer_scale.json: objective.delta: ") and "-1.0" in line
+    line = refused(objective={**content["objective"], "taus": []})
+    assert line == "peer_scale.json: objective: taus []: K = 4 levels take 2 values"
+    assert (
+        refused(objective={"kind": "mlm", "delta": 1.0}) == "peer_scale.json: objective.delta: unknown to this version"
+    )
     assert "known: mlm, tqr" in refused(objective={"kind": "xyz"})
     assert refused(objective=None) == "peer_scale.json: objective.kind: missing"
     assert refused(stray={}) == "peer_scale.json: stray: unknown to this version"
@@ -104,9 +109,7 @@ def as_format_2(sections):
     return {**content, "objective": FORMAT_2}
 
 
-@pytest.mark.parametrize(
-    ("sections", "objective"), [(WHOLE, TokenQualityRanking()), (IMPORTED, MaskedLanguageModel())]
-)
+@pytest.mark.parametrize(("sections", "objective"), [(WHOLE, TokenQualityRanking()), (IMPORTED, MaskedLanguageModel())])
 def test_format_2_becomes_the_present_one(sections, objective):
     found = parse_sections(from_format_2(as_format_2(sections)), "peer_scale.json")
     assert found == replace(sections, objective=objective, masking=MaskingConfig(0.15, 0.85))

@@ -209,8 +209,11 @@ def test_the_main_networks_flags():
     assert run.model.embedding_size == 128, "narrow embeddings stay"
 
 
-def test_two_levels_need_no_taus():
+def test_two_levels_need_no_taus(tmp_path):
     assert resolved("--num-levels", 2).objective.taus == ()
+    assert resolved("--config", yaml_file(tmp_path, "objective: {num_levels: 2}")).objective.taus == ()
+    whole = yaml_file(tmp_path, "objective: {num_levels: 3, taus: [2.0]}")
+    assert resolved("--config", whole, "--num-levels", 2).objective.taus == ()
 
 
 def test_a_run_cut_short_warms_up_in_the_same_share(tmp_path):
