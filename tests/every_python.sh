@@ -34,9 +34,9 @@ make_environment() {
 }
 
 job() {
-    local version=$1 name=$2
-    shift 2
-    timeout --foreground 600 "$work/$version/bin/$@" --train-iters 5 --log-dir "$work/$name" --cache-dir "$work/cache"
+    local version=$1 name=$2 launcher=$3
+    shift 3
+    timeout --foreground 600 "$work/$version/bin/$launcher" "$@" --train-iters 5 --log-dir "$work/$name" --cache-dir "$work/cache"
 }
 
 train() {
