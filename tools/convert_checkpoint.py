@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Looks into checkpoints of the trainer, checks them, cuts them anew, converts them to other formats."""
+"""Look into checkpoints of the trainer, check them, cut them anew, convert them to other formats."""
 
 import argparse
 import dataclasses
@@ -62,7 +62,7 @@ parameters such as LayerNorms), which is in the file of the first of them. Other
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command line."""
+    """Make the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_to_hf(commands)
@@ -73,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
         "inspect",
         inspect,
         text,
-        f"Prints {text}: each tensor's shape, how it is cut, ties.",
+        f"Print {text}: each tensor's shape, how it is cut, ties.",
         _INSPECT_EXAMPLE,
     )
     text = "check every checksum"
@@ -112,7 +112,7 @@ def _add_to_hf(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "to-hf",
         to_hf,
         "a folder that Hugging Face transformers opens",
-        "Writes one network of a checkpoint as a folder that transformers opens.",
+        "Write one network of a checkpoint as a folder that transformers opens.",
         _TO_HF_EXAMPLE,
     )
     parser.add_argument(
@@ -125,9 +125,9 @@ def _add_to_hf(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--branch",
         "--network",
         metavar="NAME",
-        help="which of the model's networks, with the head on top of it: ranker, an ElectraForPreTraining, or generator, "
-        "an ElectraForMaskedLM (of BERT, which has nothing else, a BertForMaskedLM); default: the ranker where there "
-        "is one",
+        help="which network, with the head on top of it: ranker (of TEAMS: rtd), an ElectraForPreTraining; mws (of "
+        "TEAMS), an ElectraModel; generator, an ElectraForMaskedLM (of BERT, which has nothing else, a "
+        "BertForMaskedLM); default: the first of these that the model has",
     )
     parser.add_argument(
         "--no-verify", action="store_true", help="do not compare the written folder's logits with our own model's"
@@ -137,7 +137,7 @@ def _add_to_hf(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def _add_from_hf(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     from peer_scale.settings.flags import add_model_flags, add_objective_flags
 
-    text = "Writes a checkpoint of step 0 with the weights of ELECTRA or BERT models, from which the trainer starts."
+    text = "Write a checkpoint of step 0 with the weights of ELECTRA or BERT models, from which the trainer starts."
     parser = _add(
         commands, "from-hf", from_hf, "start from Hugging Face weights", text, _FROM_HF_EXAMPLE, has_load=False
     )
@@ -161,7 +161,7 @@ def _add_reshape(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "reshape",
         reshape,
         "files cut anew for another layout",
-        "Writes a checkpoint once more, in files as the ranks of another layout want them.",
+        "Write a checkpoint once more, in files as the ranks of another layout want them.",
         _RESHAPE_EXAMPLE,
     )
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="new or empty folder")
@@ -171,7 +171,7 @@ def _add_reshape(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def inspect(args: argparse.Namespace) -> None:
-    """Runs the subcommand `inspect`."""
+    """Run the subcommand `inspect`."""
     from peer_scale.checkpoints.folder import require_found
     from peer_scale.checkpoints.listing import listing
 
@@ -179,7 +179,7 @@ def inspect(args: argparse.Namespace) -> None:
 
 
 def verify(args: argparse.Namespace) -> None:
-    """Runs the subcommand `verify`."""
+    """Run the subcommand `verify`."""
     from peer_scale.checkpoints.folder import require_found
     from peer_scale.checkpoints.pieces import check_file
 
@@ -191,7 +191,7 @@ def verify(args: argparse.Namespace) -> None:
 
 
 def reshape(args: argparse.Namespace) -> None:
-    """Runs the subcommand `reshape`."""
+    """Run the subcommand `reshape`."""
     from peer_scale.checkpoints.folder import require_found
     from peer_scale.checkpoints.reshape import Cut
     from peer_scale.checkpoints.reshape import reshape as write_reshaped
@@ -205,7 +205,7 @@ def reshape(args: argparse.Namespace) -> None:
 
 
 def to_hf(args: argparse.Namespace) -> None:
-    """Runs the subcommand `to-hf`."""
+    """Run the subcommand `to-hf`."""
     import torch.distributed as dist
     from transformers.utils.logging import disable_progress_bar
 
@@ -225,10 +225,12 @@ def to_hf(args: argparse.Namespace) -> None:
             dist.destroy_process_group()
     verified = "not verified" if args.no_verify else f"logits equal to our model's within {TOLERANCE:g}"
     print(f"{output}: the {export.branch} of {checkpoint.folder} as {export.class_name}, {verified}")
+    if export.left_out:
+        print(f"left out: {', '.join(sorted({_module(name) for name in export.left_out}))}")
 
 
 def from_hf(args: argparse.Namespace) -> None:
-    """Runs the subcommand `from-hf`."""
+    """Run the subcommand `from-hf`."""
     import torch.distributed as dist
 
     from peer_scale.conversion.architecture import TOLERANCE
@@ -268,7 +270,7 @@ def from_hf(args: argparse.Namespace) -> None:
 
 
 def _module(name: str) -> str:
-    """What a parameter belongs to: a layer or what lies beside the layers."""
+    """Name what a parameter belongs to: a layer or what lies beside the layers."""
     parts = name.split(".")
     numbers = [index for index, part in enumerate(parts) if part.isdecimal()]
     return ".".join(parts[: numbers[0] + 1]) if numbers else ".".join(parts[:-1])
@@ -297,7 +299,7 @@ def _preset_of_sizes(args: argparse.Namespace, folders: "dict[str | None, Huggin
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the subcommand; the exit code is 0, or 2 after bad input with one line on stderr."""
+    """Run the subcommand; the exit code is 0, or 2 after bad input with one line on stderr."""
     args = build_parser().parse_args(argv)
     silence_libraries()
     try:

@@ -155,9 +155,7 @@ def test_the_ranker_opens_as_electra_for_pre_training(stage, checkpoints, tmp_pa
     features = F.gelu(head.dense(hidden)).transpose(0, 1)
     threshold = head(hidden)[1][-1]
     assert abs(threshold) > 1e-3
-    assert_same_logits(
-        reference.eval()(**batch).logits, -(features @ head.score.weight[0]) + threshold, mask
-    )
+    assert_same_logits(reference.eval()(**batch).logits, -(features @ head.score.weight[0]) + threshold, mask)
 
     card = (output / "README.md").read_text()
     manifest = json.loads((folder / "peer_scale.json").read_text())

