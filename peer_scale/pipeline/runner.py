@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from peer_scale.objectives.engine import Engine
 from peer_scale.objectives.graph import Value
 from peer_scale.objectives.works import StepInfo
 from peer_scale.parallel.topology import Topology
@@ -63,7 +64,7 @@ class PipelineRunner:
 
     def __init__(
         self,
-        engine: Any,
+        engine: Engine,
         topology: Topology,
         placement: Placement,
         instructions: Sequence[Instruction],

@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch.distributed as dist
 from deepspeed.runtime.zero import partitioned_param_coordinator
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+from peer_scale.objectives.engine import Engine
 
 _ORDER_CHECK = "assert_ints_same_as_other_ranks"
 
@@ -44,7 +45,7 @@ class Adaptation:
     Raises RuntimeError naming what this DeepSpeed version does not have where it is expected.
     """
 
-    def __init__(self, engine: Any, stage_group: dist.ProcessGroup) -> None:
+    def __init__(self, engine: Engine, stage_group: dist.ProcessGroup) -> None:
         """`stage_group` are the stage's data-parallel ranks."""
         self._optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
         self._is_zero3 = stage == 3

@@ -1,14 +1,13 @@
 """The one place that builds a DeepSpeed engine and knows what of DeepSpeed has to be worked around."""
 
-from typing import Any
-
 import deepspeed
 from deepspeed.accelerator import get_accelerator
-from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 from peer_scale.errors import UserError
 from peer_scale.models.layers import TransformerLayer
+from peer_scale.objectives.engine import Engine
+from peer_scale.objectives.task import PretrainingTask
 from peer_scale.parallel.topology import ModelParallelUnit, Topology
 from peer_scale.settings.run import RunConfig
 from peer_scale.training.optimizer import build_optimizer
@@ -16,10 +15,12 @@ from peer_scale.training.optimizer import build_optimizer
 MONITOR_BLOCKS = ("tensorboard", "wandb", "csv_monitor", "comet")
 
 
-def build_engine(task: nn.Module, run: RunConfig, topology: Topology, backward_calls: int | None = None) -> Any:
+def build_engine(
+    task: PretrainingTask, run: RunConfig, topology: Topology, backward_calls: int | None = None
+) -> Engine:
     """Wrap `task` under the run's ZeRO stage and precision.
 
-    `backward_calls` of one step, where they are not one a micro-batch (pipeline stages), are what the engine counts.
+    `backward_calls` of one step, where they are not one per micro-batch (pipeline stages), are what the engine counts.
     """
     _leave_out_shared_memory_op()
     if run.training.activation_checkpointing:
@@ -49,7 +50,7 @@ def check_precision(precision: str) -> None:
         )
 
 
-def loss_scale(engine: Any) -> float:
+def loss_scale(engine: Engine) -> float:
     """Current fp16 loss scale, 1 in other precisions."""
     return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0
 

@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +16,7 @@ from peer_scale.checkpoints.progress import Progress
 from peer_scale.checkpoints.state import TrainingState, require_supported_offload
 from peer_scale.checkpoints.writer import CheckpointWriter
 from peer_scale.host_memory import keep_freed_memory
+from peer_scale.objectives.engine import Engine
 from peer_scale.objectives.task import PretrainingTask
 from peer_scale.parallel.agreement import Agreement
 from peer_scale.parallel.environment import ProcessEnvironment, default_num_threads
@@ -30,6 +30,7 @@ from peer_scale.settings.resolve import resolve
 from peer_scale.settings.run import RunConfig
 from peer_scale.storage import require_writable_folder, write_atomically
 from peer_scale.training.callbacks.checkpointing import Checkpointing
+from peer_scale.training.callbacks.closing import ClosingSummary
 from peer_scale.training.callbacks.console import ProgressLine
 from peer_scale.training.callbacks.reporting import MetricsFile, MonitorEvents
 from peer_scale.training.callbacks.stopping import StopAfter, StopOnSignal
@@ -129,7 +130,7 @@ def train(run: RunConfig, topology: Topology, agreement: Agreement) -> None:
 
 def _engine_and_runner(
     task: PretrainingTask, run: RunConfig, topology: Topology, pipeline: Schedule | None
-) -> tuple[Any, Runner]:
+) -> tuple[Engine, Runner]:
     if pipeline is None:
         engine = build_engine(task, run, topology)
         return engine, WholeModelRunner(engine, topology)
@@ -181,6 +182,8 @@ def _callbacks(
             output.save, kept, state, agreement, said, corpus.tokenizer, in_background=output.async_save
         )
         callbacks.append(Checkpointing(writer, output.save_interval))
+    if topology.is_first_rank:
+        callbacks.append(ClosingSummary(run, progress.step))
     return callbacks
 
 

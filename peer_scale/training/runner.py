@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from peer_scale.objectives.engine import Engine
 from peer_scale.objectives.works import StepInfo
 from peer_scale.parallel.topology import Topology
 from peer_scale.samples.examples import Batch
@@ -26,7 +27,7 @@ class Runner(Protocol):
 class WholeModelRunner:
     """Runs all works of a micro-batch in one forward call, and one backward call after it."""
 
-    def __init__(self, engine: Any, topology: Topology) -> None:
+    def __init__(self, engine: Engine, topology: Topology) -> None:
         self._engine, self._topology = engine, topology
         self._works = tuple(work.name for work in engine.module.graph.works)
         self._num_sums = len(engine.module.sums)
@@ -40,6 +41,7 @@ class WholeModelRunner:
         for micro, batch in enumerate(batches):
             seed_dropout(micro)
             loss, of_micro_batch, _ = engine(self._works, batch, step)
+            assert loss is not None, "the works have losses"
             engine.backward(loss * scale)
             engine.step()
             sums += of_micro_batch

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from peer_scale.checkpoints.progress import Progress
+from peer_scale.objectives.engine import Engine
 from peer_scale.objectives.works import GlobalCounts, StepInfo
 from peer_scale.parallel.topology import Topology
 from peer_scale.samples.examples import Batch
@@ -46,7 +47,7 @@ class Trainer:
         self,
         run: RunConfig,
         topology: Topology,
-        engine: Any,
+        engine: Engine,
         runner: Runner,
         meter: Meter,
         callbacks: Sequence[Callback],
