@@ -5,7 +5,15 @@ import os
 import warnings
 
 _NOISY_MODULES = r"(torch|deepspeed|megatron|transformers|datasets|apex|multiprocessing)\b"
-_NOISY_LOGGERS = ("DeepSpeed", "DeepSpeedAccelerator", "torch.distributed", "transformers", "megatron.core", "datasets")
+_NOISY_LOGGERS = (
+    "DeepSpeed",
+    "DeepSpeedAccelerator",
+    "torch.distributed",
+    "torch.utils.cpp_extension",
+    "transformers",
+    "megatron.core",
+    "datasets",
+)
 
 
 def silence_libraries() -> None:

@@ -93,8 +93,8 @@ class Architecture:
         with lend_each_block(theirs.eval(), read):
             outputs = theirs(input_ids=ids, token_type_ids=token_types, attention_mask=mask, position_ids=positions)
         found = outputs.logits if self.has_head else outputs.last_hidden_state
-        width = expected.shape[2:]  # of the vocabulary; theirs may have rows that no token has
-        return (found[(..., *map(slice, width))] - expected)[mask].abs().max().item()
+        ours_alone = (..., *map(slice, expected.shape[2:]))  # their vocabulary may have rows that no token has
+        return (found[ours_alone] - expected)[mask].abs().max().item()
 
     def _our_logits(
         self, model: PretrainingModel, weights: Read, ids: Tensor, token_types: Tensor, mask: Tensor

@@ -1,4 +1,7 @@
-"""From what `--data-path` and `--input` name to documents: which format reads each path."""
+"""From what `--data-path` and `--input` name to documents: which format reads each path.
+
+Another kind of file is another class in `formats/` and its name in `FILE_FORMATS`.
+"""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -12,6 +15,8 @@ from peer_scale.corpus.formats.text import TextFile
 from peer_scale.errors import UserError
 
 FILE_FORMATS: tuple[type[FileSource], ...] = (TextFile, JsonLinesFile, ParquetFile)
+"""The formats of files; the first one that takes a name reads it."""
+
 _ENDINGS = ", ".join(ending for file_format in FILE_FORMATS for ending in file_format.endings)
 
 

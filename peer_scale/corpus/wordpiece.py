@@ -3,9 +3,10 @@
 The `tokenizers` library makes the pipeline and trains it. Files are opened here, because the libraries' own ways of
 opening them would change the ids, and so the digests, of tokenizers in use:
 
-- `transformers.AutoTokenizer` opens no single file, and no vocab.txt without a tokenizer_config.json that names a class.
-  For the class BertTokenizer it makes the pipeline of a tokenizer.json anew, so that another normaliser or another
-  `max_input_chars_per_word` is lost. Each worker process would also import it: 1.8 s, where this module takes 0.2 s.
+- `transformers.AutoTokenizer` opens no single file, and no vocab.txt without a tokenizer_config.json that names a
+  class. For the class BertTokenizer it makes the pipeline of a tokenizer.json anew, so that another normaliser or
+  another `max_input_chars_per_word` is lost. Each worker process would also import it: 1.8 s, where this module takes
+  0.2 s.
 - `tokenizers.models.WordPiece.read_file` strips white space from the end of each line of a vocab.txt, so that tokens
   such as U+3000 are lost.
 """

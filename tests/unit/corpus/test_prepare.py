@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import pickle
@@ -20,6 +21,16 @@ from peer_scale.corpus.store import TokenStore
 from peer_scale.corpus.wordpiece import load_wordpiece, train_wordpiece
 from peer_scale.corpus.worker_pool import worker_pool
 from peer_scale.errors import UserError
+
+
+def digest(*texts: str) -> str:
+    """What prepared corpora are known by: the sha256 of texts, each after its length in 8 bytes."""
+    encoded = [text.encode() for text in texts]
+    return hashlib.sha256(b"".join(len(text).to_bytes(8, "little") + text for text in encoded)).hexdigest()
+
+
+def identities(folder: Path) -> list[str]:
+    return [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in sorted(folder.iterdir())]
 
 
 def indexed_dataset(prefix: str):
@@ -96,6 +107,7 @@ def test_the_manifest_describes_the_pair(pair, raw, wordpiece):
     assert manifest["num_documents"] == 600
     assert manifest["num_tokens"] == Path(f"{pair}.bin").stat().st_size // 2
     assert manifest["tokenizer_digest"] == wordpiece.digest
+    assert manifest["key"] == digest("text", *identities(raw), wordpiece.digest, "1", "50000")
     assert manifest["fingerprint"] == pickle.loads(pickle.dumps(TokenStore.open([pair])))._pairs[0].fingerprint
     assert manifest["inputs"] == [
         {"path": str(raw), "files": 103, "bytes": sum(path.stat().st_size for path in raw.iterdir())}
@@ -246,6 +258,9 @@ def test_raw_text_is_tokenised_once_into_the_cache(tmp_path, raw, wordpiece):
     given = str(tmp_path / "tokenizer")
     store, found = opened(raw, tokenizer=given, cache=cache)
     assert (store.num_documents, found.digest) == (600, wordpiece.digest)
+    # Caches of earlier versions are found by the same names.
+    folder = digest("text", *identities(raw), wordpiece.digest)[:32]
+    assert store.prefixes == (str(cache / folder / "corpus"),)
     stamp = os.stat(f"{store.prefixes[0]}.bin").st_mtime_ns
     again, _ = opened(raw, tokenizer=given, cache=cache)
     assert again.fingerprint == store.fingerprint
@@ -254,6 +269,9 @@ def test_raw_text_is_tokenised_once_into_the_cache(tmp_path, raw, wordpiece):
     assert part.num_documents == 300
     trained_store, trained = opened(raw / "a.txt", cache=cache, vocab_size=300)
     assert trained.vocab_size == 300
+    (folder,) = (path for path in cache.iterdir() if path.name in trained_store.prefixes[0])
+    (identity,) = (identity for identity in identities(raw) if identity.startswith(str(raw / "a.txt")))
+    assert folder.name == digest("text", identity, "trained 300")[:32]
     assert trained.digest == train_on_inputs([str(raw / "a.txt")], 300).digest
     assert trained_store.read(0, 0, 5).tolist() == trained.encode([next(iter_documents([str(raw / "a.txt")]))])[0][:5]
     assert len(list(cache.iterdir())) == 3

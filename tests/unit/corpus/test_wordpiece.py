@@ -136,6 +136,21 @@ def test_truncation_and_padding_of_a_tokenizer_json_do_not_count(tmp_path, train
     assert wordpiece.encode(TEXTS) == trained.encode(TEXTS)
 
 
+@pytest.mark.parametrize(
+    ("config", "digest"),
+    [
+        ({}, "7c1b4e09a3d4cf373f469ec9011308b1be7cb17577fbd593ea81f6256edd1b18"),
+        ({"do_lower_case": False}, "a7aecdc6840de2f96c435851786398998ff65c7c3c53934e4d41361fdd3a5943"),
+    ],
+)
+def test_the_digest_is_that_of_earlier_versions(tmp_path, config, digest):
+    # Corpora and checkpoints made before hold it. U+3000 is a token, though white space.
+    tokens = [*SPECIAL_TOKENS, "a", "##b", "word", "\u3000", "café"]
+    wordpiece = load_wordpiece(write_vocab(tmp_path / "vocab", tokens, **config))
+    assert wordpiece.digest == digest
+    assert tokens_of(wordpiece) == tokens
+
+
 @pytest.mark.parametrize("token", SPECIAL_TOKENS)
 def test_a_missing_special_token_is_named_with_the_file(tmp_path, trained, token):
     path = write_vocab(tmp_path / "vocab", [known for known in tokens_of(trained) if known != token])
