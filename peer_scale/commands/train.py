@@ -18,12 +18,12 @@ from peer_scale.settings.flags import build_parser
 _SECONDS_FOR_RANK_0_TO_SPEAK = 4.0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Train; the exit code is 0, 2 after bad input, 1 where training broke down, each with one line on stderr."""
     rank = 0
     try:
         rank = detect_environment(os.environ).rank
-        args = build_parser().parse_args(argv)
+        args = build_parser(prog).parse_args(argv)
         environment = detect_environment(os.environ, args.local_rank)
         if not args.verbose:
             silence_libraries()
