@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from checkpoint_runs import flags_for, without_times
 from peer_scale.checkpoints.folder import committed, newest
 from peer_scale.checkpoints.pieces import check_file
 from rank_pool import free_port
 from runs import read_metrics, train_in_pool
-from test_checkpoints import flags_for, without_times
 
 
 def rank_of_run(rank, ranks, port, log, flags):

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from checkpoint_runs import without_times
 from peer_scale.checkpoints.folder import newest
 from peer_scale.checkpoints.manifest import KINDS
 from peer_scale.checkpoints.pieces import TensorReader
@@ -32,7 +33,6 @@ OTHERS = {  # with other precisions and blocks of the ds_config
     "fp32-zero2-offload": (2, 2, ("--fp32", "--micro-batch-size", "4"), OFFLOAD),
     "fp16-zero2": (2, 2, ("--fp16", "--micro-batch-size", "4", "--model", "bert-tiny", "--num-layers", "1"), SCALER),
 }
-TIMES = ("step_time_s", "data_wait_s", "tokens_per_second", "tflops_per_device", "mfu")
 PAIRS = list(itertools.permutations(LAYOUTS, 2))
 QUICK = {*itertools.pairwise(["one", "dp2-zero3", "tp2", "pp2-zero2", "pp2-tp2-zero3", "dp2-zero2", "one"])}
 
@@ -89,7 +89,7 @@ def dump(engine, folder):
 def assert_ranks_have(folder, checkpoint, tensor_parallel):
     """Each rank's numbers are its slice of the checkpoint's; all of the checkpoint is on some rank."""
     _, manifest = newest(checkpoint)
-    reader = TensorReader(checkpoint, manifest)
+    reader = TensorReader(checkpoint, manifest.tensors)
     unseen = set(manifest.tensors)
     for rank, file in enumerate(sorted(folder.iterdir())):
         for name, (dim, found) in torch.load(file).items():
@@ -165,10 +165,6 @@ def test_any_layout_loads_any_other(saving, loading, runs):
     metrics = runs.train(loading, name, "--load", checkpoint)
     assert_ranks_have(runs.probe(name) / "loaded", checkpoint, tensor_parallel_size(loading))
     assert losses(metrics) == pytest.approx(losses(runs.saved("one")[1]), rel=1e-4)
-
-
-def without_times(metrics):
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in metrics]
 
 
 @pytest.mark.parametrize("layout", OTHERS)

@@ -10,9 +10,8 @@ import time
 import psutil
 import pytest
 
+from checkpoint_runs import without_times
 from runs import PROJECT, SMALL, corpus, ds_config, pretrain, read_metrics, torchrun, train_in_pool
-
-TIMES = ("step_time_s", "data_wait_s", "tokens_per_second", "tflops_per_device", "mfu")
 
 
 def flags_for(folder, text_file, stage, log_dir, *more):
@@ -40,10 +39,6 @@ def kill_after_step(process, log_dir, step):
         with contextlib.suppress(psutil.NoSuchProcess):
             victim.kill()
     process.wait()
-
-
-def without_times(metrics):
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in metrics]
 
 
 @pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])

@@ -42,6 +42,7 @@ from bench_peers import (  # noqa: E402
 )
 from peer_scale.checkpoints.folder import CheckpointFolder  # noqa: E402
 from peer_scale.checkpoints.progress import Progress  # noqa: E402
+from peer_scale.checkpoints.sections import sections_of  # noqa: E402
 from peer_scale.checkpoints.state import TrainingState  # noqa: E402
 from peer_scale.checkpoints.writer import CheckpointWriter  # noqa: E402
 from peer_scale.corpus.wordpiece import MIN_VOCAB_SIZE, train_wordpiece  # noqa: E402
@@ -133,7 +134,8 @@ def saving_pair(setting: Setting, folder: Path, *, copy_alone: bool) -> tuple[Ac
     tokenizer = train_wordpiece([__doc__ or ""], MIN_VOCAB_SIZE)
     state = TrainingState(engine, setting.topology, setting.run.model.vocab_size)
     kept = CheckpointFolder(folder, keep_last=1)
-    writer = CheckpointWriter(folder, kept, state, Agreement(), {}, tokenizer, in_background=True)
+    sections = sections_of(setting.run, setting.topology, data_fingerprint="", tokenizer_digest=tokenizer.digest)
+    writer = CheckpointWriter(folder, kept, state, Agreement(), sections, tokenizer, in_background=True)
     numbers = itertools.count(1)
 
     def save() -> None:

@@ -15,6 +15,7 @@ from peer_scale.quiet import silence_libraries
 
 if TYPE_CHECKING:
     from peer_scale.conversion.hugging_face_folder import HuggingFaceFolder
+    from peer_scale.settings.presets import Preset
 
 _TO_HF_EXAMPLE = """\
 example:
@@ -118,13 +119,15 @@ def _add_to_hf(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--output",
         type=Path,
         metavar="DIR",
-        help="new or empty folder (default: hf_NETWORK_STEP beside the step's folder)",
+        help="new or empty folder (default: hf_BRANCH_STEP beside the step's folder)",
     )
     parser.add_argument(
+        "--branch",
         "--network",
-        choices=("ranker", "generator"),
-        help="ranker: an ElectraForPreTraining; generator: an ElectraForMaskedLM (of BERT, which has nothing else, a "
-        "BertForMaskedLM); default: the ranker where there is one",
+        metavar="NAME",
+        help="which of the model's networks, with the head on top of it: ranker, an ElectraForPreTraining, or generator, "
+        "an ElectraForMaskedLM (of BERT, which has nothing else, a BertForMaskedLM); default: the ranker where there "
+        "is one",
     )
     parser.add_argument(
         "--no-verify", action="store_true", help="do not compare the written folder's logits with our own model's"
@@ -208,46 +211,42 @@ def to_hf(args: argparse.Namespace) -> None:
 
     from peer_scale.checkpoints.reader import read_checkpoint
     from peer_scale.conversion.architecture import TOLERANCE
-    from peer_scale.conversion.to_hugging_face import to_hugging_face
+    from peer_scale.conversion.to_hugging_face import choose_export, to_hugging_face
 
     disable_progress_bar()
     checkpoint = read_checkpoint(args.load)
-    network = args.network or ("generator" if checkpoint.model.ranker is None else "ranker")
-    output = args.output or checkpoint.folder.with_name(f"hf_{network}_{checkpoint.progress.step:08d}")
+    export = choose_export(checkpoint, args.branch)
+    step = checkpoint.sections.progress.step
+    output = args.output or checkpoint.folder.with_name(f"hf_{export.branch}_{step:08d}")
     try:
-        architecture = to_hugging_face(checkpoint, output, network=network, verify=not args.no_verify)
+        to_hugging_face(checkpoint, export, output, verify=not args.no_verify)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
     verified = "not verified" if args.no_verify else f"logits equal to our model's within {TOLERANCE:g}"
-    print(f"{output}: the {network} of {checkpoint.folder} as {architecture.class_name}, {verified}")
+    print(f"{output}: the {export.branch} of {checkpoint.folder} as {export.class_name}, {verified}")
 
 
 def from_hf(args: argparse.Namespace) -> None:
     """Runs the subcommand `from-hf`."""
     import torch.distributed as dist
 
-    from peer_scale.conversion.architecture import GENERATOR, RANKER, TOLERANCE
+    from peer_scale.conversion.architecture import TOLERANCE
     from peer_scale.conversion.from_hugging_face import MODEL_FILE, Source, from_hugging_face, model_of
     from peer_scale.conversion.hugging_face_folder import open_folder
     from peer_scale.corpus.wordpiece import load_wordpiece
-    from peer_scale.settings.resolve import resolve_model
 
     if args.bert is not None and args.generator_source is not None:
         raise UserError("--generator goes with --discriminator; --bert is a generator already")
-    given = ((args.discriminator, RANKER), (args.generator_source, GENERATOR), (args.bert, GENERATOR))
-    flags = {args.discriminator: "--discriminator", args.generator_source: "--generator", args.bert: "--bert"}
-    sources = [Source.of(network, open_folder(path, flags[path])) for path, network in given if path is not None]
+    given = (("--discriminator", args.discriminator), ("--bert", args.bert), ("--generator", args.generator_source))
+    folders = {flag: open_folder(path, flag) for flag, path in given if path is not None}
+    branches = {"--discriminator": None, "--bert": None, "--generator": "generator"}
     args.model = args.model or ("bert-base" if args.bert else "electra-base" if args.generator_source else "peer-base")
-    _take_sizes(args, sources[0].folder, "")
-    if args.generator_source is not None:
-        _take_sizes(args, sources[1].folder, "generator_")
-    preset = resolve_model(args)
-    if (preset.model.ranker is None) != (args.bert is not None):
-        wanted = "--bert" if preset.model.ranker is None else "--discriminator"
-        raise UserError(f"--model {args.model} starts from {wanted}")
-    tokenizer = load_wordpiece(args.tokenizer or str(sources[0].folder.path))
-    preset = model_of(preset, sources, tokenizer.vocab_size)
+    preset = _preset_of_sizes(args, {branches[flag]: folder for flag, folder in folders.items()})
+    first = next(iter(folders.values()))
+    tokenizer = load_wordpiece(args.tokenizer or str(first.path))
+    preset = model_of(preset, list(folders.values()), tokenizer.vocab_size)
+    sources = [Source.of(branches[flag], folder, preset) for flag, folder in folders.items()]
     try:
         done = from_hugging_face(
             sources, args.model, preset, tokenizer, args.output, seed=args.seed, verify=not args.no_verify
@@ -256,9 +255,9 @@ def from_hf(args: argparse.Namespace) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
     verified = "not verified" if args.no_verify else f"logits equal to transformers' within {TOLERANCE:g}"
-    print(f"{done.step_folder}: {args.model} from {', '.join(source.folder.name for source in sources)}, {verified}")
+    print(f"{done.step_folder}: {args.model} from {', '.join(folder.name for folder in folders.values())}, {verified}")
     if done.has_other_embeddings:
-        print(f"embeddings: those of {sources[0].folder.name}; {sources[1].folder.name} has others")
+        print(f"embeddings: those of {first.name}; {args.generator_source} has others")
     for what, names in (("left out", done.left_out), ("start afresh", done.fresh)):
         if names:
             print(f"{what}: {', '.join(sorted({_module(name) for name in names}))}")
@@ -275,13 +274,26 @@ def _module(name: str) -> str:
     return ".".join(parts[: numbers[0] + 1]) if numbers else ".".join(parts[:-1])
 
 
-def _take_sizes(args: argparse.Namespace, folder: "HuggingFaceFolder", prefix: str) -> None:
-    """Put the folder's sizes in the place of flags; UserError where a flag says otherwise."""
-    for name, value in dataclasses.asdict(folder.shape).items():
-        given = getattr(args, prefix + name)
-        if given not in (None, value):
-            raise UserError(f"--{(prefix + name).replace('_', '-')} {given}, but {folder.name} has {value}")
-        setattr(args, prefix + name, value)
+def _preset_of_sizes(args: argparse.Namespace, folders: "dict[str | None, HuggingFaceFolder]") -> "Preset":
+    """Give the preset that the flags ask for the folders' sizes; raise UserError where a flag says otherwise.
+
+    Folders are given by the branch that they become, the first one by None.
+    """
+    from peer_scale.settings.presets import find_preset
+    from peer_scale.settings.resolve import resolve_model, with_yaml
+
+    preset = with_yaml(find_preset(args.model), args.config)
+    has_one_network = len(preset.model.networks) == 1
+    if has_one_network != (args.bert is not None):
+        raise UserError(f"--model {args.model} starts from {'--bert' if has_one_network else '--discriminator'}")
+    for branch, folder in folders.items():
+        for size, value in dataclasses.asdict(folder.shape).items():
+            name = size if branch is None else f"{branch}_{size}"
+            given = getattr(args, name)
+            if given not in (None, value):
+                raise UserError(f"--{name.replace('_', '-')} {given}, but {folder.name} has {value}")
+            setattr(args, name, value)
+    return resolve_model(args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

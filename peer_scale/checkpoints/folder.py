@@ -22,7 +22,7 @@ _PREFIX, _WRITING, _REMOVING = "step_", ".writing_", ".removing_"
 
 
 class CheckpointFolder:
-    """For one process, the first rank; raises OSError where the disk does.
+    """What one process, the first rank, does to the folder; raises OSError where the disk does.
 
     Kept are the newest `keep_last` checkpoints and those of steps that `keep_every` divides (None: no others).
     """
@@ -36,7 +36,7 @@ class CheckpointFolder:
             shutil.rmtree(leftover, ignore_errors=True)
 
     def begin(self, step: int) -> Path:
-        """An empty folder to write the checkpoint of `step` into."""
+        """Make an empty folder to write the checkpoint of `step` into."""
         aside = self._aside(step)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
@@ -47,7 +47,7 @@ class CheckpointFolder:
         shutil.rmtree(self._aside(step), ignore_errors=True)
 
     def commit(self, step: int, manifest: Manifest) -> list[Path]:
-        """Make what was begun the newest checkpoint; gives folders out of the way that are now to be deleted."""
+        """Make what was begun the newest checkpoint; give folders out of the way that are now to be deleted."""
         aside = self._aside(step)
         manifest.write(aside)
         final = self._path / f"{_PREFIX}{step:08d}"
@@ -76,18 +76,18 @@ class CheckpointFolder:
 
 
 def step_of(folder: Path) -> int:
-    """The step in a checkpoint's name."""
+    """Read the step in a checkpoint's name."""
     return int(folder.name.removeprefix(_PREFIX))
 
 
 def committed(path: Path) -> list[Path]:
-    """Committed checkpoints in `path`, oldest first."""
+    """List the committed checkpoints in `path`, oldest first."""
     folders = (folder for folder in path.glob(f"{_PREFIX}*") if re.fullmatch(rf"{_PREFIX}\d+", folder.name))
     return sorted((folder for folder in folders if (folder / MANIFEST).is_file()), key=step_of)
 
 
 def newest(path: Path) -> tuple[Path, Manifest] | None:
-    """The newest committed checkpoint under `path` (or `path` itself) and its manifest; None where there is none.
+    """Find the newest committed checkpoint under `path` (or `path` itself) and its manifest; None where there is none.
 
     Raises UserError for a manifest that cannot be read, or a file that is missing or of another size than it says.
     """
@@ -102,7 +102,7 @@ def newest(path: Path) -> tuple[Path, Manifest] | None:
 
 
 def require_found(path: Path) -> tuple[Path, Manifest]:
-    """As `newest`; raises UserError where there is none."""
+    """Do as `newest` does, but raise UserError where there is none."""
     found = newest(path)
     if found is None:
         raise UserError(

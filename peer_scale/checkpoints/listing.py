@@ -7,16 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from peer_scale.checkpoints.manifest import IMPORTED, KINDS, Manifest, TensorEntry
+from peer_scale.checkpoints.manifest import KINDS, Manifest, TensorEntry
+from peer_scale.checkpoints.sections import Sections
 
 _NUMBER_BYTES = 4
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 def listing(folder: Path, manifest: Manifest) -> str:
-    """The facts of the run, then a line a tensor; sizes are those of weight and moments together."""
+    """Tell the facts of the run, then one line per tensor; sizes are those of weight and moments together."""
     ties: dict[str, list[str]] = {}
-    for tied, name in manifest.sections.get("ties", {}).items():
+    for tied, name in manifest.sections.ties.items():
         ties.setdefault(name, []).append(tied)
     rows: list[tuple[str, ...]] = [("tensor", "shape", "shards", "padding", "dtype", "size", "pieces", "tied with")]
     rows += [(name, *_columns(entry), ", ".join(ties.get(name, ()))) for name, entry in manifest.tensors.items()]
@@ -28,9 +29,10 @@ def listing(folder: Path, manifest: Manifest) -> str:
     return "\n".join([*_aligned(facts), "", *_aligned(rows)])
 
 
-def _facts(sections: dict[str, Any]) -> list[tuple[str, str]]:
-    names = ("provenance", IMPORTED, "progress", "layout", "optimizer", "data", "reshaped")
-    return [(name, _flat(sections[name])) for name in names if name in sections]
+def _facts(sections: Sections) -> list[tuple[str, str]]:
+    names = ("provenance", "imported", "progress", "layout", "optimizer", "tokenizer", "data", "reshaped")
+    values = sections.as_json()
+    return [(name, _flat(values[name])) for name in names if name in values]
 
 
 def _flat(values: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from peer_scale.parallel.agreement import Agreement
 
 
 def load_checkpoint(state: TrainingState, agreement: Agreement, folder: Path, manifest: Manifest) -> Progress:
-    """Put weights and optimizer state in place; gives how far the run had come.
+    """Put weights and optimizer state in place; give how far the run had come.
 
     The ranks share the files out among them and verify each checksum before anything is changed.
 
@@ -20,9 +20,11 @@ def load_checkpoint(state: TrainingState, agreement: Agreement, folder: Path, ma
         UserError: on all ranks, where a file is damaged or a parameter is missing.
     """
     agreement.everyone(lambda: _check_files(folder, manifest))
-    agreement.everyone(lambda: state.fill(TensorReader(folder, manifest)))
+    progress = manifest.sections.progress
+    reader = TensorReader(folder, manifest.tensors)
+    agreement.everyone(lambda: state.fill(reader, manifest.sections.optimizer, progress))
     state.publish()
-    return Progress(**manifest.sections["progress"])
+    return progress
 
 
 def _check_files(folder: Path, manifest: Manifest) -> None:

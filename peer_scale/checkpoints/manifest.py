@@ -19,25 +19,25 @@ from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
+from peer_scale.checkpoints.sections import Sections, parse_sections
+from peer_scale.checkpoints.upgrade import from_format_2
 from peer_scale.errors import UserError
 from peer_scale.storage import write_atomically
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "peer_scale.json"
 TOKENIZER = "tokenizer"
-IMPORTED = "imported"
-"""The section of a checkpoint of step 0 whose weights come from elsewhere: from where, by network."""
 
 WEIGHT, EXP_AVG, EXP_AVG_SQ = "weight", "exp_avg", "exp_avg_sq"
 KINDS = (WEIGHT, EXP_AVG, EXP_AVG_SQ)
 """What is kept of each parameter, in fp32: the master weight and Adam's two moments."""
 
 VOCABULARY_PARAMETERS = ("embeddings.word.weight", "mlm_head.bias")
-"""Those with a row for each entry of the vocabulary, to which a model adds padding rows."""
+"""Those with a row per entry of the vocabulary, to which a model adds padding rows."""
 
 
 def key_of(kind: str, name: str) -> str:
-    """What a piece is called in its file."""
+    """Name a piece in its file."""
     return f"{kind}/{name}"
 
 
@@ -55,14 +55,14 @@ class Sharding:
 
     @property
     def shard_shape(self) -> tuple[int, ...]:
-        """Of one shard, with its padding."""
+        """Shape of one shard, with its padding."""
         sizes = [self.shape[0] + self.padding, *self.shape[1:]]
         if self.dim is not None:
             sizes[self.dim] //= self.count
         return tuple(sizes)
 
     def stored(self, shard: int) -> int:
-        """How many numbers at the beginning of a shard are not padding."""
+        """Count the numbers at the beginning of a shard that are not padding."""
         rows, *others = self.shard_shape
         first = rows * shard if self.dim == 0 else 0
         return max(min(rows, self.shape[0] - first), 0) * math.prod(others)
@@ -94,7 +94,7 @@ class TensorEntry:
         return Sharding(self.shape, self.shard_dim, self.shards, self.padding)
 
     def gap(self) -> str | None:
-        """Where the pieces do not cover each number of each shard once; None where they do."""
+        """Say where the pieces do not cover each number of each shard once; None where they do."""
         for shard in range(self.shards):
             position, length = 0, self.sharding.stored(shard)
             for piece in sorted((p for p in self.pieces if p.shard == shard), key=lambda p: p.start):
@@ -115,48 +115,57 @@ class FileEntry(NamedTuple):
 
 @dataclass(frozen=True)
 class Manifest:
-    """All of a checkpoint but its numbers; `sections` is what is said of the run, ready for JSON."""
+    """All of a checkpoint but its numbers; `sections` is what is said of the run."""
 
-    sections: dict[str, Any]
+    sections: Sections
     tensors: dict[str, TensorEntry]
     files: dict[str, FileEntry]
 
     def write(self, folder: Path) -> None:
-        """Write the manifest into `folder`, a line a section and a line a tensor."""
-        members = {"format_version": FORMAT_VERSION, **self.sections, "files": self.files}
+        """Write the manifest into `folder`, one line per section and per tensor."""
+        members = {"format_version": FORMAT_VERSION, **self.sections.as_json(), "files": self.files}
         lines = {key: json.dumps(value) for key, value in members.items()}
         lines["tensors"] = _object({name: json.dumps(asdict(entry)) for name, entry in self.tensors.items()})
         write_atomically(folder / MANIFEST, _object(lines).encode())
 
 
 def _object(members: Mapping[str, str]) -> str:
-    """A JSON object of members that are JSON already, one a line."""
+    """Join members that are JSON already to a JSON object, one per line."""
     return "{\n" + ",\n".join(f"{json.dumps(key)}: {value}" for key, value in members.items()) + "\n}"
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest in `folder`.
+    """Read the manifest in `folder`, of this format or of format 2.
 
     Raises:
-        UserError: it cannot be read, is of another format, or its pieces leave a gap in a tensor.
+        UserError: it cannot be read, is of another format, says what this version does not know, or its pieces leave a
+            gap in a tensor.
     """
     path = folder / MANIFEST
+    content, tensors, files = _read_json(path)
     try:
-        content = dict(json.loads(path.read_text(encoding="utf-8")))
-        version, tensors, files = (content.pop(key) for key in ("format_version", "tensors", "files"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a checkpoint's manifest: {type(error).__name__}: {error}") from None
-    if version != FORMAT_VERSION:
-        raise UserError(f"{path}: format {version}; this version reads {FORMAT_VERSION}")
-    try:
-        tensors = TypeAdapter(dict[str, TensorEntry]).validate_python(tensors)
-        files = TypeAdapter(dict[str, FileEntry]).validate_python(files)
+        entries = TypeAdapter(dict[str, TensorEntry]).validate_python(tensors)
+        checksums = TypeAdapter(dict[str, FileEntry]).validate_python(files)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise UserError(f"{path}: not a checkpoint's manifest: {where}: {first['msg']}") from None
-    for name, entry in tensors.items():
+    for name, entry in entries.items():
         gap = entry.gap()
         if gap is not None:
             raise UserError(f"{path}: {name} is not whole: {gap}")
-    return Manifest(content, tensors, files)
+    return Manifest(parse_sections(content, str(path)), entries, checksums)
+
+
+def _read_json(path: Path) -> tuple[dict[str, Any], Any, Any]:
+    """Read sections, tensors and files, not yet checked but of the present format."""
+    try:
+        content = dict(json.loads(path.read_text(encoding="utf-8")))
+        version, tensors, files = (content.pop(key) for key in ("format_version", "tensors", "files"))
+        if version == 2:
+            version, content = FORMAT_VERSION, from_format_2(content)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a checkpoint's manifest: {type(error).__name__}: {error}") from None
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path}: format {version}; this version reads 2 and {FORMAT_VERSION}")
+    return content, tensors, files

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from peer_scale.checkpoints.manifest import MANIFEST, TOKENIZER, WEIGHT, FileEntry, Manifest, Sharding, key_of
+from peer_scale.checkpoints.manifest import MANIFEST, TOKENIZER, WEIGHT, FileEntry, Sharding, TensorEntry, key_of
 from peer_scale.corpus.wordpiece import WordPiece
 from peer_scale.errors import UserError
 
@@ -26,7 +26,7 @@ _OPEN_FILES = 64
 def write_tensors(
     path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[Tensor], **metadata: str
 ) -> FileEntry:
-    """Write fp32 tensors of the given shapes as they come, synced to disk; gives the file's size and checksum.
+    """Write fp32 tensors of the given shapes as they come, synced to disk; give the file's size and checksum.
 
     The library's own writer wants all tensors at once and does not give the checksum. Raises OSError.
     """
@@ -65,14 +65,14 @@ def _content(key: str, shape: tuple[int, ...], tensor: Tensor) -> Iterable[memor
 
 
 def write_tokenizer(folder: Path, tokenizer: WordPiece) -> dict[str, FileEntry]:
-    """Write a checkpoint's tokenizer; gives what the manifest says of its files. Raises OSError and UserError."""
+    """Write a checkpoint's tokenizer; give what the manifest says of its files. Raises OSError and UserError."""
     tokenizer.save(folder / TOKENIZER)
     paths = sorted((folder / TOKENIZER).iterdir())
     return {f"{TOKENIZER}/{path.name}": describe_file(path) for path in paths}
 
 
 def describe_file(path: Path) -> FileEntry:
-    """Size and checksum of a file that is there."""
+    """Give size and checksum of a file that is there."""
     digest, size = hashlib.sha256(), 0
     with path.open("rb") as file:
         while block := file.read(_CHUNK):
@@ -101,22 +101,22 @@ def check_file(path: Path, entry: FileEntry) -> None:
 
 
 class TensorReader:
-    """Reads any part of a checkpoint's tensors, under whatever layout it was saved; only what is asked for is read.
+    """Any part of a checkpoint's tensors, under whatever layout it was saved; only what is asked for is read.
 
     Every method raises UserError naming the file that cannot be read.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self.folder, self.manifest = folder, manifest
+    def __init__(self, folder: Path, tensors: Mapping[str, TensorEntry]) -> None:
+        self.folder, self.tensors = folder, tensors
         self._open = functools.lru_cache(maxsize=_OPEN_FILES)(self._open_file)
 
     def whole(self, name: str, kind: str = WEIGHT) -> Tensor:
-        """A tensor in its logical shape."""
-        return self.rows(name, kind, 0, self.manifest.tensors[name].shape[0])
+        """Read a tensor in its logical shape."""
+        return self.rows(name, kind, 0, self.tensors[name].shape[0])
 
     def rows(self, name: str, kind: str, first: int, last: int) -> Tensor:
-        """Rows `first` to `last` (exclusive) along dimension 0 of the logical tensor."""
-        sharding = self.manifest.tensors[name].sharding
+        """Read rows `first` to `last` (exclusive) along dimension 0 of the logical tensor."""
+        sharding = self.tensors[name].sharding
         rows, *others = sharding.shard_shape
         row = math.prod(others)
         if sharding.count == 1:
@@ -135,7 +135,7 @@ class TensorReader:
         return found
 
     def flat(self, name: str, kind: str, target: Sharding, shard: int, start: int, length: int) -> Tensor:
-        """A flat range of a shard under another sharding: [length], zero where it is padding."""
+        """Read a flat range of a shard under another sharding: [length], zero where it is padding."""
         rows, *others = target.shard_shape
         row = math.prod(others)
         base = rows * shard if target.dim == 0 else 0
@@ -149,12 +149,12 @@ class TensorReader:
         return content if len(content) == length else torch.cat([content, torch.zeros(length - len(content))])
 
     def _range(self, name: str, kind: str, shard: int, start: int, end: int) -> Tensor:
-        """Flat range of a shard as it was saved."""
-        for piece in self.manifest.tensors[name].pieces:
+        """Read a flat range of a shard as it was saved."""
+        for piece in self.tensors[name].pieces:
             if piece.shard == shard and piece.start <= start and end <= piece.start + piece.length:
                 return self._slice(piece.file, key_of(kind, name), start - piece.start, end - piece.start)
         found = torch.empty(end - start)
-        for piece in self.manifest.tensors[name].pieces:
+        for piece in self.tensors[name].pieces:
             low, high = max(start, piece.start), min(end, piece.start + piece.length)
             if piece.shard == shard and low < high:
                 content = self._slice(piece.file, key_of(kind, name), low - piece.start, high - piece.start)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from peer_scale.checkpoints.manifest import (
     key_of,
 )
 from peer_scale.checkpoints.pieces import TensorReader, check_file, write_tensors
+from peer_scale.checkpoints.sections import Reshaped
 from peer_scale.errors import UserError
 from peer_scale.models.config import padded_vocab_size
 from peer_scale.storage import new_folder
@@ -45,7 +46,7 @@ class Cut:
             )
 
     def sharding(self, name: str, entry: TensorEntry) -> Sharding:
-        """Of a tensor; UserError where its size does not go."""
+        """Say how the ranks share a tensor; raise UserError where their number does not divide it."""
         dim, count = entry.shard_dim, self.tensor_parallel
         if dim is None:
             return Sharding(entry.shape)
@@ -57,7 +58,7 @@ class Cut:
         return Sharding(entry.shape, dim, count)
 
     def pieces(self, sharding: Sharding) -> list[Piece]:
-        """Of one tensor, in the order of the files."""
+        """List the pieces of one tensor in the order of the files."""
         size = math.prod(sharding.shard_shape)
         length = -(-size * self.tensor_parallel // self.num_files)
         pieces = []
@@ -83,14 +84,19 @@ def reshape(folder: Path, manifest: Manifest, output: Path, cut: Cut, *, verify:
         for name, entry in manifest.files.items():
             check_file(folder / name, entry)
         shardings = {name: cut.sharding(name, entry) for name, entry in manifest.tensors.items()}
-        written = _write(TensorReader(folder, manifest), shardings, cut, aside)
+        reader = TensorReader(folder, manifest.tensors)
+        written = _write(reader, manifest, shardings, cut, aside)
         if verify:
-            _compare(TensorReader(folder, manifest), TensorReader(aside, written))
+            for name, entry in written.files.items():
+                check_file(aside / name, entry)
+            _compare(reader, TensorReader(aside, written.tensors))
 
 
-def _write(reader: TensorReader, shardings: dict[str, Sharding], cut: Cut, aside: Path) -> Manifest:
+def _write(
+    reader: TensorReader, manifest: Manifest, shardings: dict[str, Sharding], cut: Cut, aside: Path
+) -> Manifest:
     pieces = {name: cut.pieces(sharding) for name, sharding in shardings.items()}
-    files = {name: entry for name, entry in reader.manifest.files.items() if name.startswith(f"{TOKENIZER}/")}
+    files = {name: entry for name, entry in manifest.files.items() if name.startswith(f"{TOKENIZER}/")}
     shutil.copytree(reader.folder / TOKENIZER, aside / TOKENIZER)
     for file in sorted({piece.file for found in pieces.values() for piece in found}):
         content = [(name, piece) for name, found in pieces.items() for piece in found if piece.file == file]
@@ -100,10 +106,10 @@ def _write(reader: TensorReader, shardings: dict[str, Sharding], cut: Cut, aside
     }
     for name, entry in entries.items():
         assert entry.gap() is None, f"{name}: {entry.gap()}"
-    said = {"tensor_parallel": cut.tensor_parallel, "num_files": cut.num_files}
-    manifest = Manifest({**reader.manifest.sections, "reshaped": said}, entries, files)
-    manifest.write(aside)
-    return manifest
+    reshaped = Reshaped(cut.tensor_parallel, cut.num_files)
+    written = Manifest(replace(manifest.sections, reshaped=reshaped), entries, files)
+    written.write(aside)
+    return written
 
 
 def _write_file(
@@ -119,9 +125,7 @@ def _write_file(
 
 
 def _compare(old: TensorReader, new: TensorReader) -> None:
-    for name, entry in new.manifest.files.items():
-        check_file(new.folder / name, entry)
-    for name in old.manifest.tensors:
+    for name in old.tensors:
         for kind in KINDS:
             if not torch.equal(old.whole(name, kind), new.whole(name, kind)):
                 raise UserError(f"verification: {name} ({kind}) is not what it was; nothing was written")

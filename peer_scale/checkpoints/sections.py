@@ -1,43 +1,178 @@
-"""What a manifest says of the run, and how a run that loads it may differ."""
+"""What a manifest says of the run, section by section: one description, by which it is written and read.
+
+Each field of `Sections` is a section of the manifest, and its class says what stands there.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar, get_type_hints
 
-from peer_scale.checkpoints.manifest import IMPORTED, Manifest
+from pydantic import TypeAdapter, ValidationError
+
+from peer_scale.checkpoints.progress import Progress
 from peer_scale.errors import UserError
+from peer_scale.models.config import ModelConfig
 from peer_scale.objectives.objective import Objective
+from peer_scale.objectives.registry import OBJECTIVES
 from peer_scale.parallel.topology import Topology
+from peer_scale.samples.masking import MaskingConfig
 from peer_scale.settings.run import RunConfig
 
-_RANDOM = (
-    "no generator's state is kept: the order of the data, masking, sampling and initial weights are functions of the "
-    "seed and a sample's number, dropout of (seed, step, micro-batch, data-parallel rank)"
-)
-# what of the model a run that starts from imported weights may choose
-_OF_TRAINING = ("hidden_dropout", "attention_dropout", "init_std")
+T = TypeVar("T")
+
 # what stands in two places of the model under one name
 TIES = {"output matrix of mlm_head": "embeddings.word.weight"}
 
 
-def identity(run: RunConfig, *, data_fingerprint: str, tokenizer_digest: str) -> dict[str, Any]:
-    """What a checkpoint must have in common with the run that loads it, by section."""
-    return {
-        "model": dataclasses.asdict(run.model),
-        "objective": objective_section(run.objective),
-        "masking": dataclasses.asdict(run.masking),
-        "data": {
-            "fingerprint": data_fingerprint,
-            "tokenizer": tokenizer_digest,
-            "seed": run.seed,
-            "validation_fraction": run.data.validation_fraction,
-            "seq_length": run.training.seq_length,
-            "global_batch_size": run.training.global_batch_size,
-        },
-    }
+@dataclass(frozen=True)
+class TokenizerIdentity:
+    """What makes text into the ids that the model knows, by its digest; its files are in the checkpoint's folder."""
+
+    digest: str
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The data of the run and their order; `fingerprint` is a digest of the text."""
+
+    fingerprint: str
+    seed: int
+    validation_fraction: float
+    seq_length: int
+    global_batch_size: int
+
+
+@dataclass(frozen=True)
+class SavedLayout:
+    """How the ranks that wrote the checkpoint shared the work; a run that loads it may do otherwise."""
+
+    data_parallel: int
+    tensor_parallel: int
+    pipeline_parallel: int
+    zero_stage: int
+    precision: str
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """The preset's (or own model's) name and where the text came from."""
+
+    model: str
+    data_path: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LossScale:
+    """The state of fp16's dynamic loss scaler, by DeepSpeed's names."""
+
+    cur_scale: float
+    cur_iter: int
+    last_overflow_iter: int
+    cur_hysteresis: int
+
+
+@dataclass(frozen=True)
+class OptimizerState:
+    """What belongs to the optimizer as a whole: Adam's count of updates, and what fp16 knows (None: no scaler)."""
+
+    updates: int = 0
+    skipped_steps: int = 0
+    loss_scale: LossScale | None = None
+
+
+@dataclass(frozen=True)
+class RandomStreams:
+    """Where everything drawn comes from."""
+
+    seed: int
+    streams: str = (
+        "no generator's state is kept: the order of the data, masking, sampling and initial weights are functions of "
+        "the seed and a sample's number, dropout of (seed, step, micro-batch, data-parallel rank)"
+    )
+
+
+@dataclass(frozen=True)
+class Reshaped:
+    """The ranks for which the files were cut anew."""
+
+    tensor_parallel: int
+    num_files: int
+
+
+@dataclass(frozen=True)
+class Sections:
+    """All that a manifest says of a run; a section that is None is not there.
+
+    Attributes:
+        progress: steps, samples and tokens so far; they are also the position in the data.
+        optimizer: what the optimizer knows beside its moments.
+        model: sizes of the networks.
+        objective: what is learned.
+        masking: which positions are selected.
+        tokenizer: what the ids mean.
+        data: None for a checkpoint that was imported, which has seen no data here.
+        layout: None for a checkpoint that was imported.
+        provenance: for people.
+        training: optimizer settings and schedule, for people.
+        random: the seed.
+        ties: places of the model that use another parameter.
+        imported: from where the weights of a checkpoint of step 0 come, by what they became.
+        reshaped: how the files were cut anew.
+    """
+
+    progress: Progress
+    optimizer: OptimizerState
+    model: ModelConfig
+    objective: Objective
+    masking: MaskingConfig
+    tokenizer: TokenizerIdentity
+    data: TrainingData | None
+    layout: SavedLayout | None
+    provenance: Provenance
+    training: dict[str, Any] | None
+    random: RandomStreams
+    ties: dict[str, str]
+    imported: dict[str, str] | None = None
+    reshaped: Reshaped | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Give the sections that are there, ready for JSON."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: _as_json(value) for name, value in values.items() if value is not None}
+
+
+def sections_of(run: RunConfig, topology: Topology, *, data_fingerprint: str, tokenizer_digest: str) -> Sections:
+    """Describe a run that has not begun."""
+    return Sections(
+        progress=Progress(),
+        optimizer=OptimizerState(),
+        model=run.model,
+        objective=run.objective,
+        masking=run.masking,
+        tokenizer=TokenizerIdentity(tokenizer_digest),
+        data=TrainingData(
+            fingerprint=data_fingerprint,
+            seed=run.seed,
+            validation_fraction=run.data.validation_fraction,
+            seq_length=run.training.seq_length,
+            global_batch_size=run.training.global_batch_size,
+        ),
+        layout=SavedLayout(
+            data_parallel=topology.size("dp"),
+            tensor_parallel=run.tensor_parallel,
+            pipeline_parallel=run.pipeline_parallel,
+            zero_stage=run.zero_stage,
+            precision=run.training.precision,
+        ),
+        provenance=Provenance(run.name, tuple(map(str, run.data.data_path))),
+        training=dataclasses.asdict(run.training),
+        random=RandomStreams(run.seed),
+        ties=TIES,
+    )
 
 
 def objective_section(objective: Objective) -> dict[str, Any]:
@@ -45,61 +180,62 @@ def objective_section(objective: Objective) -> dict[str, Any]:
     return {"kind": objective.kind, **dataclasses.asdict(objective)}  # type: ignore[call-overload]
 
 
-def layout(run: RunConfig, topology: Topology) -> dict[str, Any]:
-    """How the ranks share the work; a run that loads the checkpoint may do otherwise."""
-    return {
-        "data_parallel": topology.size("dp"),
-        "tensor_parallel": run.tensor_parallel,
-        "pipeline_parallel": run.pipeline_parallel,
-        "zero_stage": run.zero_stage,
-        "precision": run.training.precision,
-    }
+def parse_sections(content: Mapping[str, Any], where: str) -> Sections:
+    """Make sections of their JSON form.
 
-
-def about(run: RunConfig) -> dict[str, Any]:
-    """What is told of a run where its weights go on to, and may differ in a run that resumes it."""
-    return {
-        "provenance": {"model": run.name, "data_path": [str(path) for path in run.data.data_path]},
-        "training": dataclasses.asdict(run.training),
-        "random": {"seed": run.seed, "streams": _RANDOM},
-        "ties": TIES,
-    }
-
-
-def check_identity(folder: Path, manifest: Manifest, run_identity: dict[str, Any]) -> None:
-    """Raise UserError naming every field in which the checkpoint and the run differ.
-
-    Imported weights may go on with any data, dropout and objective of as many levels.
+    Raises:
+        UserError: a section or a key in one is missing, unknown, of another type or out of bounds; the message is one
+            line that begins with `where` and names it.
     """
-    if IMPORTED in manifest.sections:
-        run_identity = _of_weights(run_identity)
-        saved = _of_weights(manifest.sections)
-    else:
-        saved = manifest.sections
-    found = {section: saved.get(section) for section in run_identity}
-    differences = _differences(found, run_identity)
-    if differences:
-        told = "; ".join(f"{where} {saved} there, {here} here" for where, saved, here in differences)
-        raise UserError(f"--load {folder}: saved by another run: {told}")
+    types = get_type_hints(Sections)
+    for name in sorted(content.keys() - types.keys()):
+        raise UserError(f"{where}: {name}: unknown to this version")
+    if content.get("imported") is None:
+        for name in ("data", "layout"):
+            if content.get(name) is None:
+                raise UserError(f"{where}: {name}: missing")
+    return Sections(**{name: _parse_section(types[name], name, content, where) for name in types})
 
 
-def _of_weights(sections: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "model": {key: value for key, value in sections["model"].items() if key not in _OF_TRAINING},
-        "objective": {"num_levels": sections["objective"]["num_levels"]},
-        "data": {"tokenizer": sections["data"]["tokenizer"]},
-    }
+def _parse_section(cls: Any, name: str, content: Mapping[str, Any], where: str) -> Any:
+    if name == "objective":
+        return _parse_objective(content.get(name), f"{where}: {name}")
+    return _parse(cls, content.get(name), f"{where}: {name}")
 
 
-def layout_changes(manifest: Manifest, run_layout: dict[str, Any]) -> str:
-    """In which parts of the layout the run differs from the one that saved, for the user; empty where in none."""
-    differences = _differences(manifest.sections.get("layout"), run_layout)
-    return ", ".join(f"{where} {saved} -> {here}" for where, saved, here in differences)
+def _parse_objective(values: object, where: str) -> Objective:
+    if not isinstance(values, dict) or "kind" not in values:
+        raise UserError(f"{where}.kind: missing")
+    settings = dict(values)
+    kind = settings.pop("kind")
+    if kind not in OBJECTIVES:
+        raise UserError(f"{where}.kind: {kind!r} is unknown to this version; known: {', '.join(OBJECTIVES)}")
+    return _parse(OBJECTIVES[kind], settings, where)
 
 
-def _differences(saved: Any, here: Any, where: str = "") -> list[tuple[str, Any, Any]]:
-    if isinstance(saved, dict) and isinstance(here, dict):
-        keys = sorted({*saved, *here})
-        return [d for key in keys for d in _differences(saved.get(key), here.get(key), f"{where}.{key}".lstrip("."))]
-    here = json.loads(json.dumps(here))  # tuples are lists in a manifest
-    return [] if saved == here else [(where, saved, here)]
+def _parse(cls: type[T], values: object, where: str) -> T:
+    try:
+        parsed = TypeAdapter(cls).validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{'.'.join([where, *map(str, first['loc'])])}: {first['msg']}") from None
+    # pydantic fills in defaults, and passes over what a standard dataclass does not have
+    given, known = _keys(values), _keys(_plain(parsed))
+    for key in sorted(given ^ known):
+        raise UserError(f"{where}.{key}: {'missing' if key in known else 'unknown to this version'}")
+    return parsed
+
+
+def _as_json(value: Any) -> Any:
+    return objective_section(value) if isinstance(value, Objective) else _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+
+
+def _keys(values: object, prefix: str = "") -> set[str]:
+    if not isinstance(values, dict):
+        return set()
+    own = {f"{prefix}{key}" for key in values}
+    return own.union(*(_keys(value, f"{prefix}{key}.") for key, value in values.items()))

@@ -2,7 +2,7 @@
 
 ZeRO-1, ZeRO-2 and the bf16 optimizer of ZeRO-1 lay each parameter group out flat and give each data-parallel rank an
 equal range of it; a parameter's `_hp_mapping` says what of it lies there. ZeRO-3 gives each rank an equal range of
-every parameter. Both are seen here as one flat range a parameter, whatever the device.
+every parameter. Both are seen here as one flat range per parameter, whatever the device.
 
 `check_internals` names what a DeepSpeed version lacks; tests/test_checkpoint_layouts.py compares the numbers with those
 that DeepSpeed's own functions put together.
@@ -10,6 +10,7 @@ that DeepSpeed's own functions put together.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,18 +22,13 @@ from deepspeed.utils import (
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
-from peer_scale.checkpoints.manifest import (
-    EXP_AVG,
-    EXP_AVG_SQ,
-    KINDS,
-    VOCABULARY_PARAMETERS,
-    WEIGHT,
-    Sharding,
-    key_of,
-)
+from peer_scale.checkpoints.manifest import EXP_AVG, EXP_AVG_SQ, KINDS, WEIGHT, Sharding, key_of
+from peer_scale.checkpoints.parameters import sharding_of
 from peer_scale.checkpoints.pieces import TensorReader
+from peer_scale.checkpoints.progress import Progress
+from peer_scale.checkpoints.sections import LossScale, OptimizerState
 from peer_scale.errors import UserError
 from peer_scale.parallel.topology import Topology
 
@@ -40,7 +36,7 @@ from peer_scale.parallel.topology import Topology
 _TASK = "model."
 _CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module."
 
-_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+_SCALER_FIELDS = tuple(field.name for field in dataclasses.fields(LossScale))
 
 
 @dataclass(frozen=True)
@@ -66,20 +62,8 @@ class OwnedPiece:
 
     @property
     def key(self) -> str:
-        """What it is called in a file."""
+        """Its name in a file."""
         return key_of(self.kind, self.fragment.name)
-
-
-def sharding_of(name: str, parameter: nn.Parameter, tensor_parallel: int, vocab_size: int) -> Sharding:
-    """How tensor-parallel ranks share the parameter, of which `parameter` is one rank's part."""
-    shape = list(getattr(parameter, "ds_shape", parameter.shape))
-    dim = getattr(parameter, "partition_dim", -1)
-    if dim < 0 or not getattr(parameter, "tensor_model_parallel", False):
-        return Sharding(tuple(shape))
-    shape[dim] *= tensor_parallel
-    padding = shape[0] - vocab_size if name in VOCABULARY_PARAMETERS else 0
-    shape[0] -= padding
-    return Sharding(tuple(shape), dim, tensor_parallel, padding)
 
 
 class TrainingState:
@@ -92,7 +76,7 @@ class TrainingState:
         self._store: _Store = _Zero3(engine, topology) if is_zero3 else _FlatGroups(engine)
 
     def owned(self) -> list[OwnedPiece]:
-        """What this rank saves: no padding, and of what tensor-parallel ranks have in common only the first's."""
+        """List what this rank saves: no padding, and what tensor-parallel ranks have in common on the first only."""
         self._store.create_missing()
         return [
             OwnedPiece(kind, fragment, length, self._reader(fragment, kind, length))
@@ -101,19 +85,16 @@ class TrainingState:
             for kind in KINDS
         ]
 
-    def scalars(self) -> dict[str, Any]:
-        """Adam's count of updates, the steps that fp16 skipped, and the loss scaler's state (None: it has none)."""
+    def scalars(self) -> OptimizerState:
+        """Read Adam's count of updates, the steps that fp16 skipped, and the loss scaler's state."""
         self._store.create_missing()
         updates = {float(self._engine.optimizer.state[master]["step"]) for master in self._store.masters()}
         assert len(updates) == 1, f"Adam has counted {updates} updates"
         scaler = self._dynamic_scaler()
-        return {
-            "updates": int(updates.pop()),
-            "skipped_steps": self._engine.skipped_steps,
-            "loss_scale": None if scaler is None else {name: getattr(scaler, name) for name in _SCALER_FIELDS},
-        }
+        loss_scale = None if scaler is None else LossScale(*(getattr(scaler, name) for name in _SCALER_FIELDS))
+        return OptimizerState(int(updates.pop()), self._engine.skipped_steps, loss_scale)
 
-    def fill(self, reader: TensorReader) -> None:
+    def fill(self, reader: TensorReader, optimizer: OptimizerState, progress: Progress) -> None:
         """Put a checkpoint's numbers in place; afterwards all ranks call `publish`.
 
         Raises:
@@ -121,7 +102,7 @@ class TrainingState:
         """
         self._store.create_missing()
         for fragment in self.fragments():
-            saved = reader.manifest.tensors.get(fragment.name)
+            saved = reader.tensors.get(fragment.name)
             if saved is None:
                 raise UserError(f"--load {reader.folder}: lacks the parameter {fragment.name}")
             if saved.shape != fragment.sharding.shape:
@@ -130,15 +111,14 @@ class TrainingState:
             for kind in KINDS if fragment.length else ():
                 where = (fragment.sharding, fragment.shard, fragment.start, fragment.length)
                 self._store.put(fragment, kind, reader.flat(fragment.name, kind, *where))
-        sections = reader.manifest.sections
-        self._restore_scalars(sections["optimizer"], sections["progress"])
+        self._restore_scalars(optimizer, progress)
 
     def publish(self) -> None:
         """Renew the low-precision weights of all ranks from the fp32 ones."""
         self._store.publish()
 
     def fragments(self) -> Iterator[Fragment]:
-        """One for each parameter of the model that this rank has a part of, in the model's order."""
+        """Give one for each parameter of the model that this rank has a part of, in the model's order."""
         for wrapped_name, parameter in self._engine.module.named_parameters():
             name = wrapped_name.replace(_CHECKPOINT_WRAPPER, "").removeprefix(_TASK)
             sharding = sharding_of(name, parameter, self._topology.size("tp"), self._vocab_size)
@@ -155,16 +135,16 @@ class TrainingState:
     def _reader(self, fragment: Fragment, kind: str, length: int) -> Callable[[], Tensor]:
         return lambda: self._store.get(fragment, kind).detach()[:length]
 
-    def _restore_scalars(self, scalars: dict[str, Any], progress: dict[str, Any]) -> None:
+    def _restore_scalars(self, optimizer: OptimizerState, progress: Progress) -> None:
         for master in self._store.masters():
-            self._engine.optimizer.state[master]["step"].fill_(scalars["updates"])
-        self._engine.global_steps = progress["step"]
-        self._engine.global_samples = progress["samples"]
-        self._engine.skipped_steps = scalars["skipped_steps"]
+            self._engine.optimizer.state[master]["step"].fill_(optimizer.updates)
+        self._engine.global_steps = progress.step
+        self._engine.global_samples = progress.samples
+        self._engine.skipped_steps = optimizer.skipped_steps
         scaler = self._dynamic_scaler()
-        if scaler is not None and scalars["loss_scale"] is not None:
+        if scaler is not None and optimizer.loss_scale is not None:
             for name in _SCALER_FIELDS:
-                setattr(scaler, name, scalars["loss_scale"][name])
+                setattr(scaler, name, getattr(optimizer.loss_scale, name))
 
     def _dynamic_scaler(self) -> Any:
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
@@ -175,16 +155,16 @@ class _Store(Protocol):
     """A kind of DeepSpeed optimizer: which flat range of a parameter's shard a rank has, and the numbers there."""
 
     def span(self, parameter: Any) -> tuple[int, int]:
-        """Start and length of the range."""
+        """Give start and length of the range."""
 
     def get(self, fragment: Fragment, kind: str) -> Tensor:
-        """At least `fragment.length` numbers."""
+        """Give at least `fragment.length` numbers."""
 
     def put(self, fragment: Fragment, kind: str, value: Tensor) -> None:
         """Replace the fragment's numbers."""
 
     def masters(self) -> list[Tensor]:
-        """The flat fp32 tensors that Adam updates."""
+        """List the flat fp32 tensors that Adam updates."""
 
     def create_missing(self) -> None:
         """Give Adam the state that it would make itself at its first update."""

@@ -4,7 +4,7 @@
     poll    after each later step, while a save is under way, the ranks ask each other whether all have written
     finish  the first rank commits: manifest, rename, `latest`; at the latest before the next save and at the end
 
-Beside what it trains with, a rank holds one fp32 copy of what it saves, 12 bytes a parameter of its share, from the
+Beside what it trains with, a rank holds one fp32 copy of what it saves, 12 bytes per parameter of its share, from the
 first save on; when not saving in the background, one tensor.
 """
 
@@ -29,6 +29,7 @@ from peer_scale.checkpoints.folder import CheckpointFolder
 from peer_scale.checkpoints.manifest import WEIGHT, FileEntry, Manifest, Piece, Sharding, TensorEntry
 from peer_scale.checkpoints.pieces import write_tensors, write_tokenizer
 from peer_scale.checkpoints.progress import Progress
+from peer_scale.checkpoints.sections import Sections
 from peer_scale.checkpoints.state import OwnedPiece, TrainingState
 from peer_scale.corpus.wordpiece import WordPiece
 from peer_scale.errors import UserError
@@ -46,7 +47,7 @@ class _Share:
 @dataclass(frozen=True)
 class _Pending:
     step: int
-    sections: dict[str, Any]
+    sections: Sections
     written: Future[_Share]
 
 
@@ -62,7 +63,7 @@ class CheckpointWriter:
         folder: CheckpointFolder,
         state: TrainingState,
         agreement: Agreement,
-        sections: dict[str, Any],
+        sections: Sections,
         tokenizer: WordPiece,
         *,
         in_background: bool,
@@ -80,7 +81,7 @@ class CheckpointWriter:
         self.finish()
         step = progress.step
         aside = self._agreement.first_rank(lambda: self._try(lambda: self._folder.begin(step)))
-        sections = {"progress": dataclasses.asdict(progress), "optimizer": self._state.scalars(), **self._sections}
+        sections = dataclasses.replace(self._sections, progress=progress, optimizer=self._state.scalars())
         pieces = self._state.owned()
         if self._host is not None:
             written = self._thread.submit(self._write, aside, pieces, self._host.copy(pieces))
@@ -162,7 +163,7 @@ class _HostCopy:
         self._buffer: Tensor | None = None
 
     def copy(self, pieces: list[OwnedPiece]) -> list[Tensor]:
-        """The numbers of this moment."""
+        """Copy the numbers of this moment."""
         lengths = [piece.length for piece in pieces]
         if self._buffer is None:
             self._buffer = torch.empty(sum(lengths), pin_memory=torch.cuda.is_available())
@@ -175,7 +176,7 @@ class _HostCopy:
 
 
 def _tensor_entries(shares: list[_Share]) -> dict[str, TensorEntry]:
-    """What all ranks have written of each tensor; they must have written all of it, once."""
+    """Collect what all ranks have written of each tensor; they must have written all of it, once."""
     shardings: dict[str, Sharding] = {}
     pieces: dict[str, list[Piece]] = {}
     for name, sharding, piece in (item for share in shares for item in share.pieces):

@@ -1,86 +1,42 @@
 """Our parameter names and those of Hugging Face's ELECTRA and BERT, one explicit map.
 
-A network of ours is an `ElectraModel` with its head: the ranker an ElectraForPreTraining, the generator an
-ElectraForMaskedLM; a BERT checkpoint of ours is a BertForMaskedLM. Shared layers and embeddings stand in each. One map
-serves both directions.
+A network of ours is an `ElectraModel` or a `BertModel`; what stands on top of it the objective maps itself
+(`peer_scale.objectives.exports`). Shared layers and embeddings stand in each network. One map serves both directions.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import BertConfig, ElectraConfig
 
 from peer_scale.models.config import EncoderShape, ModelConfig
+from peer_scale.objectives.exports import Entry, Export, dense_entries, first, same, vocabulary_entry
 
 # Names under which some files hold a tensor once more, and the names that are taken.
 TIES = {
-    "electra": {"generator_lm_head.weight": "electra.embeddings.word_embeddings.weight"},
-    "bert": {
+    "ElectraForMaskedLM": {"generator_lm_head.weight": "electra.embeddings.word_embeddings.weight"},
+    "BertForMaskedLM": {
         "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
         "cls.predictions.decoder.bias": "cls.predictions.bias",
     },
 }
 
-RANKER_HEAD = "discriminator_predictions"
-
-
-class Entry(NamedTuple):
-    """One of our parameters and what it is at Hugging Face: names there, and the way to the tensors and back."""
-
-    ours: str
-    theirs: tuple[str, ...]
-    convert: Callable[[Tensor], tuple[Tensor, ...]]
-    restore: Callable[[tuple[Tensor, ...]], Tensor]
-
-
-def ranking_head_entries() -> list[Entry]:
-    """The head of ElectraForPreTraining, whose logit for "replaced" is -w.h + xi_{K-1} (Eq. 3).
-
-    Of the thresholds it has the last only.
-    """
-    score = f"{RANKER_HEAD}.dense_prediction"
-    return [
-        *dense_entries("ranking_head.dense", f"{RANKER_HEAD}.dense"),
-        Entry("ranking_head.score.weight", (f"{score}.weight",), lambda w: (-w,), lambda t: -t[0]),
-        Entry("ranking_head.free_thresholds", (f"{score}.bias",), lambda xi: (xi[-1:],), _first),
-    ]
-
-
-def mlm_head_entries(config: ModelConfig) -> list[Entry]:
-    """The head of ElectraForMaskedLM; its output matrix is the word embeddings (`TIES`)."""
-    cut = without_padding(config.vocab_size)
-    return [
-        *dense_entries("mlm_head.dense", "generator_predictions.dense"),
-        *dense_entries("mlm_head.norm", "generator_predictions.LayerNorm"),
-        Entry("mlm_head.bias", ("generator_lm_head.bias",), cut, lambda t: cut(t[0])[0]),
-    ]
-
-
-def bert_mlm_head_entries(config: ModelConfig) -> list[Entry]:
-    """The head of BertForMaskedLM; its output matrix is the word embeddings (`TIES`)."""
-    cut = without_padding(config.vocab_size)
-    return [
-        *dense_entries("mlm_head.dense", "cls.predictions.transform.dense"),
-        *dense_entries("mlm_head.norm", "cls.predictions.transform.LayerNorm"),
-        Entry("mlm_head.bias", ("cls.predictions.bias",), cut, lambda t: cut(t[0])[0]),
-    ]
-
 
 def electra_config(config: ModelConfig, shape: EncoderShape, pad_token_id: int, **more: Any) -> ElectraConfig:
-    """Hugging Face's configuration of one network."""
+    """Make Hugging Face's configuration of one network; `shape` is that of all layers."""
     return ElectraConfig(embedding_size=config.embedding_size, **encoder_settings(config, shape, pad_token_id), **more)
 
 
-def bert_config(config: ModelConfig, pad_token_id: int) -> BertConfig:
-    """Hugging Face's configuration; it has one size for embeddings and hidden states, so ours must be equal."""
-    assert config.embedding_size == config.generator.hidden_size, "BertForMaskedLM has no projection"
-    return BertConfig(**encoder_settings(config, config.generator, pad_token_id))
+def bert_config(config: ModelConfig, shape: EncoderShape, pad_token_id: int, **more: Any) -> BertConfig:
+    """Make Hugging Face's configuration; it has one size for embeddings and hidden states, so ours must be equal."""
+    assert config.embedding_size == shape.hidden_size, "BERT has no projection"
+    return BertConfig(**encoder_settings(config, shape, pad_token_id), **more)
 
 
 def encoder_settings(config: ModelConfig, shape: EncoderShape, pad_token_id: int) -> dict[str, Any]:
-    """What ElectraConfig and BertConfig have in common, by their names."""
+    """Give what ElectraConfig and BertConfig have in common, by their names."""
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": shape.hidden_size,
@@ -98,21 +54,25 @@ def encoder_settings(config: ModelConfig, shape: EncoderShape, pad_token_id: int
     }
 
 
-def encoder_entries(config: ModelConfig, shape: EncoderShape, network: str, theirs: str = "electra") -> list[Entry]:
-    """The map of `network` ("generator" or "ranker") to the encoder that Hugging Face's model keeps under `theirs`."""
+def encoder_entries(export: Export, config: ModelConfig, shape: EncoderShape) -> list[Entry]:
+    """Map the export's network, and the layers above it, to the encoder; `shape` is that of all layers."""
+    theirs, network = export.family, export.network
     names = f"{theirs}.embeddings"
-    cut = without_padding(config.vocab_size)
     entries = [
-        Entry("embeddings.word.weight", (f"{names}.word_embeddings.weight",), cut, lambda t: cut(t[0])[0]),
-        Entry("embeddings.position.weight", (f"{names}.position_embeddings.weight",), _same, _first),
-        Entry("embeddings.token_type.weight", (f"{names}.token_type_embeddings.weight",), _same, _first),
+        vocabulary_entry("embeddings.word.weight", f"{names}.word_embeddings.weight", config.vocab_size),
+        Entry("embeddings.position.weight", (f"{names}.position_embeddings.weight",), same, first),
+        Entry("embeddings.token_type.weight", (f"{names}.token_type_embeddings.weight",), same, first),
         *dense_entries("embeddings.norm", f"{names}.LayerNorm"),
     ]
     if config.embedding_size != shape.hidden_size:
         entries += dense_entries(f"{network}.projection", f"{theirs}.embeddings_project")
-    for index in range(shape.num_layers):
-        own = index - config.num_shared_layers
-        ours = f"{network}.layers.{own}" if own >= 0 else f"shared_layers.{index}"
+    shared, top = config.num_shared_layers, export.top_layers
+    layers = [
+        *(f"shared_layers.{index}" for index in range(shared)),
+        *(f"{network}.layers.{index}" for index in range(shape.num_layers - len(top) - shared)),
+        *top,
+    ]
+    for index, ours in enumerate(layers):
         entries += _layer_entries(ours, f"{theirs}.encoder.layer.{index}", shape)
     return entries
 
@@ -134,26 +94,8 @@ def _layer_entries(ours: str, theirs: str, shape: EncoderShape) -> list[Entry]:
     ]
 
 
-def dense_entries(ours: str, theirs: str) -> list[Entry]:
-    """A weight and its bias, as they are."""
-    return [Entry(f"{ours}.{kind}", (f"{theirs}.{kind}",), _same, _first) for kind in ("weight", "bias")]
-
-
-def _same(tensor: Tensor) -> tuple[Tensor, ...]:
-    return (tensor,)
-
-
-def _first(tensors: tuple[Tensor, ...]) -> Tensor:
-    return tensors[0]
-
-
-def without_padding(rows: int) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """Leaves out the rows that only pad the vocabulary."""
-    return lambda tensor: (tensor[:rows],)
-
-
 def _split_qkv(shape: EncoderShape) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """Our rows are ordered [head, (q, k, v), head size]; theirs are three matrices of [head, head size]."""
+    """Split our rows, ordered [head, (q, k, v), head size], into their three matrices of [head, head size]."""
 
     def split(tensor: Tensor) -> tuple[Tensor, ...]:
         fused = tensor.view(shape.num_attention_heads, 3, shape.head_size, *tensor.shape[1:])

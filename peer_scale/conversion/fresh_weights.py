@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor, nn
 
-from peer_scale.conversion.architecture import GENERATOR, RANKER
 from peer_scale.models.config import ModelConfig, ModelPart
 from peer_scale.models.networks import PretrainingModel
+from peer_scale.objectives.objective import Objective
 from peer_scale.parallel.initialization import initialize_weights
 from peer_scale.parallel.topology import single_process_topology
 
@@ -17,10 +16,11 @@ from peer_scale.parallel.topology import single_process_topology
 class FreshWeights:
     """By the names of `PretrainingModel`; rows that pad the vocabulary are there."""
 
-    def __init__(self, config: ModelConfig, num_levels: int, seed: int) -> None:
-        self._config, self._num_levels, self._seed = config, num_levels, seed
-        self._topology = single_process_topology()
-        self._made: tuple[ModelPart | None, dict[str, Tensor]] = (None, {})
+    def __init__(self, config: ModelConfig, objective: Objective, seed: int) -> None:
+        self._config, self._seed = config, seed
+        self._networks, self._heads = dict(objective.graph(config).networks), objective.heads(config)
+        self._tensor_parallel = single_process_topology().tensor_parallel
+        self._made: tuple[ModelPart | str | None, dict[str, Tensor]] = (None, {})
 
     def __getitem__(self, name: str) -> Tensor:
         part = self._part(name)
@@ -28,31 +28,34 @@ class FreshWeights:
             self._made = part, self._make(part)
         return self._made[1][name]
 
-    def _part(self, name: str) -> ModelPart:
-        """The smallest part of the model with the parameter."""
-        nothing = ModelPart(
-            range(0), range(0), range(0), has_embeddings=False, has_mlm_head=False, has_ranking_head=False
-        )
-        numbers = [int(key) for key in name.split(".") if key.isdecimal()]
-        if numbers:
-            (number,) = numbers
-            field = {"shared_layers": "shared_layers", GENERATOR: "generator_layers", RANKER: "ranker_layers"}
-            layers: dict[str, Any] = {field[name.split(".", maxsplit=1)[0]]: range(number, number + 1)}
-            return replace(nothing, **layers)
-        if name.startswith("mlm_head."):
-            return replace(nothing, has_mlm_head=True)
-        if name.startswith("ranking_head."):
-            return replace(nothing, has_ranking_head=True)
-        return replace(nothing, has_embeddings=True)  # with the projections
+    def _part(self, name: str) -> ModelPart | str:
+        """Find the smallest part of the model with the parameter: one layer, a head by its name, or what is left."""
+        first, *others = name.split(".")
+        if first in self._heads:
+            return first
+        no_layers = dict.fromkeys(self._networks, range(0))
+        nothing = ModelPart(range(0), tuple(no_layers.items()), has_embeddings=False, ends=())
+        numbers = [int(key) for key in others if key.isdecimal()]
+        if not numbers:
+            return replace(nothing, has_embeddings=True)  # with the projections
+        (number,) = numbers
+        layer = range(number, number + 1)
+        if first in self._networks:
+            return replace(nothing, own_layers=tuple({**no_layers, first: layer}.items()))
+        return replace(nothing, shared_layers=layer)
 
-    def _make(self, part: ModelPart) -> dict[str, Tensor]:
-        model = PretrainingModel(self._config, self._num_levels, self._topology, part)
+    def _make(self, part: ModelPart | str) -> dict[str, Tensor]:
+        model: nn.Module
+        if isinstance(part, str):
+            model = nn.ModuleDict({part: self._heads[part](self._tensor_parallel)})
+        else:
+            model = PretrainingModel(self._config, self._networks, {}, self._tensor_parallel, part)
         # the trainer's name for it decides what is drawn
         initialize_weights(
             nn.ModuleDict({"model": model}),
             seed=self._seed,
             std=self._config.init_std,
             vocab_size=self._config.vocab_size,
-            topology=self._topology,
+            tensor_parallel=self._tensor_parallel,
         )
         return {name: parameter.detach() for name, parameter in model.named_parameters()}

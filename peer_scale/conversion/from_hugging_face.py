@@ -1,83 +1,96 @@
 """Hugging Face's ELECTRA and BERT weights as a checkpoint of step 0, from which a run starts under any layout.
 
-A tensor at a time is in memory; while the result is verified, a layer of either model at a time.
+One tensor at a time is in memory; while the result is verified, one layer of either model at a time.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
 from torch import Tensor
 
-from peer_scale.checkpoints import sections
-from peer_scale.checkpoints.folder import CheckpointFolder, committed
-from peer_scale.checkpoints.manifest import (
-    IMPORTED,
-    KINDS,
-    WEIGHT,
-    Manifest,
-    Piece,
-    Sharding,
-    TensorEntry,
-    key_of,
-)
-from peer_scale.checkpoints.pieces import write_tensors, write_tokenizer
+from peer_scale.checkpoints.initial import write_initial
+from peer_scale.checkpoints.parameters import shardings
 from peer_scale.checkpoints.progress import Progress
-from peer_scale.checkpoints.reader import (
-    Checkpoint,
-    empty_model,
-    model_without_weights,
-    our_weights,
-    read_sections,
+from peer_scale.checkpoints.reader import Checkpoint, empty_model, open_checkpoint, our_weights
+from peer_scale.checkpoints.sections import (
+    TIES,
+    OptimizerState,
+    Provenance,
+    RandomStreams,
+    Sections,
+    TokenizerIdentity,
 )
-from peer_scale.checkpoints.state import sharding_of
-from peer_scale.conversion.architecture import GENERATOR, RANKER, TOLERANCE, Architecture
-from peer_scale.conversion.electra import RANKER_HEAD, Entry
+from peer_scale.conversion.architecture import TOLERANCE, Architecture
 from peer_scale.conversion.fresh_weights import FreshWeights
 from peer_scale.conversion.hugging_face_folder import HuggingFaceFolder
 from peer_scale.conversion.to_hugging_face import EXTRAS
 from peer_scale.corpus.wordpiece import WordPiece
 from peer_scale.errors import UserError
+from peer_scale.objectives.exports import Entry, Export
+from peer_scale.parallel.topology import single_process_topology
 from peer_scale.settings.presets import Preset
 from peer_scale.storage import new_folder, write_atomically
 
 MODEL_FILE = "model.yaml"
-_FILE = "rank_00000.safetensors"
-_THRESHOLDS = "ranking_head.free_thresholds"
-_HEADS = {
-    (RANKER, "electra"): (f"{RANKER_HEAD}.",),
-    (GENERATOR, "electra"): ("generator_predictions.", "generator_lm_head."),
-    (GENERATOR, "bert"): ("cls.predictions.",),
-    (RANKER, "bert"): (),
-}
 
 
 @dataclass(frozen=True)
 class Source:
-    """A Hugging Face model and the network it becomes."""
+    """A Hugging Face model and what it becomes; `left_out` are beginnings of names that have no place here."""
 
     architecture: Architecture
     folder: HuggingFaceFolder
+    left_out: tuple[str, ...]
 
     @staticmethod
-    def of(network: str, folder: HuggingFaceFolder) -> Source:
-        """`network` is "ranker" or "generator"; the head comes along where the folder has the one that it needs."""
-        has_head = any(name.startswith(_HEADS[network, folder.family]) for name in folder.weights)
-        return Source(Architecture(network, folder.family, has_head), folder)
+    def of(branch: str | None, folder: HuggingFaceFolder, preset: Preset) -> Source:
+        """Take a folder for a branch of the preset's objective, by default its first.
+
+        The head comes along where the folder has the one that the branch needs; else only the encoder does.
+        """
+        of_branch = _exports_of(branch, preset)
+        in_family = [export for export in of_branch if export.family == folder.family]
+        with_head = [e for e in in_family if any(name in folder.weights for entry in e.head for name in entry.theirs)]
+        export = with_head[0] if with_head else _bare(of_branch[0], folder)
+        left_out = [f"{folder.family}.pooler.", "cls.seq_relationship."]
+        if not in_family:
+            left_out.append("cls.")  # a head in whose place the branch has another
+        return Source(Architecture.of(export, preset.model, preset.objective), folder, tuple(left_out))
+
+    @property
+    def branch(self) -> str:
+        """What the model becomes."""
+        return self.architecture.export.branch
+
+    @property
+    def class_name(self) -> str:
+        """Transformers' class that is taken for it."""
+        return self.architecture.export.class_name
 
     def is_left_out(self, name: str) -> bool:
-        """What no network here has: BERT's pooler and next-sentence head, its MLM head above a ranker, buffers."""
-        heads = ("cls.",) if self.architecture.network == RANKER and self.folder.family == "bert" else ()
-        parts = (f"{self.folder.family}.pooler.", "cls.seq_relationship.", *heads)
-        return name.startswith(parts) or name.endswith((".position_ids", ".token_type_ids"))
+        """Say whether a tensor has no place here: BERT's pooler and next-sentence head, other heads, buffers."""
+        return name.startswith(self.left_out) or name.endswith((".position_ids", ".token_type_ids"))
+
+
+def _exports_of(branch: str | None, preset: Preset) -> list[Export]:
+    """List the exports of a branch, by default of the objective's first; raise UserError where there is none."""
+    exports = preset.objective.exports(preset.model)
+    found = [export for export in exports if export.branch == (branch or exports[0].branch)]
+    if not found:
+        raise UserError(f"the model has no {branch} to take weights for")
+    return found
+
+
+def _bare(export: Export, folder: HuggingFaceFolder) -> Export:
+    class_name = f"{folder.family.capitalize()}Model"
+    return dataclasses.replace(export, family=folder.family, class_name=class_name, head=(), logits=None, extras={}, left_out=())
 
 
 @dataclass(frozen=True)
@@ -96,7 +109,7 @@ def from_hugging_face(
     """Write a folder of checkpoints with one of step 0, and the model's sizes beside it for the trainer's --config.
 
     Args:
-        sources: the ranker first, if there is one: shared embeddings are its own.
+        sources: the one whose embeddings are taken first.
         name: of the preset.
         preset: with the sources' sizes (`model_of`).
         tokenizer: whose ids the sources' embeddings are for.
@@ -108,59 +121,53 @@ def from_hugging_face(
         UserError: a tensor of a source is unmatched, missing, of another shape or not equal to the one it should share,
             `output` cannot be written, or logits differ by more than `TOLERANCE`; then nothing is left at `output`.
     """
-    taken, thresholds = _Weights(sources, preset), _extra_thresholds(sources, preset)
-    fresh = FreshWeights(preset.model, preset.objective.num_levels, seed)
-    model = model_without_weights(preset.model, preset.objective.num_levels)
-    shardings = {
-        our: sharding_of(our, parameter, 1, preset.model.vocab_size) for our, parameter in model.named_parameters()
-    }
+    taken = _Weights(sources)
+    fresh = FreshWeights(preset.model, preset.objective, seed)
+    ours = shardings(preset.model, preset.objective, single_process_topology().tensor_parallel)
 
     def weight(our: str) -> Tensor:
-        rows = shardings[our].shape[0]
-        if our == _THRESHOLDS:
-            return _thresholds(taken, thresholds, fresh[our])
-        return taken[our] if our in taken else fresh[our][:rows]
+        shape = ours[our].shape
+        return taken.whole(our, shape, fresh) if our in taken else fresh[our][: shape[0]]
 
     with new_folder(output, "--output") as aside:
-        manifest = _write(aside, shardings, weight, _sections(sources, name, preset, tokenizer, seed), tokenizer)
-        (step,) = committed(aside)
+        step, manifest = write_initial(aside, _sections(sources, name, preset, tokenizer, seed), ours, weight, tokenizer)
         if verify:
-            _verify(read_sections(step, manifest), sources, taken)
+            _verify(open_checkpoint(step, manifest), sources, taken)
         write_atomically(aside / MODEL_FILE, _model_file(preset).encode())
     left_out = [s.folder.weights.original_name(n) for s in sources for n in s.folder.weights if s.is_left_out(n)]
-    return Import(output / step.name, sorted(shardings.keys() - taken.names), left_out, taken.has_other_embeddings)
+    return Import(output / step.name, sorted(ours.keys() - taken.names), left_out, taken.has_other_embeddings)
 
 
-def model_of(preset: Preset, sources: list[Source], vocab_size: int) -> Preset:
-    """The preset with what the sources say of the model beside their layers' sizes.
+def model_of(preset: Preset, folders: list[HuggingFaceFolder], vocab_size: int) -> Preset:
+    """Give the preset what the folders say of the model beside their layers' sizes.
 
     Raises:
-        UserError: generator and ranker cannot share embeddings, or have fewer rows than the vocabulary.
+        UserError: the folders cannot share embeddings, or have fewer rows than the vocabulary.
     """
-    first, *others = sources
-    fields = first.folder.model_fields
+    first, *others = folders
+    fields = first.model_fields
     for other in others:
-        for key, value in other.folder.model_fields.items():
+        for key, value in other.model_fields.items():
             if value != fields[key]:
                 raise UserError(
-                    f"{other.folder.name}: {key} is {value}, but {first.folder.name}, with which it shares the "
-                    f"embeddings, has {fields[key]}"
+                    f"{other.name}: {key} is {value}, but {first.name}, with which it shares the embeddings, has "
+                    f"{fields[key]}"
                 )
-    for source in sources:
-        rows = source.folder.config.vocab_size
+    for folder in folders:
+        rows = folder.config.vocab_size
         if rows < vocab_size:
-            raise UserError(f"{source.folder.name}: {rows} word embeddings for a tokenizer of {vocab_size} ids")
+            raise UserError(f"{folder.name}: {rows} word embeddings for a tokenizer of {vocab_size} ids")
     return dataclasses.replace(preset, model=dataclasses.replace(preset.model, vocab_size=vocab_size, **fields))
 
 
 class _Weights:
     """What the sources have of our parameters; of what they share, the first one's."""
 
-    def __init__(self, sources: list[Source], preset: Preset) -> None:
+    def __init__(self, sources: list[Source]) -> None:
         self._places: dict[str, tuple[Source, Entry]] = {}
         self.has_other_embeddings = False
         for source in sources:
-            entries = source.architecture.entries(preset.model)
+            entries = source.architecture.entries
             _check_names(source, entries)
             _check_ties(source)
             for entry in entries:
@@ -176,11 +183,23 @@ class _Weights:
     def __getitem__(self, our: str) -> Tensor:
         return self._restored(*self._places[our])
 
+    def whole(self, our: str, shape: tuple[int, ...], fresh: FreshWeights) -> Tensor:
+        """Give a parameter, of which the source may have a part only: config.json or a fresh run have the rest."""
+        source, entry = self._places[our]
+        if entry.complete is None:
+            return self[our]
+        keys = {name: key for key, name in source.architecture.export.extras.items()}
+        saved = (getattr(source.folder.config, EXTRAS, None) or {}).get(keys.get(our))
+        whole = None if saved is None else torch.tensor(saved)
+        if whole is None or whole.shape != shape:
+            whole = fresh[our]
+        return entry.complete(whole, self[our])
+
     def _other(self, source: Source, our: str) -> None:
         if not our.startswith("embeddings."):
             raise UserError(
-                f"{source.folder.name}: {our} is not the {RANKER}'s, with which it is to be shared; give "
-                "--num-shared-layers 0, or leave out --generator"
+                f"{source.folder.name}: {our} is not the {self._places[our][0].branch}'s, with which it is to be "
+                "shared; give --num-shared-layers 0, or leave out --generator"
             )
         self.has_other_embeddings = True
 
@@ -196,7 +215,7 @@ def _check_names(source: Source, entries: list[Entry]) -> None:
     ties = source.architecture.ties
     problems = [f"{name} is missing" for name in expected if name not in weights]
     problems += [
-        f"{weights.original_name(name)} is not a part of {source.architecture.class_name}"
+        f"{weights.original_name(name)} is not a part of {source.class_name}"
         for name in weights
         if name not in expected and name not in ties and not source.is_left_out(name)
     ]
@@ -219,66 +238,26 @@ def _check_ties(source: Source) -> None:
             )
 
 
-def _extra_thresholds(sources: list[Source], preset: Preset) -> Tensor | None:
-    """The thresholds that `to-hf` put into config.json, where they are as many as the model has."""
-    for source in sources:
-        free = (getattr(source.folder.config, EXTRAS, None) or {}).get("free_thresholds")
-        if source.architecture.network == RANKER and free is not None and len(free) == preset.objective.num_levels - 1:
-            return torch.tensor(free)
-    return None
-
-
-def _thresholds(taken: _Weights, extra: Tensor | None, fresh: Tensor) -> Tensor:
-    """ELECTRA has the last only: xi_{K-1}, its bias."""
-    found = (fresh if extra is None else extra).clone()
-    if _THRESHOLDS in taken:
-        found[-1:] = taken[_THRESHOLDS]
-    return found
-
-
-def _sections(sources: list[Source], name: str, preset: Preset, tokenizer: WordPiece, seed: int) -> dict[str, Any]:
-    return {
-        "progress": dataclasses.asdict(Progress()),
-        "optimizer": {"updates": 0, "skipped_steps": 0, "loss_scale": None},
-        "model": dataclasses.asdict(preset.model),
-        "objective": dataclasses.asdict(preset.objective),
-        "data": {"tokenizer": tokenizer.digest},
-        "provenance": {"model": name, "data_path": []},
-        IMPORTED: {source.architecture.network: source.folder.name for source in sources},
-        "random": {"seed": seed},
-        "ties": sections.TIES,
-    }
-
-
-def _write(
-    folder: Path,
-    shardings: dict[str, Sharding],
-    weight: Callable[[str], Tensor],
-    said: dict[str, Any],
-    tokenizer: WordPiece,
-) -> Manifest:
-    checkpoints = CheckpointFolder(folder, keep_last=1)
-    aside = checkpoints.begin(0)
-
-    def tensors() -> Iterator[Tensor]:
-        for our in shardings:
-            for kind in KINDS:
-                yield weight(our).flatten() if kind == WEIGHT else torch.zeros(lengths[our])
-
-    lengths = {our: sharding.stored(0) for our, sharding in shardings.items()}
-    shapes = {key_of(kind, our): (length,) for our, length in lengths.items() for kind in KINDS}
-    files = {_FILE: write_tensors(aside / _FILE, shapes, tensors()), **write_tokenizer(aside, tokenizer)}
-    entries = {
-        our: TensorEntry(s.shape, s.dim, s.count, s.padding, (Piece(_FILE, 0, 0, lengths[our]),))
-        for our, s in shardings.items()
-    }
-    manifest = Manifest(said, entries, files)
-    checkpoints.commit(0, manifest)
-    return manifest
+def _sections(sources: list[Source], name: str, preset: Preset, tokenizer: WordPiece, seed: int) -> Sections:
+    return Sections(
+        progress=Progress(),
+        optimizer=OptimizerState(),
+        model=preset.model,
+        objective=preset.objective,
+        masking=preset.masking,
+        tokenizer=TokenizerIdentity(tokenizer.digest),
+        data=None,
+        layout=None,
+        provenance=Provenance(name, ()),
+        training=None,
+        random=RandomStreams(seed),
+        ties=TIES,
+        imported={source.branch: source.folder.name for source in sources},
+    )
 
 
 def _verify(checkpoint: Checkpoint, sources: list[Source], taken: _Weights) -> None:
-    """Each source's own logits, but for a generator with other embeddings, which then is computed with the ranker's."""
+    """Compare each source's logits; one with other embeddings than the first is computed with the first's."""
     shared = f"{sources[0].folder.family}.embeddings."
     for source in sources:
 
@@ -294,12 +273,13 @@ def _verify(checkpoint: Checkpoint, sources: list[Source], taken: _Weights) -> N
         if not difference <= TOLERANCE:  # NaN fails too
             raise UserError(
                 f"verification: our logits differ by {difference:.3g} from those of {source.folder.name} as "
-                f"{source.architecture.class_name}, more than {TOLERANCE:g}; nothing was written"
+                f"{source.class_name}, more than {TOLERANCE:g}; nothing was written"
             )
 
 
 def _model_file(preset: Preset) -> str:
-    """For the trainer's --config."""
-    content = json.loads(json.dumps({key: dataclasses.asdict(getattr(preset, key)) for key in ("model", "objective")}))
+    """Write the model and what it learns for the trainer's --config."""
+    sections = {key: dataclasses.asdict(getattr(preset, key)) for key in ("model", "objective", "masking")}
+    content = json.loads(json.dumps(sections))
     content["model"] = {key: value for key, value in content["model"].items() if value is not None}
     return yaml.safe_dump(content, sort_keys=False)

@@ -1,6 +1,6 @@
 """A checkpoint's network as a folder that plain transformers opens: weights, tokenizer, model card.
 
-A tensor at a time is in memory; while the result is verified, a layer of either model at a time.
+One tensor at a time is in memory; while the result is verified, one layer of either model at a time.
 """
 
 import json
@@ -15,24 +15,22 @@ from torch import Tensor, nn
 
 from peer_scale.checkpoints.pieces import write_tensors
 from peer_scale.checkpoints.reader import Checkpoint, empty_model, our_weights
-from peer_scale.conversion import electra
-from peer_scale.conversion.architecture import GENERATOR, RANKER, TOLERANCE, Architecture
+from peer_scale.conversion.architecture import TOLERANCE, Architecture
 from peer_scale.conversion.hugging_face_folder import HuggingFaceWeights
 from peer_scale.conversion.model_card import model_card
 from peer_scale.corpus.wordpiece import WordPiece
 from peer_scale.errors import UserError
 from peer_scale.models.networks import PretrainingModel
+from peer_scale.objectives.exports import Entry, Export
 from peer_scale.storage import new_folder, write_atomically
 
 WEIGHTS = "model.safetensors"
 EXTRAS = "peer_scale"
-"""The key in config.json for what transformers has no place for: `free_thresholds`, from which xi_1.. are made."""
+"""The key in config.json for what transformers has no place for (`Export.extras`)."""
 
 
-def to_hugging_face(
-    checkpoint: Checkpoint, output: Path, *, network: str | None = None, verify: bool = True
-) -> Architecture:
-    """Write `network` of the checkpoint (by default the ranker; BERT has the generator only) into the folder `output`.
+def to_hugging_face(checkpoint: Checkpoint, export: Export, output: Path, *, verify: bool = True) -> None:
+    """Write an export of the checkpoint into the folder `output`.
 
     With `verify`, transformers' model must give the logits of our own model with what was written.
 
@@ -40,7 +38,7 @@ def to_hugging_face(
         UserError: `output` holds something or cannot be written, the checkpoint's parameters are not those of its
             model, or the logits differ by more than `TOLERANCE`; then nothing is left at `output`.
     """
-    architecture = choose_architecture(checkpoint, network)
+    architecture = Architecture.of(export, checkpoint.model, checkpoint.objective)
     model = empty_model(checkpoint)
     _check_coverage(checkpoint)
     with new_folder(output, "--output") as aside:
@@ -53,64 +51,57 @@ def to_hugging_face(
         for path in aside.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-    return architecture
 
 
-def choose_architecture(checkpoint: Checkpoint, network: str | None) -> Architecture:
-    """The architecture for `network`; UserError where the checkpoint has no such network."""
-    model = checkpoint.model
-    if network == RANKER or (network is None and model.ranker is not None):
-        architecture = Architecture(RANKER, "electra")
-        architecture.shape(model)
-        return architecture
-    # BertForMaskedLM cannot project embeddings to another width; ELECTRA's class computes the same function and can
-    if model.ranker is None and model.embedding_size == model.generator.hidden_size:
-        return Architecture(GENERATOR, "bert")
-    return Architecture(GENERATOR, "electra")
+def choose_export(checkpoint: Checkpoint, branch: str | None) -> Export:
+    """Find the export that `branch` names, by default the objective's first; raise UserError where there is none."""
+    exports = checkpoint.objective.exports(checkpoint.model)
+    for export in exports:
+        if branch in (None, export.branch):
+            return export
+    known = ", ".join(dict.fromkeys(export.branch for export in exports))
+    raise UserError(f"--branch {branch}: this checkpoint has no {branch}; it has: {known}")
 
 
 def _check_coverage(checkpoint: Checkpoint) -> None:
-    """No trained number may be lost unnoticed: each parameter belongs to the map of at least one network."""
-    networks = [GENERATOR] if checkpoint.model.ranker is None else [GENERATOR, RANKER]
-    entries = [entry for network in networks for entry in Architecture(network, "electra").entries(checkpoint.model)]
-    unused = checkpoint.weights.keys() - {entry.ours for entry in entries}
+    """Let no trained number be lost unnoticed: each parameter is in the map of at least one export, or told of by it."""
+    model, objective = checkpoint.model, checkpoint.objective
+    architectures = [Architecture.of(export, model, objective) for export in objective.exports(model)]
+    known = {name for one in architectures for name in (*(e.ours for e in one.entries), *one.export.left_out)}
+    unused = checkpoint.weights.keys() - known
     if unused:
-        raise UserError(f"{checkpoint.folder}: no network's map takes the parameter {', '.join(sorted(unused))}")
+        raise UserError(f"{checkpoint.folder}: no branch's map takes the parameter {', '.join(sorted(unused))}")
 
 
 def _write(architecture: Architecture, checkpoint: Checkpoint, folder: Path) -> nn.Module:
-    """Write all files; gives transformers' model on the meta device."""
+    """Write all files; give transformers' model on the meta device."""
+    class_name = architecture.export.class_name
     config = _config(architecture, checkpoint)
-    config.architectures = [architecture.class_name]
+    config.architectures = [class_name]
     config.dtype = "float32"
     theirs = architecture.build(config)
     shapes = architecture.names(theirs)
-    entries = architecture.entries(checkpoint.model)
+    entries = architecture.entries
     converted = [name for entry in entries for name in entry.theirs]
     unmatched = sorted(shapes.keys() ^ {*converted})
     if unmatched:
-        raise UserError(f"{checkpoint.folder} as {architecture.class_name}: {', '.join(unmatched)}: unmatched")
+        raise UserError(f"{checkpoint.folder} as {class_name}: {', '.join(unmatched)}: unmatched")
     in_order = {name: shapes[name] for name in converted}
     write_tensors(folder / WEIGHTS, in_order, _converted(checkpoint, entries), format="pt")
     config.save_pretrained(folder)
     _write_tokenizer(checkpoint.tokenizer, checkpoint.model.max_position_embeddings, folder)
-    write_atomically(folder / "README.md", model_card(checkpoint, architecture.class_name).encode())
+    write_atomically(folder / "README.md", model_card(checkpoint, architecture.export).encode())
     return theirs
 
 
-def _converted(checkpoint: Checkpoint, entries: list[electra.Entry]) -> Iterator[Tensor]:
+def _converted(checkpoint: Checkpoint, entries: list[Entry]) -> Iterator[Tensor]:
     for entry in entries:
         yield from entry.convert(checkpoint.weights[entry.ours])
 
 
 def _config(architecture: Architecture, checkpoint: Checkpoint) -> Any:
-    model, pad_id = checkpoint.model, checkpoint.tokenizer.pad_id
-    if architecture.family == "bert":
-        return electra.bert_config(model, pad_id)
-    more: dict[str, Any] = {}
-    if architecture.network == RANKER:
-        more[EXTRAS] = {"free_thresholds": checkpoint.weights["ranking_head.free_thresholds"].tolist()}
-    return electra.electra_config(model, architecture.shape(model), pad_id, **more)
+    extras = {key: checkpoint.weights[our].tolist() for key, our in architecture.export.extras.items()}
+    return architecture.config(checkpoint.tokenizer.pad_id, **({EXTRAS: extras} if extras else {}))
 
 
 def _write_tokenizer(tokenizer: WordPiece, max_length: int, folder: Path) -> None:
@@ -123,10 +114,10 @@ def _write_tokenizer(tokenizer: WordPiece, max_length: int, folder: Path) -> Non
 def _verify(
     architecture: Architecture, checkpoint: Checkpoint, ours: PretrainingModel, theirs: nn.Module, folder: Path
 ) -> None:
-    written = HuggingFaceWeights(folder, architecture.family)
+    written = HuggingFaceWeights(folder, architecture.export.family)
     difference = architecture.difference(ours, partial(our_weights, checkpoint), theirs, written.__getitem__)
     if not difference <= TOLERANCE:  # NaN fails too
         raise UserError(
-            f"verification: the logits of {architecture.class_name} differ from our own by {difference:.3g}, "
+            f"verification: the logits of {architecture.export.class_name} differ from our own by {difference:.3g}, "
             f"more than {TOLERANCE:g}; nothing was written"
         )

@@ -12,7 +12,7 @@ cut into shards and chunks or in which order it is added up.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -25,9 +25,11 @@ _GRID_BITS = 34
 CHUNK_SIZE = 2048
 """Rows of the vocabulary handled at a time: a chunk of a few hundred positions stays in the cache."""
 
-REDUCED_BYTES, GATHERED_BYTES, DRAW_REDUCED_BYTES = 20, 16, 16
-"""What a tensor-parallel rank reduces and gathers per position, forward, and reduces for each negative; backward
-reduces the gradient of hidden."""
+REDUCED_BYTES, GATHERED_BYTES = 20, 16
+"""What a tensor-parallel rank reduces and gathers per position, forward; backward reduces the gradient of hidden."""
+
+EXCLUSION_REDUCED_BYTES, DRAW_REDUCED_BYTES = 8, 16
+"""What it reduces besides to exclude the target from the negatives, and for each negative."""
 
 _BLOCK = 64  # a chunk's sums are kept by blocks where a token is searched for
 _LEAST_BITS = 12  # what is left must weigh at least 2**-12 of what weights are measured by
@@ -35,14 +37,20 @@ _LEAST_BITS = 12  # what is left must weigh at least 2**-12 of what weights are 
 _MAX_BITS = 80.0
 
 
-class GeneratorOutput(NamedTuple):
-    """What `generator_head` gives for n positions: [n] and, of `negatives`, [n, k]; equal on all ranks of the group."""
-
+class _Fields(NamedTuple):
     loss: Tensor
     sampled_ids: Tensor
     original_logit: Tensor
     sampled_logit: Tensor
     original_rank: Tensor
+
+
+class GeneratorOutput(_Fields):
+    """What `generator_head` gives for n positions; all [n], and equal on every rank of the group.
+
+    `negatives` [n, k], where they were asked for, is an attribute beside the tuple's fields.
+    """
+
     negatives: Tensor | None = None
 
 
@@ -81,9 +89,10 @@ def generator_head(
     (each reduction counted once) and [n, h] backward.
     """
     size = CHUNK_SIZE if chunk_size is None else chunk_size
-    drawn = uniforms.new_empty(len(uniforms), 0) if negative_uniforms is None else negative_uniforms
-    output = GeneratorOutput(*_GeneratorHead.apply(hidden, weight, bias, targets, uniforms, drawn, group, size))
-    return output._replace(negatives=None) if negative_uniforms is None else output
+    *fields, negatives = _GeneratorHead.apply(hidden, weight, bias, targets, uniforms, negative_uniforms, group, size)
+    output = GeneratorOutput(*fields)
+    output.negatives = negatives
+    return output
 
 
 class _GeneratorHead(torch.autograd.Function):
@@ -95,10 +104,10 @@ class _GeneratorHead(torch.autograd.Function):
         bias: Tensor,
         targets: Tensor,
         uniforms: Tensor,
-        negative_uniforms: Tensor,
+        negative_uniforms: Tensor | None,
         group: dist.ProcessGroup | None,
         chunk_size: int,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
         shard = _Shard(hidden, weight, bias, group, chunk_size)
         original_logit = shard.target_logits(targets)
         reference = original_logit
@@ -108,15 +117,14 @@ class _GeneratorHead(torch.autograd.Function):
             sums, rank, totals = shard.add_up(reference, original_logit)
         log_sum_exp = reference + (totals.sum(-1).log2() - _GRID_BITS).div(LOG2_E).float()
         sampled_ids, sampled_logit = shard.sample(uniforms, reference, sums, totals)
-        remaining = _Remaining(shard, targets, original_logit, reference, sums, totals)
-        negatives = (
-            torch.stack([remaining.draw(one) for one in negative_uniforms.unbind(1)], 1)
-            if (negative_uniforms.shape[1])
-            else targets.new_empty(negative_uniforms.shape)
-        )
+        negatives = None
+        if negative_uniforms is not None:
+            negatives = _Remaining(shard, targets, reference, sums, totals).draw(negative_uniforms)
+            ctx.mark_non_differentiable(sampled_ids, original_logit, sampled_logit, rank, negatives)
+        else:
+            ctx.mark_non_differentiable(sampled_ids, original_logit, sampled_logit, rank)
         ctx.save_for_backward(hidden, weight, bias, targets, log_sum_exp)
         ctx.group, ctx.chunk_size = group, chunk_size
-        ctx.mark_non_differentiable(sampled_ids, original_logit, sampled_logit, rank, negatives)
         return log_sum_exp - original_logit, sampled_ids, original_logit, sampled_logit, rank, negatives
 
     @staticmethod
@@ -129,54 +137,60 @@ class _GeneratorHead(torch.autograd.Function):
 class _Remaining:
     """What is left of the vocabulary for each of n positions: the target is out from the beginning, then what is drawn.
 
-    A drawn token's weight is taken from its chunk's and its rank's sums, which is exact as far as these are. Where what
-    is left weighs little against what the weights are measured by, the grid would distort it: such rows are counted
-    again, measured from the greatest logit that is left.
+    The chunk that a token is taken from is added up again without it. To subtract its weight would not do: it may be so
+    much greater than all that is left that its rounding outweighs that. Where what is left weighs little against what
+    the weights are measured by, the grid would distort it: such rows are measured anew, from the greatest logit left.
     """
 
-    def __init__(
-        self,
-        shard: _Shard,
-        targets: Tensor,
-        original_logit: Tensor,
-        reference: Tensor,
-        sums: Tensor,
-        totals: Tensor,
-    ) -> None:
+    def __init__(self, shard: _Shard, targets: Tensor, reference: Tensor, sums: Tensor, totals: Tensor) -> None:
         self._shard = shard
         self._reference, self._sums, self._totals = reference.clone(), sums.clone(), totals.clone()
         self._excluded = targets[:, None]
-        self._take_out(targets, original_logit)
+        owner, number = shard.chunk_of(targets)
+
+        def add_up(first: int, here: Tensor) -> Tensor:
+            _, weights = shard.weights(first, here, reference[here], self._excluded[here])
+            return weights.sum(-1, dtype=torch.float64)[None]
+
+        (left,) = shard.by_chunk(number, add_up, 1)
+        self._update(owner, shard.sum(self._left_here(number, left)))
 
     def draw(self, uniforms: Tensor) -> Tensor:
-        """Draw a token for each position, [n], and take it out."""
-        self._count_again()
-        ids, logit = self._shard.sample(uniforms, self._reference, self._sums, self._totals, self._excluded)
-        self._excluded = torch.cat([self._excluded, ids[:, None]], 1)
-        self._take_out(ids, logit)
-        return ids
+        """Draw a token for each of the numbers [n, k] and take it out; gives their ids [n, k]."""
+        for column in uniforms.unbind(1):
+            self._measure_anew()
+            self._draw_one(column)
+        return self._excluded[:, 1:].contiguous()
 
-    def _take_out(self, ids: Tensor, logit: Tensor) -> None:
-        offset = self._reference - _GRID_BITS / LOG2_E
-        weight = ((logit - offset) * LOG2_E).exp2().round().double()
-        rank, is_own, chunk = self._shard.chunk_of(ids)
-        own_weight = torch.where(is_own, weight, 0.0)[:, None]
-        self._sums.scatter_add_(1, chunk[:, None], -own_weight).clamp_(min=0)
-        self._totals.scatter_add_(1, rank[:, None], -weight[:, None]).clamp_(min=0)
+    def _draw_one(self, uniforms: Tensor) -> None:
+        owner, number, rest = self._shard.locate(uniforms, self._sums, self._totals)
 
-    def _count_again(self) -> None:
+        def search(first: int, here: Tensor) -> Tensor:
+            _, weights = self._shard.weights(first, here, self._reference[here], self._excluded[here])
+            column = _first_beyond(weights, rest[here])
+            weights.scatter_(1, column[:, None], 0.0)
+            return torch.stack([(column + first + self._shard.first).double(), weights.sum(-1, dtype=torch.float64)])
+
+        ids, left = self._shard.by_chunk(number, search, 2)
+        ids, total = self._shard.sum(torch.stack([ids, self._left_here(number, left)]))
+        self._excluded = torch.cat([self._excluded, ids.long()[:, None]], 1)
+        self._update(owner, total)
+
+    def _left_here(self, number: Tensor, left: Tensor) -> Tensor:
+        """Put `left` [n] in place of the sums of chunks `number` (-1: none of this rank's); give the rank's totals."""
+        is_own, chunk = number >= 0, number.clamp(min=0)[:, None]
+        self._sums.scatter_(1, chunk, torch.where(is_own, left, self._sums.gather(1, chunk).squeeze(1))[:, None])
+        return torch.where(is_own, self._sums.sum(-1), 0.0)
+
+    def _update(self, owner: Tensor, total: Tensor) -> None:
+        self._totals.scatter_(1, owner[:, None], total[:, None])
+
+    def _measure_anew(self) -> None:
         too_light = self._totals.sum(-1) < 2.0 ** (_GRID_BITS - _LEAST_BITS)
-        if too_light.is_cuda:  # all positions, so that the host need not wait for how many
-            everywhere = torch.arange(len(too_light), device=too_light.device)
-            reference, sums, totals = self._shard.recount(everywhere, self._excluded)
-            self._reference = torch.where(too_light, reference, self._reference)
-            self._sums = torch.where(too_light[:, None], sums, self._sums)
-            self._totals = torch.where(too_light[:, None], totals, self._totals)
-            return
         rows = too_light.nonzero().squeeze(1)  # alike on all ranks
         if len(rows):
-            recounted = self._shard.recount(rows, self._excluded[rows])
-            self._reference[rows], self._sums[rows], self._totals[rows] = recounted
+            found = self._shard.measure_from_greatest(rows, self._excluded[rows])
+            self._reference[rows], self._sums[rows], self._totals[rows] = found
 
 
 class _Chunk(NamedTuple):
@@ -223,7 +237,7 @@ class _Shard:
         rows, is_own = self._localise(targets)
         if self.hidden.is_cuda:  # nothing whose size depends on values, which the host would have to wait for
             values = self._paired_product(rows) + self.bias[rows]
-            return self._sum(torch.where(is_own, values, 0.0))
+            return self.sum(torch.where(is_own, values, 0.0))
         needed, column = torch.unique(rows, return_inverse=True)
         product = self.hidden.new_empty(0)
         found = []
@@ -236,7 +250,7 @@ class _Shard:
             own_column = torch.where(inside, column - first, 0)
             found.append(torch.where(inside, product.gather(1, own_column[:, None]).squeeze(1).float(), 0.0))
         values = sum(found, torch.zeros(len(targets), device=self.hidden.device)) + self.bias[rows]
-        return self._sum(torch.where(is_own, values, 0.0))
+        return self.sum(torch.where(is_own, values, 0.0))
 
     def _paired_product(self, rows: Tensor) -> Tensor:
         """Of each position with its own row, as the diagonals of small products: fp32 [n]."""
@@ -268,40 +282,53 @@ class _Shard:
             greatest = torch.maximum(greatest, (chunk.product.float() + chunk.bias).amax(-1))
         return self._reduce(greatest, dist.ReduceOp.MAX)
 
-    def sample(
-        self, uniforms: Tensor, reference: Tensor, sums: Tensor, totals: Tensor, excluded: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Draw inverse-CDF samples and give their logits, [n] each; only the chunk that is hit is computed again.
+    def sample(self, uniforms: Tensor, reference: Tensor, sums: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw inverse-CDF samples and give their logits, [n] each; only the chunk that is hit is computed again."""
+        _, number, rest = self.locate(uniforms, sums, totals)
 
-        `excluded` [n, e] are token ids that `sums` and `totals` do not count.
+        def search(first: int, here: Tensor) -> Tensor:
+            logits, weights = self.weights(first, here, reference[here])
+            column = _first_beyond(weights, rest[here])
+            row = torch.arange(len(here), device=here.device)
+            return torch.stack([(column + first + self.first).double(), logits[row, column].double()])
+
+        picked = self.sum(self.by_chunk(number, search, 2))
+        return picked[0].long(), picked[1].float()
+
+    def locate(self, uniforms: Tensor, sums: Tensor, totals: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Say where uniform numbers fall, [n] each: in which rank, in which of this rank's chunks, and how far into it.
+
+        The chunk is -1 where it is another rank's.
         """
         ends = totals.cumsum(-1)
         threshold = (uniforms.double() * ends[:, -1]).floor()
         owner = (ends <= threshold[:, None]).sum(-1)
         threshold -= ends[:, self.rank] - totals[:, self.rank]
         own_ends = sums.cumsum(-1)
-        number = (own_ends <= threshold[:, None]).sum(-1)
-        number = torch.where(owner == self.rank, number, -1)
-        picked = torch.zeros((2, len(uniforms)), dtype=torch.float64, device=uniforms.device)
+        number = (own_ends <= _below(threshold, own_ends[:, -1])[:, None]).sum(-1)
+        begin = (own_ends - sums).gather(1, number[:, None]).squeeze(1)
+        return owner, torch.where(owner == self.rank, number, -1), threshold - begin
+
+    def by_chunk(self, number: Tensor, compute: Callable[[int, Tensor], Tensor], num_results: int) -> Tensor:
+        """Compute something of each position's own chunk: fp64 [num_results, n], zeros where it is another rank's.
+
+        `compute` gets a chunk's first row and some positions [k], and gives [num_results, k].
+        """
+        found = torch.zeros((num_results, len(number)), dtype=torch.float64, device=number.device)
         for index, first in enumerate(range(0, self.num_rows, self.chunk_size)):
-            rest = threshold - (own_ends[:, index] - sums[:, index])
             if self.hidden.is_cuda:  # all positions, and those that are not here are left out: the host need not wait
                 everywhere = torch.arange(len(number), device=number.device)
-                found = self._search(first, everywhere, reference, rest.clamp(min=0), excluded)
-                picked = torch.where(number == index, found, picked)
+                found = torch.where(number == index, compute(first, everywhere), found)
                 continue
             here = (number == index).nonzero().squeeze(1)
             if len(here):
-                picked[:, here] = self._search(
-                    first, here, reference[here], rest[here], None if excluded is None else excluded[here]
-                )
-        picked = self._sum(picked)
-        return picked[0].long(), picked[1].float()
+                found[:, here] = compute(first, here)
+        return found
 
-    def _search(
-        self, first: int, positions: Tensor, reference: Tensor, threshold: Tensor, excluded: Tensor | None
-    ) -> Tensor:
-        """Find token ids and logits [2, k] where the weights of the chunk that begins at `first` exceed `threshold`."""
+    def weights(
+        self, first: int, positions: Tensor, reference: Tensor, excluded: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the chunk that begins at `first` again: logits and weights [k, rows], none for tokens `excluded`."""
         rows = slice(first, first + self.chunk_size)
         # as many rows as a small product kernel would not be chosen for
         padded = torch.cat([positions, positions.new_zeros(max(0, 16 - len(positions)))])
@@ -310,20 +337,7 @@ class _Shard:
         if excluded is not None:
             self._exclude(logits, first, excluded)
         offset = reference - _GRID_BITS / LOG2_E
-        weights = (logits - offset[:, None]).mul_(LOG2_E).exp2_().round_()
-        blocks = torch.nn.functional.pad(weights, (0, -weights.shape[1] % _BLOCK)).view(len(positions), -1, _BLOCK)
-        ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
-        # recomputed weights may differ in a last bit: stay within what has any weight
-        threshold = torch.minimum(threshold, ends[:, -1] - 1)
-        block = (ends <= threshold[:, None]).sum(-1)
-        row = torch.arange(len(positions), device=positions.device)
-        chosen = blocks[row, block].double()
-        within = chosen.cumsum(-1) + (ends[row, block] - chosen.sum(-1))[:, None]
-        column = block * _BLOCK + (within <= threshold[:, None]).sum(-1)
-        column = column.clamp(max=logits.shape[1] - 1)
-        if excluded is not None:  # nothing that weighs anything is left: only rounding has led here
-            column = torch.where(ends[:, -1] > 0, column, logits.argmax(1))
-        return torch.stack([(column + first + self.first).double(), logits[row, column].double()])
+        return logits, (logits - offset[:, None]).mul_(LOG2_E).exp2_().round_()
 
     def _exclude(self, logits: Tensor, first: int, excluded: Tensor) -> None:
         """Take tokens [k, e] out of a chunk's logits [k, rows]."""
@@ -334,34 +348,32 @@ class _Shard:
         minus = torch.where(inside, -math.inf, 0.0)
         logits.scatter_add_(1, torch.where(inside, columns, 0), minus)
 
-    def recount(self, positions: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def measure_from_greatest(self, positions: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Measure weights from the greatest logit that is not excluded: reference [k], by chunk and by rank."""
         hidden = self.hidden[positions]
         others = torch.full((len(positions),), -math.inf, device=hidden.device)
-        for _, logits in self._logits_without(hidden, excluded):
+        for logits in self._logits_without(hidden, excluded):
             others = torch.maximum(others, logits.amax(-1))
         reference = self._reduce(others, dist.ReduceOp.MAX)
         offset = reference - _GRID_BITS / LOG2_E
-        by_chunk = torch.stack(
-            [
-                logits.sub_(offset[:, None]).mul_(LOG2_E).exp2_().round_().sum(-1, dtype=torch.float64)
-                for _, logits in self._logits_without(hidden, excluded)
-            ],
-            1,
-        )
+        sums = [
+            logits.sub_(offset[:, None]).mul_(LOG2_E).exp2_().round_().sum(-1, dtype=torch.float64)
+            for logits in self._logits_without(hidden, excluded)
+        ]
+        by_chunk = torch.stack(sums, 1)
         return reference, by_chunk, self._gather(by_chunk.sum(-1)).t()
 
-    def _logits_without(self, hidden: Tensor, excluded: Tensor) -> Iterator[tuple[int, Tensor]]:
+    def _logits_without(self, hidden: Tensor, excluded: Tensor) -> Iterator[Tensor]:
         for first in range(0, self.num_rows, self.chunk_size):
-            rows = slice(first, min(first + self.chunk_size, self.num_rows))
+            rows = slice(first, first + self.chunk_size)
             logits = (hidden @ self.weight[rows].t()).float() + self.bias[rows]
             self._exclude(logits, first, excluded)
-            yield first, logits
+            yield logits
 
-    def chunk_of(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Say of tokens [n] which rank has them, whether it is this one, and in which chunk."""
+    def chunk_of(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Say of tokens [n] which rank has them, and in which of its chunks; -1 where it is not this rank."""
         rows, is_own = self._localise(ids)
-        return ids // self.num_rows, is_own, rows // self.chunk_size
+        return ids // self.num_rows, torch.where(is_own, rows // self.chunk_size, -1)
 
     def gradients(self, targets: Tensor, log_sum_exp: Tensor, grad_loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of hidden, weight and bias, chunk by chunk."""
@@ -378,7 +390,7 @@ class _Shard:
             )
             grad_hidden += low @ chunk.weight
             torch.mm(low.t(), self.hidden, out=grad_weight[chunk.first : stop])
-        return self._sum(grad_hidden).to(self.hidden.dtype), grad_weight, grad_bias
+        return self.sum(grad_hidden).to(self.hidden.dtype), grad_weight, grad_bias
 
     def needs_greater_reference(self, totals: Tensor) -> bool:
         """Whether some token outweighs a target by more than fp32 can say; alike on all ranks.
@@ -394,7 +406,7 @@ class _Shard:
         is_own = (ids >= self.first) & (ids < self.first + self.num_rows)
         return torch.where(is_own, ids - self.first, 0), is_own
 
-    def _sum(self, tensor: Tensor) -> Tensor:
+    def sum(self, tensor: Tensor) -> Tensor:
         return self._reduce(tensor, dist.ReduceOp.SUM)
 
     def _reduce(self, tensor: Tensor, op: Any) -> Tensor:
@@ -409,6 +421,25 @@ class _Shard:
         parts = [torch.empty_like(tensor) for _ in range(self.num_ranks)]
         dist.all_gather(parts, tensor, group=self.group)
         return torch.stack(parts)
+
+
+def _first_beyond(weights: Tensor, threshold: Tensor) -> Tensor:
+    """Find the columns [k] at which the sums of `weights` [k, rows] from the left exceed `threshold`, [k]."""
+    blocks = torch.nn.functional.pad(weights, (0, -weights.shape[1] % _BLOCK)).view(len(weights), -1, _BLOCK)
+    ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    # recomputed weights may differ in a last bit: stay within what has any weight
+    threshold = _below(threshold, ends[:, -1])
+    block = (ends <= threshold[:, None]).sum(-1)
+    row = torch.arange(len(weights), device=weights.device)
+    chosen = blocks[row, block].double()
+    within = chosen.cumsum(-1) + (ends[row, block] - chosen.sum(-1))[:, None]
+    column = block * _BLOCK + (within <= threshold[:, None]).sum(-1)
+    return column.clamp(max=weights.shape[1] - 1)
+
+
+def _below(numbers: Tensor, limit: Tensor) -> Tensor:
+    """The numbers, or the greatest that is less than `limit`."""
+    return torch.minimum(numbers, torch.nextafter(limit, limit.new_tensor(-math.inf)))
 
 
 def _view(room: Tensor, shape: tuple[int, ...]) -> Tensor:

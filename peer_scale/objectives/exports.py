@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from torch import Tensor
@@ -13,12 +13,16 @@ if TYPE_CHECKING:
 
 
 class Entry(NamedTuple):
-    """One of our parameters and what it is at Hugging Face: names there, and the way to the tensors and back."""
+    """One of our parameters and what it is at Hugging Face: names there, and the way to the tensors and back.
+
+    Where they have only a part of it, `restore` gives that part, and `complete` puts it into a whole parameter.
+    """
 
     ours: str
     theirs: tuple[str, ...]
     convert: Callable[[Tensor], tuple[Tensor, ...]]
     restore: Callable[[tuple[Tensor, ...]], Tensor]
+    complete: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,8 @@ class Export:
     """A network as one of transformers' classes.
 
     Attributes:
-        branch: what the user chooses it by.
+        branch: what the user chooses it by. Of several exports of one branch, in different families, the first is
+            what is written; all are read.
         network: whose embeddings, projection and layers are taken.
         family: transformers' model type.
         class_name: transformers' class.
@@ -35,6 +40,8 @@ class Export:
         logits: our logits [S, B, ...] from the hidden states [S, B, H] after all layers; None for a bare encoder, whose
             logits are the hidden states. The class must give the same.
         usage: a sentence for the model card.
+        extras: parameters that the class has only a part of, by the keys under which config.json has all of them.
+        left_out: parameters of the branch that the class has no place for; they are lost, which the user is told.
     """
 
     branch: str
@@ -45,6 +52,8 @@ class Export:
     usage: str
     logits: Callable[[PretrainingModel, Tensor], Tensor] | None
     top_layers: tuple[str, ...] = ()
+    extras: Mapping[str, str] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
 
 def dense_entries(ours: str, theirs: str) -> tuple[Entry, ...]:

@@ -16,6 +16,7 @@ from peer_scale.models.costs import mlm_head_matmul_flops
 from peer_scale.models.generator_head import (
     CHUNK_SIZE,
     DRAW_REDUCED_BYTES,
+    EXCLUSION_REDUCED_BYTES,
     GATHERED_BYTES,
     REDUCED_BYTES,
     GeneratorOutput,
@@ -72,9 +73,7 @@ class MaskedLanguageModel(Objective):
         return paper_generator_flops(model, seq_length)
 
     def exports(self, model: ModelConfig) -> tuple[Export, ...]:
-        # BertForMaskedLM cannot project embeddings to another width; ELECTRA's class computes the same function and can
-        has_projection = model.embedding_size != model.generator.hidden_size
-        return (generator_export(model) if has_projection else _bert_export(model),)
+        return generator_exports(model)[::-1]
 
 
 def generator_works(
@@ -93,13 +92,15 @@ def generator_works(
         return _masked_lm(context, after_sampling, num_negatives)
 
     width = model.generator.hidden_size
-    drawing = 2 * CHUNK_SIZE * model.embedding_size  # the chunk that a number falls into is computed again
+    # the chunks of the original and of each negative are computed again
+    num_chunks = 1 + num_negatives if num_negatives else 0
+    drawing = EXCLUSION_REDUCED_BYTES + num_negatives * DRAW_REDUCED_BYTES if num_negatives else 0
     positions = Cost(
         "position",
-        flops=mlm_head_matmul_flops(model, model.generator) + num_negatives * drawing,
+        flops=mlm_head_matmul_flops(model, model.generator) + num_chunks * 2 * CHUNK_SIZE * model.embedding_size,
         activations=width + 3 * model.embedding_size,
         workspace=2 * CHUNK_SIZE,
-        reduced_bytes=REDUCED_BYTES + 4 * model.embedding_size + num_negatives * DRAW_REDUCED_BYTES,
+        reduced_bytes=REDUCED_BYTES + 4 * model.embedding_size + drawing,
         gathered_bytes=GATHERED_BYTES,
     )
     return (
@@ -133,6 +134,13 @@ def generator_metrics(sums: Mapping[str, float]) -> dict[str, object]:
         "mlm_accuracy": sums["mlm_correct"] / sums["selected"],
         "varying_share": sums["selected_variation"] / sums["selected_square"] if sums["selected_square"] else None,
     }
+
+
+def generator_exports(model: ModelConfig) -> tuple[Export, ...]:
+    """Describe the generator as an ElectraForMaskedLM and, where it can be one, as a BertForMaskedLM."""
+    # BertForMaskedLM cannot project embeddings to another width; ELECTRA's class computes the same function and can
+    has_projection = model.embedding_size != model.generator.hidden_size
+    return (generator_export(model),) if has_projection else (generator_export(model), _bert_export(model))
 
 
 def generator_export(model: ModelConfig) -> Export:

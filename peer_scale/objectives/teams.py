@@ -19,7 +19,7 @@ from peer_scale.models.networks import HeadBuilder, PretrainingModel
 from peer_scale.models.paper_costs import paper_generator_flops, paper_ranker_flops
 from peer_scale.objectives.exports import Export
 from peer_scale.objectives.graph import Cost, Graph, Value, Work, embedding_costs
-from peer_scale.objectives.masked_lm import MLM_LOSS, MLM_SUMS, generator_export, generator_metrics, generator_works
+from peer_scale.objectives.masked_lm import MLM_LOSS, MLM_SUMS, generator_exports, generator_metrics, generator_works
 from peer_scale.objectives.objective import Loss, Objective
 from peer_scale.objectives.statistics import RTD_SUMS, rtd_metrics, rtd_sums
 from peer_scale.objectives.tqr import corrupted_ids, rtd_head_entries, scatter_labels, score_head_cost, token_losses
@@ -158,26 +158,27 @@ class Teams(Objective):
 
     def exports(self, model: ModelConfig) -> tuple[Export, ...]:
         detection = Export(
-            "rtd",
-            "ranker",
-            "electra",
-            "ElectraForPreTraining",
-            rtd_head_entries("rtd_branch.head"),
-            "The branch of replaced-token detection (rtd): positive logits mark tokens that do not fit.",
-            _replaced_logits,
+            branch="rtd",
+            network="ranker",
+            family="electra",
+            class_name="ElectraForPreTraining",
+            head=rtd_head_entries("rtd_branch.head"),
+            usage="The branch of replaced-token detection (rtd): positive logits mark tokens that do not fit.",
+            logits=_replaced_logits,
             top_layers=self._top_layers("rtd_branch"),
         )
         selection = Export(
-            "mws",
-            "ranker",
-            "electra",
-            "ElectraModel",
-            (),
-            "The branch of multi-word selection (mws), as an encoder to fine-tune.",
-            None,
+            branch="mws",
+            network="ranker",
+            family="electra",
+            class_name="ElectraModel",
+            head=(),
+            usage="The branch of multi-word selection (mws), as an encoder to fine-tune.",
+            logits=None,
             top_layers=self._top_layers("mws_branch"),
+            left_out=tuple(f"mws_branch.{part}.{kind}" for part in ("dense", "norm") for kind in ("weight", "bias")),
         )
-        return detection, selection, generator_export(model)
+        return detection, selection, *generator_exports(model)
 
     def _top_layers(self, branch: str) -> tuple[str, ...]:
         return tuple(f"{branch}.layers.{number}" for number in range(self.num_separate_layers))

@@ -21,7 +21,7 @@ from peer_scale.models.networks import HeadBuilder, PretrainingModel
 from peer_scale.models.paper_costs import paper_generator_flops, paper_ranker_flops
 from peer_scale.objectives.exports import Entry, Export, dense_entries, first
 from peer_scale.objectives.graph import Cost, Graph, Value, Work, embedding_costs
-from peer_scale.objectives.masked_lm import MLM_LOSS, MLM_SUMS, generator_export, generator_metrics, generator_works
+from peer_scale.objectives.masked_lm import MLM_LOSS, MLM_SUMS, generator_exports, generator_metrics, generator_works
 from peer_scale.objectives.objective import Loss, Objective
 from peer_scale.objectives.statistics import RTD_SUMS, rtd_metrics, rtd_sums, share
 from peer_scale.objectives.works import Outcome, WorkContext
@@ -221,10 +221,17 @@ class TokenQualityRanking(Objective):
         return paper_generator_flops(model, seq_length) + paper_ranker_flops(model, _ranker(model), seq_length)
 
     def exports(self, model: ModelConfig) -> tuple[Export, ...]:
-        usage = "Positive logits mark tokens that do not fit: logit = -(w.h) + xi_{K-1}."
-        entries = rtd_head_entries("ranking_head")
-        ranker = Export("ranker", "ranker", "electra", "ElectraForPreTraining", entries, usage, _replaced_logits)
-        return ranker, generator_export(model)
+        ranker = Export(
+            branch="ranker",
+            network="ranker",
+            family="electra",
+            class_name="ElectraForPreTraining",
+            head=rtd_head_entries("ranking_head"),
+            usage="Positive logits mark tokens that do not fit: logit = -(w.h) + xi_{K-1}.",
+            logits=_replaced_logits,
+            extras={"free_thresholds": "ranking_head.free_thresholds"},
+        )
+        return ranker, *generator_exports(model)
 
     def warmup_steps(self, samples_per_epoch: int, global_batch_size: int) -> int:
         """Count the steps with Eq. 5's first term only: those that begin before the warm-up's share of an epoch."""
@@ -291,7 +298,13 @@ def rtd_head_entries(head: str) -> tuple[Entry, ...]:
     return (
         *dense_entries(f"{head}.dense", f"{theirs}.dense"),
         Entry(f"{head}.score.weight", (f"{theirs}.dense_prediction.weight",), lambda w: (-w,), lambda t: -t[0]),
-        Entry(f"{head}.free_thresholds", (f"{theirs}.dense_prediction.bias",), lambda xi: (xi[-1:],), first),
+        Entry(
+            f"{head}.free_thresholds",
+            (f"{theirs}.dense_prediction.bias",),
+            lambda xi: (xi[-1:],),
+            first,
+            lambda xi, last: torch.cat([xi[:-1], last]),
+        ),
     )
 
 

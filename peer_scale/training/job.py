@@ -9,10 +9,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from peer_scale.checkpoints import folder, sections
+from peer_scale.checkpoints import folder
+from peer_scale.checkpoints.identity import check_identity, layout_changes
 from peer_scale.checkpoints.loading import load_checkpoint
-from peer_scale.checkpoints.manifest import IMPORTED, Manifest
+from peer_scale.checkpoints.manifest import Manifest
 from peer_scale.checkpoints.progress import Progress
+from peer_scale.checkpoints.sections import Sections, sections_of
 from peer_scale.checkpoints.state import TrainingState, require_supported_offload
 from peer_scale.checkpoints.writer import CheckpointWriter
 from peer_scale.host_memory import keep_freed_memory
@@ -78,11 +80,10 @@ def train(run: RunConfig, topology: Topology, agreement: Agreement) -> None:
     agreement.first_rank(lambda: _check_folders(run))
     corpus = agreement.one_by_one(lambda: open_data(run, show_progress=topology.is_first_rank))
     run = replace(run, model=replace(run.model, vocab_size=corpus.tokenizer.vocab_size))
-    identity = sections.identity(
-        run, data_fingerprint=corpus.store.fingerprint, tokenizer_digest=corpus.tokenizer.digest
+    sections = sections_of(
+        run, topology, data_fingerprint=corpus.store.fingerprint, tokenizer_digest=corpus.tokenizer.digest
     )
-    layout = sections.layout(run, topology)
-    found = agreement.first_rank(lambda: _find_checkpoint(run, identity, layout, say))
+    found = agreement.first_rank(lambda: _find_checkpoint(run, topology, sections, say))
 
     pipeline = plan_pipeline(run) if topology.size("pp") > 1 else None
     part = pipeline.placement.stages[topology.rank("pp")] if pipeline else None
@@ -112,9 +113,7 @@ def train(run: RunConfig, topology: Topology, agreement: Agreement) -> None:
         engine,
         runner,
         Meter(run, dist.get_world_size(), peak),
-        _callbacks(
-            run, topology, agreement, corpus, plan, {**identity, "layout": layout}, state, progress, warmup_steps
-        ),
+        _callbacks(run, topology, agreement, corpus, plan, sections, state, progress, warmup_steps),
         progress=progress,
         warmup_steps=warmup_steps,
     )
@@ -156,7 +155,7 @@ def _callbacks(
     agreement: Agreement,
     corpus: Corpus,
     plan: BatchPlan,
-    identity_and_layout: dict,
+    sections: Sections,
     state: TrainingState,
     progress: Progress,
     warmup_steps: int,
@@ -177,9 +176,8 @@ def _callbacks(
         callbacks.append(StopOnSignal())
     if output.save is not None:
         kept = folder.CheckpointFolder(output.save, output.keep_last, output.keep_every)
-        said = {**identity_and_layout, **sections.about(run)}
         writer = CheckpointWriter(
-            output.save, kept, state, agreement, said, corpus.tokenizer, in_background=output.async_save
+            output.save, kept, state, agreement, sections, corpus.tokenizer, in_background=output.async_save
         )
         callbacks.append(Checkpointing(writer, output.save_interval))
     if topology.is_first_rank:
@@ -196,7 +194,7 @@ def _check_folders(run: RunConfig) -> None:
 
 
 def _find_checkpoint(
-    run: RunConfig, identity: dict, layout: dict, say: Callable[[str], None]
+    run: RunConfig, topology: Topology, sections: Sections, say: Callable[[str], None]
 ) -> tuple[Path, Manifest] | None:
     if run.output.load is None:
         return None
@@ -205,12 +203,12 @@ def _find_checkpoint(
         say(f"--load {run.output.load}: no committed checkpoint there; starting fresh")
         return None
     path, manifest = found
-    sections.check_identity(path, manifest, identity)
-    if IMPORTED in manifest.sections:
-        say(f"starting from {path}: weights of {', '.join(manifest.sections[IMPORTED].values())}")
+    check_identity(path, manifest, sections, topology.tensor_parallel)
+    if manifest.sections.imported is not None:
+        say(f"starting from {path}: weights of {', '.join(manifest.sections.imported.values())}")
         return found
-    changes = sections.layout_changes(manifest, layout)
-    step = manifest.sections["progress"]["step"]
+    changes = layout_changes(manifest, sections)
+    step = manifest.sections.progress.step
     say(f"resuming from {path} after step {step}" + (f" under another layout ({changes})" if changes else ""))
     return found
 

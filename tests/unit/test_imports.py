@@ -70,6 +70,7 @@ def test_the_arrows_are_read_at_all():
 
 def test_losses_are_named_by_objectives_only():
     sources = [*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "tools").glob("*.py")]
-    naming = [path for path in sources if any(name in path.read_text() for name in ("mlm_loss", "tqr_loss", "mws_loss"))]
+    losses = ("mlm_loss", "tqr_loss", "rtd_loss", "mws_loss")
+    naming = [path for path in sources if any(name in path.read_text(encoding="utf-8") for name in losses)]
     assert naming
     assert {path.parent.name for path in naming} == {"objectives"}

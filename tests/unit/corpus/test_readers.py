@@ -266,4 +266,5 @@ def test_the_builtin_corpus_is_known_by_the_versions_of_its_packages():
     import torch
 
     public, *_build = torch.__version__.split("+")  # the package may leave out which build it is, "+cu130"
-    assert any(re.fullmatch(re.escape(f"torch {public}") + r"(\+\w+)?", part) for part in builtin.BuiltinCorpus("builtin").identity())
+    identity = builtin.BuiltinCorpus("builtin").identity()
+    assert any(re.fullmatch(re.escape(f"torch {public}") + r"(\+\w+)?", part) for part in identity)

@@ -8,9 +8,9 @@ import torch
 
 from peer_scale.corpus.prepare import open_corpus
 from peer_scale.errors import UserError
-from peer_scale.objectives.config import ObjectiveConfig
 from peer_scale.samples.examples import ExampleBuilder, sample_stream
 from peer_scale.samples.loader import BatchPlan, ExampleDataset, micro_batches
+from peer_scale.samples.masking import MaskingConfig
 from peer_scale.samples.windows import SeededOrder, Windows, split_documents
 
 SEQ_LENGTH = 64
@@ -22,10 +22,10 @@ def corpus(text_file, tmp_path_factory):
     return open_corpus([str(text_file)], None, vocab_size=2000, text_key="text", cache_dir=cache, workers=1)
 
 
-def dataset(corpus, seed=5, **objective):
+def dataset(corpus, seed=5, extra=0, **masking):
     store, tokenizer = corpus
     windows = Windows(store, width=SEQ_LENGTH - 3, first=0, last=store.num_documents)
-    return ExampleDataset(windows, ExampleBuilder(tokenizer, ObjectiveConfig(**objective), SEQ_LENGTH, seed))
+    return ExampleDataset(windows, ExampleBuilder(tokenizer, MaskingConfig(**masking), SEQ_LENGTH, seed, extra))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 1000, 4097])
@@ -62,7 +62,7 @@ def test_examples_are_two_segments_with_the_right_number_selected(corpus):
     samples = dataset(corpus)
     singles = 0
     for number in range(400):
-        ids, masked, types, is_token, positions, is_selected, uniforms = samples[number]
+        ids, masked, types, is_token, positions, is_selected, uniforms, _ = samples[number]
         length = int(is_token.sum())
         assert ids[0] == tokenizer.cls_id and ids[length - 1] == tokenizer.sep_id
         assert (ids[length:] == tokenizer.pad_id).all()
@@ -87,7 +87,7 @@ def test_selection_covers_all_positions_evenly(corpus):
     samples = dataset(corpus)
     full = 0
     for number in range(1500):
-        _, _, _, is_token, positions, is_selected, _ = samples[number]
+        _, _, _, is_token, positions, is_selected, _, _ = samples[number]
         if is_token.all():
             full += 1
             counts.update(positions[is_selected].tolist())
@@ -101,7 +101,7 @@ def test_part_of_the_selected_can_stay_visible(corpus):
     samples = dataset(corpus, mask_probability=0.85)
     kept = total = 0
     for number in range(300):
-        ids, masked, _, _, positions, is_selected, _ = samples[number]
+        ids, masked, _, _, positions, is_selected, _, _ = samples[number]
         chosen = positions[is_selected]
         kept += int((masked[chosen] == ids[chosen]).sum())
         total += len(chosen)
@@ -137,3 +137,18 @@ def test_held_out_documents():
     assert split_documents(5, 0.0) == 5
     with pytest.raises(UserError, match="too few"):
         split_documents(1, 0.01)
+
+
+def test_extra_uniforms_change_nothing_else(corpus):
+    """They are drawn after all others: an objective that needs some sees the same samples."""
+    plain, extra = dataset(corpus), dataset(corpus, extra=4)
+    for number in range(50):
+        left, right = plain[number], extra[number]
+        assert all(np.array_equal(a, b) for a, b in zip(left[:-1], right[:-1], strict=True))
+        width = len(left[4])
+        assert left[-1].shape == (width, 0)
+        assert right[-1].shape == (width, 4)
+        assert ((right[-1] >= 0) & (right[-1] < 1)).all()
+    drawn = np.concatenate([extra[number][-1][extra[number][5]].ravel() for number in range(50)])
+    assert abs(drawn.mean() - 0.5) < 4 * (1 / 12 / len(drawn)) ** 0.5
+    assert len(np.unique(drawn)) > 0.99 * len(drawn)

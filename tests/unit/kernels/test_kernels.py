@@ -100,7 +100,7 @@ def test_triton_kernels(check):
     script = Path(__file__).parent / "triton_checks.py"
     environment = dict(os.environ) | {
         "TRITON_INTERPRET": "0" if check == "compile" else "1",
-        "PYTHONPATH": str(script.parent.parent),
+        "PYTHONPATH": str(script.parents[3]),
     }
     done = subprocess.run(
         [sys.executable, str(script), check], capture_output=True, text=True, env=environment, timeout=400, check=False

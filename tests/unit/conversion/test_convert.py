@@ -16,7 +16,9 @@ from peer_scale.checkpoints.reader import read_checkpoint
 from peer_scale.corpus.prepare import open_corpus
 from peer_scale.corpus.wordpiece import load_wordpiece
 from peer_scale.models.config import EncoderShape, ModelConfig
-from peer_scale.models.networks import PretrainingModel
+from peer_scale.objectives.masked_lm import MaskedLanguageModel
+from peer_scale.objectives.task import build_model
+from peer_scale.objectives.tqr import TokenQualityRanking
 from peer_scale.parallel.topology import single_process_topology
 from peer_scale.samples.examples import ExampleBuilder, collate
 from peer_scale.samples.loader import ExampleDataset
@@ -92,7 +94,9 @@ def our_model(folder):
     sizes = dict(saved["model"])
     for network in ("generator", "ranker"):
         sizes[network] = sizes[network] and EncoderShape(**sizes[network])
-    model = PretrainingModel(ModelConfig(**sizes), saved["objective"]["num_levels"], single_process_topology()).eval()
+    settings = dict(saved["objective"])
+    objective = {"mlm": MaskedLanguageModel, "tqr": TokenQualityRanking}[settings.pop("kind")](**settings)
+    model = build_model(ModelConfig(**sizes), objective, single_process_topology().tensor_parallel).eval()
     weights = weights_by_hand(folder)
     for name, parameter in model.named_parameters():
         weight = weights.pop(name)
@@ -124,8 +128,8 @@ def assert_same_logits(found, expected, mask):
 
 def masked_lm_logits(model, batch, mask):
     ids = batch["input_ids"]
-    hidden = model.encode(model.generator, ids, batch["token_type_ids"], mask)
-    states, bias = model.generate(hidden, torch.arange(ids.shape[1]).repeat(len(ids), 1))
+    hidden = model.encode("generator", ids, batch["token_type_ids"], mask)
+    states, bias = model.head("mlm_head")(hidden.transpose(0, 1).flatten(0, 1))
     vocab_size = model.config.vocab_size
     logits = F.linear(states, model.embeddings.word.weight[:vocab_size], bias[:vocab_size])
     return logits.view(*ids.shape, vocab_size)
@@ -146,12 +150,13 @@ def test_the_ranker_opens_as_electra_for_pre_training(stage, checkpoints, tmp_pa
     reference, report = ElectraForPreTraining.from_pretrained(output, output_loading_info=True)
     assert not any(report.values())
     model = our_model(folder)
-    hidden = model.encode(model.ranker, batch["input_ids"], batch["token_type_ids"], mask)
-    features = F.gelu(model.ranking_head.dense(hidden)).transpose(0, 1)
-    threshold = model.ranking_head(hidden)[1][-1]
+    hidden = model.encode("ranker", batch["input_ids"], batch["token_type_ids"], mask)
+    head = model.head("ranking_head")
+    features = F.gelu(head.dense(hidden)).transpose(0, 1)
+    threshold = head(hidden)[1][-1]
     assert abs(threshold) > 1e-3
     assert_same_logits(
-        reference.eval()(**batch).logits, -(features @ model.ranking_head.score.weight[0]) + threshold, mask
+        reference.eval()(**batch).logits, -(features @ head.score.weight[0]) + threshold, mask
     )
 
     card = (output / "README.md").read_text()
@@ -218,11 +223,11 @@ def test_the_trainers_rtd_auc_comes_out_of_transformers_too(one_rank, tmp_path, 
         [str(text_file)], None, vocab_size=2000, text_key="text", cache_dir=text_file.parent / "cache", workers=1
     )
     windows = Windows(store, width=61, first=split_documents(store.num_documents, 0.5), last=store.num_documents)
-    objective = read_checkpoint(folder).objective
-    samples = ExampleDataset(windows, ExampleBuilder(tokenizer, objective, 64, saved["data"]["seed"] + 2**32))
+    masking = read_checkpoint(folder).sections.masking
+    samples = ExampleDataset(windows, ExampleBuilder(tokenizer, masking, 64, saved["data"]["seed"] + 2**32))
     batch = collate([samples[number] for number in range(6 * 8)])
 
-    common = {"token_type_ids": batch.token_types, "attention_mask": batch.is_token}
+    common = {"token_type_ids": batch.token_types, "attention_mask": batch.attention_mask}
     logits = models["generator"](input_ids=batch.masked_ids, **common).logits.double()
     chosen = logits.gather(1, batch.positions[..., None].expand(-1, -1, logits.shape[2]))
     below = chosen.softmax(-1).cumsum(-1) <= batch.uniforms[..., None]
@@ -232,7 +237,7 @@ def test_the_trainers_rtd_auc_comes_out_of_transformers_too(one_rank, tmp_path, 
     in_order = pairs = 0
     for row in range(len(flags)):
         is_replaced = corrupted[row] != batch.input_ids[row]
-        replaced, original = flags[row][is_replaced], flags[row][batch.is_token[row] & ~is_replaced]
+        replaced, original = flags[row][is_replaced], flags[row][batch.attention_mask[row] & ~is_replaced]
         in_order += (replaced[:, None] > original).sum().item()
         pairs += len(replaced) * len(original)
     assert pairs > 10_000
@@ -277,7 +282,11 @@ def test_damaged_checkpoints(copy, refused, tmp_path):
     assert "peer_scale.json: model.vocab_size" in damaged("model", "vocab_size", "many")
     assert "peer_scale.json: data.seq_length" in damaged("data", "seq_length")
     assert "peer_scale.json: layout.tensor_parallel" in damaged("layout", "tensor_parallel", "two")
-    assert "not the tokenizer" in damaged("data", "tokenizer", "0" * 64)
+    assert "not the tokenizer" in damaged("tokenizer", "digest", "0" * 64)
+    assert "peer_scale.json: objective.kind: missing" in damaged("objective", "kind")
+    assert "peer_scale.json: objective.kind: 'xyz' is unknown" in damaged("objective", "kind", "xyz")
+    assert "peer_scale.json: objective.delta: missing" in damaged("objective", "delta")
+    assert "peer_scale.json: masking.mask_fraction: missing" in damaged("masking", "mask_fraction")
     for content in (original[:200], "[]", "{}"):
         file.write_text(content)
         assert "peer_scale.json: not a checkpoint's manifest" in refused(copy)
@@ -311,11 +320,11 @@ import sys
 sys.path.insert(0, {str(TOOL.parent)!r})
 from peer_scale.quiet import silence_libraries
 silence_libraries()
-from peer_scale.conversion import electra
-right = electra.ranking_head_entries
-def wrong():
-    return [e._replace(convert=lambda w: (w,)) if "score" in e.ours else e for e in right()]
-electra.ranking_head_entries = wrong
+from peer_scale.objectives import tqr
+right = tqr.rtd_head_entries
+def wrong(head):
+    return tuple(e._replace(convert=lambda w: (w,)) if "score" in e.ours else e for e in right(head))
+tqr.rtd_head_entries = wrong
 import convert_checkpoint
 sys.exit(convert_checkpoint.main(sys.argv[1:]))
 """

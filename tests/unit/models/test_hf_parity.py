@@ -8,11 +8,12 @@ from transformers import ElectraForMaskedLM, ElectraForPreTraining, ElectraModel
 
 from peer_scale.checkpoints.manifest import VOCABULARY_PARAMETERS
 from peer_scale.conversion.architecture import Architecture
-from peer_scale.conversion.electra import electra_config
 from peer_scale.models.config import EncoderShape, ModelConfig
 from peer_scale.models.generator_head import generator_head
-from peer_scale.models.networks import PretrainingModel
-from peer_scale.objectives.tqr import tqr_loss
+from peer_scale.models.networks import select
+from peer_scale.objectives.masked_lm import MaskedLanguageModel
+from peer_scale.objectives.task import build_model
+from peer_scale.objectives.tqr import TokenQualityRanking, tqr_loss
 from peer_scale.parallel.initialization import initialize_weights
 from peer_scale.parallel.topology import single_process_topology
 
@@ -30,9 +31,9 @@ TOLERANCE = 1e-5
 @pytest.fixture(params=MODELS)
 def model(request):
     config = replace(MODELS[request.param], hidden_dropout=0.0, attention_dropout=0.0, max_position_embeddings=32)
-    topology = single_process_topology()
-    built = PretrainingModel(config, 2, topology)
-    initialize_weights(built, seed=3, std=0.1, vocab_size=config.vocab_size, topology=topology)
+    ranks = single_process_topology().tensor_parallel
+    built = build_model(config, objective_of(config), ranks)
+    initialize_weights(built, seed=3, std=0.1, vocab_size=config.vocab_size, tensor_parallel=ranks)
     with torch.no_grad():  # biases and LayerNorms too, so that a swapped pair shows
         for parameter in built.parameters():
             if parameter.ndim == 1:
@@ -49,15 +50,22 @@ def text():
     return ids, types, mask
 
 
-def entries_of(model, kind):
-    return Architecture(kind, "electra").entries(model.config)
+def objective_of(config):
+    return MaskedLanguageModel() if config.ranker is None else TokenQualityRanking(num_levels=2, taus=())
 
 
-def hugging_face(model, kind):
-    entries = entries_of(model, kind)
-    shape = model.config.generator if kind == "generator" else model.config.ranker
-    cls = ElectraForMaskedLM if kind == "generator" else ElectraForPreTraining
-    reference = cls(electra_config(model.config, shape, pad_token_id=0)).train()
+def architectures_of(model):
+    """All exports as transformers' ELECTRA classes, by branch."""
+    objective = objective_of(model.config)
+    exports = [export for export in objective.exports(model.config) if export.family == "electra"]
+    return {export.branch: Architecture.of(export, model.config, objective) for export in exports}
+
+
+def hugging_face(model, branch):
+    architecture = architectures_of(model)[branch]
+    entries = architecture.entries
+    cls = ElectraForMaskedLM if branch == "generator" else ElectraForPreTraining
+    reference = cls(architecture.config(pad_token_id=0)).train()
     ours = model.state_dict()
     state = {
         name: tensor.clone()
@@ -88,14 +96,14 @@ def assert_same_gradients(model, reference, entries):
 def test_generator_is_electra_for_masked_lm(model, text):
     ids, types, mask = text
     reference, entries = hugging_face(model, "generator")
-    hidden = model.encode(model.generator, ids, types, mask)
+    hidden = model.encode("generator", ids, types, mask)
     expected = reference.electra(ids, attention_mask=mask, token_type_ids=types).last_hidden_state
     assert_close(hidden.transpose(0, 1)[mask], expected[mask])
 
     positions = torch.tensor([[1, 5, 9], [2, 7, 12], [0, 3, 6]])
     labels = torch.full_like(ids, -100).scatter(1, positions, ids.gather(1, positions))
     expected = reference(ids, attention_mask=mask, token_type_ids=types, labels=labels)
-    states, bias = model.generate(hidden, positions)
+    states, bias = model.head("mlm_head")(select(hidden, positions))
     targets = ids.gather(1, positions).flatten()
     output = generator_head(states, model.embeddings.word.weight, bias, targets, torch.rand(9))
     assert_close(output.loss.mean(), expected.loss)
@@ -112,12 +120,12 @@ def test_ranker_with_two_levels_is_electra_for_pre_training(model, text):
         pytest.skip("BERT has no ranker")
     ids, types, mask = text
     reference, entries = hugging_face(model, "ranker")
-    hidden = model.encode(model.ranker, ids, types, mask)
+    hidden = model.encode("ranker", ids, types, mask)
     expected = reference.electra(ids, attention_mask=mask, token_type_ids=types).last_hidden_state
     assert_close(hidden.transpose(0, 1)[mask], expected[mask])
 
     replaced = torch.rand(ids.shape) < 0.3
-    scores, thresholds = model.ranking_head(hidden)
+    scores, thresholds = model.head("ranking_head")(hidden)
     expected = reference(ids, attention_mask=mask, token_type_ids=types, labels=replaced.float())
     assert_close((thresholds[-1] - scores.transpose(0, 1))[mask], expected.logits[mask])
     loss = tqr_loss(scores.transpose(0, 1)[mask], thresholds, 2.0 - replaced[mask].float()) / mask.sum()
@@ -128,15 +136,16 @@ def test_ranker_with_two_levels_is_electra_for_pre_training(model, text):
 
 
 def test_the_map_covers_every_parameter_once(model):
-    kinds = ["generator"] if model.config.ranker is None else ["generator", "ranker"]
-    ours = {entry.ours for kind in kinds for entry in entries_of(model, kind)}
+    found = architectures_of(model)
+    assert set(found) == ({"generator"} if model.config.ranker is None else {"generator", "ranker"})
+    ours = {entry.ours for architecture in found.values() for entry in architecture.entries}
     assert ours == set(dict(model.named_parameters()))
 
 
 def test_the_map_leads_back(model):
     parameters = {name: p.detach() for name, p in model.named_parameters()}
-    for kind in ("generator",) if model.config.ranker is None else ("generator", "ranker"):
-        for entry in entries_of(model, kind):
+    for architecture in architectures_of(model).values():
+        for entry in architecture.entries:
             weight = parameters[entry.ours][: 101 if entry.ours in VOCABULARY_PARAMETERS else None]
             assert torch.equal(entry.restore(entry.convert(weight)), weight), entry.ours
 
@@ -147,4 +156,4 @@ def test_electra_model_opens_the_encoder_alone(model, text):
     alone = ElectraModel(reference.config)
     alone.load_state_dict(reference.electra.state_dict(), strict=True)
     expected = alone(ids, attention_mask=mask, token_type_ids=types).last_hidden_state
-    assert_close(model.encode(model.generator, ids, types, mask).transpose(0, 1)[mask], expected[mask])
+    assert_close(model.encode("generator", ids, types, mask).transpose(0, 1)[mask], expected[mask])

@@ -23,7 +23,7 @@ from peer_scale.checkpoints.folder import newest
 from peer_scale.checkpoints.manifest import KINDS
 from peer_scale.checkpoints.pieces import TensorReader
 from peer_scale.checkpoints.reader import our_weights, read_checkpoint
-from peer_scale.models.networks import PretrainingModel
+from peer_scale.objectives.task import build_model
 from peer_scale.parallel.topology import single_process_topology
 from runs import ds_config, train_in_pool
 
@@ -111,7 +111,7 @@ def test_an_electra_pair_goes_in_and_comes_out_bit_for_bit(saved, run, tmp_path)
     assert "imported" in run("inspect", "--load", tmp_path / "start")
     assert "as saved" in run("verify", "--load", tmp_path / "start")
     manifest = newest(tmp_path / "start")[1]
-    reader = TensorReader(tmp_path / "start/step_00000000", manifest)
+    reader = TensorReader(tmp_path / "start/step_00000000", manifest.tensors)
     assert not any(reader.whole(name, kind).any() for name in manifest.tensors for kind in KINDS[1:])
 
 
@@ -169,10 +169,9 @@ def test_files_of_other_kinds(saved, run, tmp_path):
     for source in (folder, old, sharded):
         said = run("from-hf", "--bert", source, "--output", tmp_path / f"start-{source.name}")
         assert "left out: bert.pooler.dense, cls.seq_relationship\n" in said
-        reader = TensorReader(
-            tmp_path / f"start-{source.name}/step_00000000", newest(tmp_path / f"start-{source.name}")[1]
-        )
-        found.append({name: reader.whole(name) for name in reader.manifest.tensors})
+        step, manifest = newest(tmp_path / f"start-{source.name}")
+        reader = TensorReader(step, manifest.tensors)
+        found.append({name: reader.whole(name) for name in reader.tensors})
     for other in found[1:]:
         assert other.keys() == found[0].keys()
         assert all(torch.equal(tensor, found[0][name]) for name, tensor in other.items())
@@ -311,8 +310,18 @@ def test_a_run_of_another_model_or_tokenizer_is_refused(saved, run, one_rank, tm
     tokenizer = ("--tokenizer", tmp_path / "start/step_00000000/tokenizer")
     with pytest.raises(Exception, match=r"model\.generator.hidden_size 32 there, 128 here"):
         one_rank.run(train_in_pool, flags(tmp_path, text_file, "a", *start, *tokenizer))
-    with pytest.raises(Exception, match=r"data\.tokenizer"):
+    with pytest.raises(Exception, match=r"tokenizer\.digest"):
         one_rank.run(train_in_pool, flags(tmp_path, text_file, "b", *start, "--config", tmp_path / "start/model.yaml"))
+
+
+def test_a_run_with_another_number_of_levels_is_refused(saved, run, one_rank, tmp_path, text_file):
+    run("from-hf", "--discriminator", saved / "discriminator", "--model", "peer-tiny", "--output", tmp_path / "start")
+    start = [
+        *("--model", "peer-tiny", "--config", tmp_path / "start/model.yaml", "--load", tmp_path / "start"),
+        *("--tokenizer", tmp_path / "start/step_00000000/tokenizer", "--num-levels", 2),
+    ]
+    with pytest.raises(Exception, match=r"another run: ranking_head\.free_thresholds \[2\] there, \[1\] here$"):
+        one_rank.run(train_in_pool, flags(tmp_path, text_file, "a", *start))
 
 
 def real_bert():
@@ -327,13 +336,13 @@ def real_bert():
 def test_a_real_bert(run, one_rank, two_ranks, tmp_path, text_file):
     run("from-hf", "--bert", real_bert(), "--output", tmp_path / "start")
     checkpoint = read_checkpoint(tmp_path / "start")
-    ours = PretrainingModel(checkpoint.model, 2, single_process_topology()).eval()
+    ours = build_model(checkpoint.model, checkpoint.objective, single_process_topology().tensor_parallel).eval()
     ours.load_state_dict({name: our_weights(checkpoint, name) for name in checkpoint.weights})
     tokenizer = AutoTokenizer.from_pretrained(real_bert())
     batch = tokenizer(text_file.read_text()[:4000].split(". "), return_tensors="pt", padding=True, truncation=True)
     mask = batch["attention_mask"].bool()
     expected = BertModel.from_pretrained(real_bert()).eval()(**batch).last_hidden_state
-    found = ours.encode(ours.generator, batch["input_ids"], batch["token_type_ids"], mask).transpose(0, 1)
+    found = ours.encode("generator", batch["input_ids"], batch["token_type_ids"], mask).transpose(0, 1)
     assert (found - expected)[mask].abs().max().item() < 1e-5
 
     torch.set_grad_enabled(True)

@@ -1,0 +1,24 @@
+"""Manifests of earlier formats, brought to the present one when they are read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def from_format_2(sections: dict[str, Any]) -> dict[str, Any]:
+    """Give the sections of format 2 as format 3 has them.
+
+    There every model had the hyper-parameters of token quality ranking, and masking was among them; the tokenizer's
+    digest stood with the data, of which imported weights had nothing else.
+
+    Raises:
+        KeyError: a section or a value that format 2 has is missing.
+        TypeError: a section is not an object.
+    """
+    ranking, data = dict(sections["objective"]), dict(sections["data"])
+    masking = {key: ranking.pop(key) for key in ("mask_fraction", "mask_probability")}
+    tokenizer = {"digest": data.pop("tokenizer")}
+    objective = {"kind": "mlm"} if dict(sections["model"])["ranker"] is None else {"kind": "tqr", **ranking}
+    changed = {"objective": objective, "masking": masking, "tokenizer": tokenizer, "data": data or None}
+    streams = {"streams": "as the version that wrote the checkpoint had them", **sections["random"]}
+    return {key: value for key, value in {**sections, **changed, "random": streams}.items() if value is not None}

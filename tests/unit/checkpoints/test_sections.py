@@ -1,0 +1,118 @@
+"""The manifest's sections: what is written is what is read, and what is wrong is named."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from peer_scale.checkpoints.progress import Progress
+from peer_scale.checkpoints.sections import (
+    TIES,
+    LossScale,
+    OptimizerState,
+    Provenance,
+    RandomStreams,
+    Reshaped,
+    SavedLayout,
+    Sections,
+    TokenizerIdentity,
+    TrainingData,
+    parse_sections,
+)
+from peer_scale.checkpoints.upgrade import from_format_2
+from peer_scale.errors import UserError
+from peer_scale.models.config import EncoderShape, ModelConfig
+from peer_scale.objectives.masked_lm import MaskedLanguageModel
+from peer_scale.objectives.tqr import TokenQualityRanking
+from peer_scale.samples.masking import MaskingConfig
+
+SHAPE = EncoderShape(num_layers=2, hidden_size=8, ffn_hidden_size=16, num_attention_heads=2)
+WHOLE = Sections(
+    progress=Progress(3, 24, 700),
+    optimizer=OptimizerState(2, 1, LossScale(1024.0, 3, -1, 2)),
+    model=ModelConfig(SHAPE, SHAPE, num_shared_layers=1),
+    objective=TokenQualityRanking(num_levels=4, taus=(1.0, 5.0), gammas=(0.5, 0.25)),
+    masking=MaskingConfig(0.2, 0.85),
+    tokenizer=TokenizerIdentity("abc"),
+    data=TrainingData("def", 1234, 0.01, 64, 8),
+    layout=SavedLayout(2, 1, 1, 3, "bf16"),
+    provenance=Provenance("peer-tiny", ("a.txt", "b.txt")),
+    training={"lr": 0.001, "precision": "bf16"},
+    random=RandomStreams(1234),
+    ties=TIES,
+    reshaped=Reshaped(2, 4),
+)
+IMPORTED = replace(
+    WHOLE,
+    objective=MaskedLanguageModel(),
+    model=ModelConfig(SHAPE, None),
+    data=None,
+    layout=None,
+    training=None,
+    imported={"generator": "google/x"},
+    reshaped=None,
+)
+# what format 2 said of the hyper-parameters, whatever the model
+FORMAT_2 = {
+    **{"num_levels": 3, "taus": [1.0], "top_t": 3, "delta": 3.0, "gammas": [0.5], "tqr_weight": 50.0},
+    **{"warmup_epochs": 0.8, "mask_fraction": 0.15, "mask_probability": 0.85},
+}
+
+
+def read_back(sections, **changes):
+    content = json.loads(json.dumps(sections.as_json()))
+    return parse_sections({**content, **changes}, "peer_scale.json")
+
+
+@pytest.mark.parametrize("sections", [WHOLE, IMPORTED])
+def test_what_is_written_is_what_is_read(sections):
+    assert read_back(sections) == sections
+
+
+def test_what_is_not_there_is_not_written():
+    assert WHOLE.as_json().keys() - IMPORTED.as_json().keys() == {"data", "layout", "training", "reshaped"}
+    assert IMPORTED.as_json()["objective"] == {"kind": "mlm"}
+
+
+def test_what_is_wrong_is_named():
+    def refused(**changes):
+        with pytest.raises(UserError) as error:
+            read_back(WHOLE, **changes)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    content = json.loads(json.dumps(WHOLE.as_json()))
+    without_seed = {key: value for key, value in content["data"].items() if key != "seed"}
+    assert refused(data=without_seed).startswith("peer_scale.json: data.seed: ")
+    assert refused(progress={"step": 3, "samples": 24}) == "peer_scale.json: progress.tokens: missing"
+    more = {**content["masking"], "span": 3}
+    assert refused(masking=more) == "peer_scale.json: masking.span: unknown to this version"
+    assert refused(layout=None) == "peer_scale.json: layout: missing"
+    wrong = {**content["model"], "generator": {**content["model"]["generator"], "num_layers": "two"}}
+    assert refused(model=wrong).startswith("peer_scale.json: model.generator.num_layers: ")
+    assert "delta is -1.0" in refused(objective={**content["objective"], "delta": -1.0})
+    assert refused(objective={"kind": "mlm", "delta": 1.0}) == "peer_scale.json: objective.delta: unknown to this version"
+    assert "known: mlm, tqr" in refused(objective={"kind": "xyz"})
+    assert refused(objective=None) == "peer_scale.json: objective.kind: missing"
+    assert refused(stray={}) == "peer_scale.json: stray: unknown to this version"
+
+
+def as_format_2(sections):
+    content = json.loads(json.dumps(sections.as_json()))
+    content["data"] = {**content.get("data", {}), **{"tokenizer": content.pop("tokenizer")["digest"]}}
+    del content["masking"]
+    return {**content, "objective": FORMAT_2}
+
+
+@pytest.mark.parametrize(
+    ("sections", "objective"), [(WHOLE, TokenQualityRanking()), (IMPORTED, MaskedLanguageModel())]
+)
+def test_format_2_becomes_the_present_one(sections, objective):
+    found = parse_sections(from_format_2(as_format_2(sections)), "peer_scale.json")
+    assert found == replace(sections, objective=objective, masking=MaskingConfig(0.15, 0.85))
+
+
+def test_an_import_of_format_2_says_nothing_of_random_streams():
+    content = as_format_2(IMPORTED)
+    content["random"] = {"seed": 7}
+    assert parse_sections(from_format_2(content), "peer_scale.json").random.seed == 7
