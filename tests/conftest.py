@@ -14,7 +14,7 @@ from corpus_files import copy_pair, write_raw_text  # noqa: E402
 from peer_scale.corpus.prepare import preprocess  # noqa: E402
 from peer_scale.corpus.readers import iter_documents  # noqa: E402
 from peer_scale.corpus.wordpiece import WordPiece, train_wordpiece  # noqa: E402
-from rank_pool import RankPool  # noqa: E402
+from rank_pool import RankPools  # noqa: E402
 
 _DOCUMENTED = (
     "argparse logging unittest.mock typing inspect subprocess pathlib datetime decimal statistics "
@@ -82,24 +82,21 @@ def copy(tmp_path, pair) -> str:
 
 
 @pytest.fixture(scope="session")
-def one_rank():
-    with RankPool(1) as pool:
-        yield pool
+def rank_pools():
+    with RankPools() as pools:
+        yield pools
 
 
 @pytest.fixture(scope="session")
-def two_ranks():
-    with RankPool(2) as pool:
-        yield pool
+def one_rank(rank_pools):
+    return rank_pools.of(1)
 
 
 @pytest.fixture(scope="session")
-def four_ranks():
-    with RankPool(4) as pool:
-        yield pool
+def two_ranks(rank_pools):
+    return rank_pools.of(2)
 
 
-@pytest.fixture(scope="module")
-def eight_ranks():
-    with RankPool(8) as pool:
-        yield pool
+@pytest.fixture(scope="session")
+def four_ranks(rank_pools):
+    return rank_pools.of(4)

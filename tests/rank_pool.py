@@ -1,4 +1,8 @@
-"""Real ranks over gloo, started once and given one function after another: starting them costs more than most tests."""
+"""Real ranks over gloo, started once and given one function after another.
+
+To import torch, DeepSpeed and megatron-core costs more than most tests. One process of the test session does it
+(multiprocessing's fork server), and every rank is a fork of that, which takes milliseconds.
+"""
 
 import contextlib
 import importlib
@@ -19,7 +23,7 @@ class RankFailure(AssertionError):
 
 
 class RankPool:
-    """`run` calls a function on all ranks and gives their results in rank order."""
+    """A group of ranks: `run` calls a function on all of them and gives their results in rank order."""
 
     def __init__(self, world_size: int, threads: int = 1) -> None:
         self.world_size = world_size
@@ -69,7 +73,8 @@ class RankPool:
         return RankFailure(what + logs)
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["peer_scale.training.job"])
         folder = Path(tempfile.mkdtemp(prefix="ranks-"))
         port = free_port()
         self._logs = [folder / f"rank{rank}.log" for rank in range(self.world_size)]
@@ -95,6 +100,26 @@ class RankPool:
                 process.kill()
                 process.join()
         self._processes = []
+
+
+class RankPools:
+    """Groups of ranks by their size, each started when it is first asked for and kept to the end of the session."""
+
+    def __init__(self) -> None:
+        self._stack = contextlib.ExitStack()
+        self._pools: dict[int, RankPool] = {}
+
+    def __enter__(self) -> "RankPools":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def of(self, world_size: int) -> RankPool:
+        """Give the group of so many ranks."""
+        if world_size not in self._pools:
+            self._pools[world_size] = self._stack.enter_context(RankPool(world_size))
+        return self._pools[world_size]
 
 
 def free_port() -> int:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from rank_pool import free_port
 
 PROJECT = Path(__file__).resolve().parent.parent
+TIMES = ("step_time_s", "data_wait_s", "tokens_per_second", "tflops_per_device", "mfu")
 SMALL = ("--vocab-size", "2000", "--seq-length", "64", "--log-interval", "1000000")
 
 
@@ -58,8 +59,30 @@ def _number_modules_afresh() -> None:
     Init.param_id = 0
 
 
+def train_in_fp16(flags: list[str]) -> list[dict] | str:
+    """As `train_in_pool`, or why training failed. DeepSpeed refuses fp16 on a CPU: the refusal is lifted here alone."""
+    from deepspeed.accelerator import get_accelerator
+
+    from peer_scale.errors import TrainingError
+
+    accelerator = get_accelerator()
+    refusal = accelerator.is_fp16_supported
+    accelerator.is_fp16_supported = lambda: True
+    try:
+        return train_in_pool(flags)
+    except TrainingError as error:
+        return str(error)
+    finally:
+        accelerator.is_fp16_supported = refusal
+
+
 def read_metrics(log_dir: Path | str) -> list[dict]:
     return [json.loads(line) for line in (Path(log_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(metrics: list[dict]) -> list[dict]:
+    """What two runs that do the same have in common, bit for bit."""
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in metrics]
 
 
 def pretrain(*flags: object, launcher: tuple[str, ...] = (), timeout: float = 240, **environ: str):

@@ -16,8 +16,7 @@ from peer_scale.pipeline.zero import Adaptation
 from peer_scale.settings.flags import build_parser
 from peer_scale.settings.resolve import resolve
 from peer_scale.training.job import plan_pipeline
-from runs import PROJECT, SMALL, corpus, ds_config, outside_of_ranks, torchrun, train_in_pool
-from test_precision import train_in_fp16
+from runs import PROJECT, SMALL, corpus, ds_config, outside_of_ranks, torchrun, train_in_fp16, train_in_pool
 
 COMPUTE = (Forward, Backward, HeadForward, HeadBackward)
 

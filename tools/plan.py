@@ -2,12 +2,9 @@
 """Memory, communication, bubble and time of a layout, before a job is queued; or all layouts, best first."""
 
 import argparse
-import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout need not be installed
 
@@ -24,7 +21,7 @@ _GPU_NAMES = {"A100": "A100", "H100": "H100 80GB HBM3", "H200": "H200", "B200": 
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command line."""
+    """Build the parser of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -39,18 +36,20 @@ def build_parser() -> argparse.ArgumentParser:
     machines.add_argument("--nodes", type=int, required=True, metavar="N")
     machines.add_argument("--gpus-per-node", type=int, required=True, metavar="G")
     machines.add_argument("--gpu", default="H100", help="sets the peak: a name that is known (default: %(default)s)")
-    machines.add_argument("--peak-tflops", type=float, metavar="T", help="of one GPU, instead")
-    machines.add_argument("--memory", type=float, default=80, metavar="GIB", help="of one GPU (default: %(default)s)")
-    machines.add_argument("--reserved", type=float, default=4, metavar="GIB", help="not to be used (default: 4)")
+    machines.add_argument("--peak-tflops", type=float, metavar="T", help="per GPU, instead")
+    machines.add_argument("--memory", type=float, default=80, metavar="GIB", help="per GPU (default: %(default)s)")
     machines.add_argument(
-        "--intra-bandwidth", type=float, default=300, metavar="GB/S", help="of a GPU in a node (default: %(default)s)"
+        "--reserved", type=float, default=4, metavar="GIB", help="per GPU, not to be used (default: %(default)s)"
+    )
+    machines.add_argument(
+        "--intra-bandwidth", type=float, default=300, metavar="GB/S", help="per GPU in a node (default: %(default)s)"
     )
     machines.add_argument(
         "--inter-bandwidth",
         type=float,
         default=40,
         metavar="GB/S",
-        help="of a GPU between nodes (default: %(default)s)",
+        help="per GPU between nodes (default: %(default)s)",
     )
     machines.add_argument(
         "--efficiency", type=float, default=0.5, metavar="SHARE", help="of the peak, in products (default: %(default)s)"
@@ -59,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--overlap", type=float, default=0.5, metavar="SHARE", help="of ZeRO's traffic, hidden (default: %(default)s)"
     )
     layout = parser.add_argument_group("layout")
-    layout.add_argument("--search", action="store_true", help="all layouts of up to 16 stages, best first")
+    layout.add_argument("--search", action="store_true", help="plan all layouts of up to 16 stages, best first")
     layout.add_argument("--top", type=int, default=10, metavar="N", help="of --search (default: %(default)s)")
     layout.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="T")
     layout.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="P")
@@ -67,19 +66,19 @@ def build_parser() -> argparse.ArgumentParser:
     layout.add_argument("--micro-batch-size", type=int, metavar="N", help="default: the preset's")
     layout.add_argument("--sequence-parallel", action="store_true")
     layout.add_argument("--activation-checkpointing", action="store_true")
-    parser.add_argument("--json", action="store_true", help="plans as JSON lines")
+    parser.add_argument("--json", action="store_true", help="print plans as JSON lines")
     return parser
 
 
 def run(args: argparse.Namespace) -> str:
-    """The report; UserError for what cannot be planned."""
+    """Give the report; UserError for what cannot be planned."""
     import torch
 
     from peer_scale.flops import peak_flops
     from peer_scale.parallel.topology import check_parallel_sizes
     from peer_scale.planning.estimate import make_plan, search_plans
-    from peer_scale.planning.layout import GIB, Cluster, Layout, Workload
-    from peer_scale.planning.report import describe, table
+    from peer_scale.planning.layout import GIB, Cluster, ParallelLayout, Workload
+    from peer_scale.planning.report import as_json, describe, table
     from peer_scale.settings.presets import find_preset
     from peer_scale.settings.resolve import with_yaml
 
@@ -102,18 +101,16 @@ def run(args: argparse.Namespace) -> str:
     seq_length = args.seq_length or preset.training.seq_length
     batch = args.global_batch_size or preset.training.global_batch_size
     tokens = args.tokens or float(preset.training.train_iters) * batch * seq_length
-    if seq_length > preset.model.max_position_embeddings:
-        raise UserError(
-            f"--seq-length {seq_length} is beyond max_position_embeddings {preset.model.max_position_embeddings}"
-        )
-    workload = Workload(preset.model, preset.objective, seq_length, batch, tokens, args.precision)
+    workload = Workload(
+        preset.model, preset.objective, preset.masking, seq_length, batch, tokens, precision=args.precision
+    )
     if args.search:
         plans = search_plans(workload, cluster)[: args.top]
         if args.json:
-            return "\n".join(_json(plan) for plan in plans)
+            return "\n".join(as_json(plan) for plan in plans)
         return f"{table(plans)}\n\nthe first in full\n\n{describe(plans[0], workload, cluster)}"
     sizes = (args.tensor_model_parallel_size, args.pipeline_model_parallel_size)
-    layout = Layout(
+    layout = ParallelLayout(
         check_parallel_sizes(cluster.num_ranks, *sizes),
         *sizes,
         zero_stage=args.zero_stage,
@@ -122,15 +119,11 @@ def run(args: argparse.Namespace) -> str:
         activation_checkpointing=args.activation_checkpointing,
     )
     plan = make_plan(workload, cluster, layout)
-    return _json(plan) if args.json else describe(plan, workload, cluster)
-
-
-def _json(plan: Any) -> str:
-    return json.dumps(dataclasses.asdict(plan), default=list)  # ranges of layers as lists
+    return as_json(plan) if args.json else describe(plan, workload, cluster)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the report; the exit code is 0, or 2 after bad input with one line on stderr."""
+    """Print the report; give the exit code: 0, or 2 after bad input with one line on stderr."""
     args = build_parser().parse_args(argv)
     silence_libraries()
     try:

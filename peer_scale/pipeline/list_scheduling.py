@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Final, Literal, TypeAlias, get_args
 
 from peer_scale.objectives.graph import Graph
-from peer_scale.pipeline.costs import Costs, peak_activations
+from peer_scale.pipeline.costs import Costs
 from peer_scale.pipeline.dataflow import needs, sends, stage_work
 from peer_scale.pipeline.instructions import Compute, Forward
 from peer_scale.pipeline.placement import Placement
@@ -35,11 +37,23 @@ def work_kind(graph: Graph, work: Compute) -> WorkKind:
 
 @dataclass(frozen=True)
 class StageOrders:
-    """In which order each stage computes, and what that costs by the figures it was made from."""
+    """In which order each stage computes, and what that costs by the figures it was made from.
 
-    stages: tuple[tuple[Compute, ...], ...]
+    A search makes many of which it needs the figures alone, so the order is kept as the scheduler has it: for each
+    stage (micro-batch, index into the template) in turn.
+    """
+
     makespan: int
     peak_activations: tuple[int, ...]
+    template: list[_Node]
+    orders: list[list[tuple[int, int]]]
+
+    @cached_property
+    def stages(self) -> tuple[tuple[Compute, ...], ...]:
+        """What each stage computes, in order."""
+        return tuple(
+            tuple(replace(self.template[index].work, micro=micro) for micro, index in order) for order in self.orders
+        )
 
 
 def list_schedule(
@@ -63,20 +77,26 @@ def list_schedule(
     """
     template = _template(placement, costs, order, include)
     run = _Run(template, placement.num_stages, num_micro_batches, cap)
-    stages = tuple(
-        tuple(replace(template[index].work, micro=micro) for micro, index in stage_order) for stage_order in run.orders
-    )
-    peaks = tuple(peak_activations(costs, stage, work) for stage, work in enumerate(stages))
-    return StageOrders(stages, run.now, peaks)
+    peaks = tuple(_peak_activations(template, stage_order) for stage_order in run.orders)
+    return StageOrders(run.now, peaks, template, run.orders)
+
+
+def _peak_activations(template: list[_Node], order: list[tuple[int, int]]) -> int:
+    """Find the most activations that are held at once."""
+    return max(itertools.accumulate((template[index].activations for _, index in order), initial=0))
 
 
 @dataclass(frozen=True)
 class _Node:
-    """A piece of one micro-batch's work; successors are indices into the template, with the time until they know."""
+    """A piece of one micro-batch's work; successors are indices into the template, with the time until they know.
+
+    `activations` is what it adds to those held on its stage, or takes from them.
+    """
 
     work: Compute
     stage: int
     time: int
+    activations: int
     priority: int
     num_needs: int
     successors: tuple[tuple[int, int], ...]
@@ -106,6 +126,7 @@ def _template(placement: Placement, costs: Costs, order: Order, include: Callabl
             work,
             stage,
             costs.time(stage, work),
+            costs.of(work.work).activations[stage] * (1 if isinstance(work, Forward) else -1),
             _priority(placement.graph, order, work),
             num_needs[position],
             tuple(successors[position]),

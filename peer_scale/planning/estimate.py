@@ -9,15 +9,16 @@ from functools import lru_cache
 
 from peer_scale.errors import UserError
 from peer_scale.flops import actual_train_flops
-from peer_scale.pipeline.costs import Costs, PassCosts
-from peer_scale.pipeline.instructions import Network
+from peer_scale.objectives.graph import SampleSize, Work
+from peer_scale.pipeline.costs import Costs, WorkCosts
 from peer_scale.pipeline.placement import Placement
-from peer_scale.pipeline.schedule import Schedule, build_schedule
+from peer_scale.pipeline.schedule import build_schedule
 from peer_scale.pipeline.search import choose_placement
 from peer_scale.pipeline.simulator import simulate
 from peer_scale.planning import memory, traffic
 from peer_scale.planning.inventory import Inventory, take_inventory
-from peer_scale.planning.layout import Cluster, Layout, Workload, check_layout
+from peer_scale.planning.layout import Cluster, ParallelLayout, Workload, check_layout
+from peer_scale.planning.stage_works import StageWork, stage_part
 
 _NANOSECONDS = 1e9
 _LAYER_KERNELS = 15  # started for a layer's forward; backward takes about twice as many
@@ -28,24 +29,31 @@ _BUCKETS = 2 * 4 * (1 << 20)  # ZeRO's bucket of at least so many numbers, and i
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Bytes on a rank of one stage."""
+    """Bytes per rank of one stage.
+
+    Attributes:
+        state: parameters, gradients, optimizer.
+        activations: what the works along networks keep, of all micro-batches in flight.
+        heads: what is beside the layers while it is run, see `heads_memory`.
+        working: what ZeRO gathers and its buckets, and a layer that is run again.
+    """
 
     state: memory.State
     activations: int
-    head: int
+    heads: int
     working: int
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.state.total + self.activations + self.head + self.working
+        return self.state.total + self.activations + self.heads + self.working
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a layout takes. Times are seconds a step; `bubble` is the idle share of the busiest stage."""
+    """What a layout takes. Times are seconds per step; `bubble` is the idle share of the busiest stage."""
 
-    layout: Layout
+    layout: ParallelLayout
     placement: Placement
     num_micro_batches: int
     stages: tuple[StageMemory, ...]
@@ -62,7 +70,7 @@ class Plan:
 
     @property
     def peak_memory(self) -> int:
-        """Of the fullest stage."""
+        """Bytes per rank of the fullest stage."""
         return max(stage.total for stage in self.stages)
 
     @property
@@ -71,24 +79,22 @@ class Plan:
         return max(range(len(self.stages)), key=lambda index: self.stages[index].total)
 
 
-def make_plan(workload: Workload, cluster: Cluster, layout: Layout) -> Plan:
-    """Everything about one layout.
+def make_plan(workload: Workload, cluster: Cluster, layout: ParallelLayout) -> Plan:
+    """Say everything about one layout.
 
     Raises:
-        UserError: the model, the sequence or the batch cannot be cut so.
+        UserError: The model, the sequence or the batch cannot be cut so.
     """
     check_layout(layout, workload)
     num_micro = layout.num_micro_batches(workload.global_batch_size)
     placement = _placement(workload, layout.pipeline_parallel, layout.activation_checkpointing)
     few = min(num_micro, 4 * layout.pipeline_parallel)
-    schedule = build_schedule("two_pass", placement, few)
-    key = (workload, cluster, replace(layout, zero_stage=1), schedule)
-    makespan, busiest, bubble_time, activations = _simulated(*key)
+    makespan, busiest, bubble_time, activations = _simulated(workload, cluster, replace(layout, zero_stage=1), few)
     # the middle of a long step repeats itself
     pipeline_time = makespan + (num_micro - few) * busiest
     inventories = _inventories(workload, placement, layout.tensor_parallel)
     stages = tuple(
-        _stage_memory(workload, layout, inventory, held, is_first=stage == 0)
+        _stage_memory(workload, layout, placement, stage, inventory, held)
         for stage, (inventory, held) in enumerate(zip(inventories, activations, strict=True))
     )
     sent = max(
@@ -99,12 +105,7 @@ def make_plan(workload: Workload, cluster: Cluster, layout: Layout) -> Plan:
     exchanged = (sent.gradients + sent.parameters) / cluster.bandwidth(layout.data_parallel, stride)
     zero_time = exchanged * (1 - cluster.overlap)
     step_time = pipeline_time + zero_time
-    flops = actual_train_flops(
-        workload.model,
-        seq_length=workload.seq_length,
-        num_predictions=workload.num_predictions,
-        samples=workload.global_batch_size,
-    )
+    flops = actual_train_flops(workload.model, workload.objective, workload.size, samples=workload.global_batch_size)
     ranks = layout.data_parallel * layout.tensor_parallel * layout.pipeline_parallel
     tokens_per_second = workload.global_batch_size * workload.seq_length / step_time
     tensor_bandwidth = cluster.bandwidth(layout.tensor_parallel, 1)
@@ -127,7 +128,7 @@ def make_plan(workload: Workload, cluster: Cluster, layout: Layout) -> Plan:
 
 
 def search_plans(workload: Workload, cluster: Cluster) -> list[Plan]:
-    """All layouts that the model, the batch and the nodes allow: those that fit first, the fastest of them first.
+    """Plan all layouts that the model, the batch and the nodes allow: those that fit first, the fastest of them first.
 
     Tensor parallelism stays within a node. ZeRO stages that are as fast are ordered by memory.
     """
@@ -145,7 +146,7 @@ def search_plans(workload: Workload, cluster: Cluster) -> list[Plan]:
     return sorted(plans, key=lambda plan: (not plan.fits, round(plan.step_time, 6), plan.peak_memory))
 
 
-def _layouts(workload: Workload, cluster: Cluster) -> Iterator[Layout]:
+def _layouts(workload: Workload, cluster: Cluster) -> Iterator[ParallelLayout]:
     tensor_sizes = [size for size in _powers(cluster.gpus_per_node) if cluster.gpus_per_node % size == 0]
     for tensor, pipeline in itertools.product(tensor_sizes, _powers(_MOST_STAGES)):
         if cluster.num_ranks % (tensor * pipeline):
@@ -155,7 +156,7 @@ def _layouts(workload: Workload, cluster: Cluster) -> Iterator[Layout]:
             continue
         sizes = [size for size in _powers(64) if workload.global_batch_size % (data * size) == 0]
         for micro, stage, again in itertools.product(sizes, (1, 2, 3), (False, True)):
-            yield Layout(data, tensor, pipeline, stage, micro, tensor > 1, again)
+            yield ParallelLayout(data, tensor, pipeline, stage, micro, tensor > 1, again)
 
 
 def _powers(limit: int) -> list[int]:
@@ -165,25 +166,25 @@ def _powers(limit: int) -> list[int]:
 @lru_cache(maxsize=256)
 def _placement(workload: Workload, num_stages: int, activation_checkpointing: bool) -> Placement:
     return choose_placement(
-        workload.model,
-        num_stages,
-        seq_length=workload.seq_length,
-        num_predictions=workload.num_predictions,
-        activation_checkpointing=activation_checkpointing,
+        workload.graph, num_stages, size=workload.size, activation_checkpointing=activation_checkpointing
     )
 
 
 @lru_cache(maxsize=256)
 def _inventories(workload: Workload, placement: Placement, tensor_parallel: int) -> tuple[Inventory, ...]:
-    return take_inventory(workload.model, workload.objective.num_levels, placement, tensor_parallel)
+    return take_inventory(workload.model, workload.objective, placement, tensor_parallel)
 
 
 @lru_cache(maxsize=4096)
 def _simulated(
-    workload: Workload, cluster: Cluster, layout: Layout, schedule: Schedule
+    workload: Workload, cluster: Cluster, layout: ParallelLayout, num_micro_batches: int
 ) -> tuple[float, float, float, tuple[int, ...]]:
-    """Seconds of the schedule, of one micro-batch on the busiest stage, idle on it; activation bytes of each stage."""
-    placement = schedule.placement
+    """Give the seconds of the schedule, of one micro-batch on the busiest stage, idle on it; each stage's activations.
+
+    The layout's ZeRO stage has no part in it.
+    """
+    placement = _placement(workload, layout.pipeline_parallel, layout.activation_checkpointing)
+    schedule = build_schedule("two_pass", placement, num_micro_batches)
     costs = _costs_on(workload, cluster, layout, placement)
     result = simulate(schedule, costs)
     busiest = max(costs.stage_times()) / _NANOSECONDS
@@ -191,64 +192,80 @@ def _simulated(
     return makespan, busiest, makespan - max(result.busy) / _NANOSECONDS, result.peak_activations
 
 
-def _costs_on(workload: Workload, cluster: Cluster, layout: Layout, placement: Placement) -> Costs:
-    """The placement's costs in nanoseconds of a micro-batch on the cluster, and in bytes."""
-    rate = cluster.peak_flops * cluster.efficiency * layout.tensor_parallel / layout.micro_batch_size
-    bandwidth = cluster.bandwidth(layout.tensor_parallel, 1)
-
-    def pass_costs(network: Network) -> PassCosts:
-        flops = placement.costs.of_network(network)
-        if network not in placement.networks:
-            return flops
-        a_layer = traffic.layer_traffic(traffic.shape_of(workload, network), workload, layout) / bandwidth
-        a_layer += 2 * cluster.latency * (layout.tensor_parallel > 1)
-        layers = [stage.num_layers(network) for stage in placement.stages]
-        again = layout.activation_checkpointing  # backward runs the forward once more
-        launch = cluster.launch * _LAYER_KERNELS
-        return PassCosts(
-            forward=tuple(
-                _nanoseconds(max(one / rate, count * launch) + count * a_layer)
-                for one, count in zip(flops.forward, layers, strict=True)
-            ),
-            backward=tuple(
-                _nanoseconds(max(one / rate, (2 + again) * count * launch) + (1 + again) * count * a_layer)
-                for one, count in zip(flops.backward, layers, strict=True)
-            ),
-            activations=tuple(
-                memory.pass_activations(placement, stage, network, workload, layout)
-                for stage in range(placement.num_stages)
-            ),
-        )
-
+def _costs_on(workload: Workload, cluster: Cluster, layout: ParallelLayout, placement: Placement) -> Costs:
+    """Give the placement's costs in nanoseconds of a micro-batch on the cluster, and in bytes."""
+    works = placement.graph.works
     stride = layout.tensor_parallel * layout.data_parallel
-    message = max(traffic.hidden_states_bytes(workload, layout, network) for network in placement.networks)
-    latency = cluster.latency + message / cluster.bandwidth(2, stride)
+    shapes = (shape for _, shape in placement.graph.networks)
+    message = max(traffic.hidden_states_bytes(shape, workload, layout) for shape in shapes)
     return Costs(
-        pass_costs("generator"),
-        pass_costs("ranker"),
-        head_forward=_nanoseconds(placement.costs.head_forward / rate),
-        # chunks of logits are made once more in backward
-        head_backward=_nanoseconds((placement.costs.head_backward + placement.costs.head_forward) / rate),
-        latency=_nanoseconds(latency),
+        tuple((work.name, _work_costs(workload, cluster, layout, placement, work)) for work in works),
+        latency=_nanoseconds(cluster.latency + message / cluster.bandwidth(2, stride)),
     )
 
 
+def _work_costs(
+    workload: Workload, cluster: Cluster, layout: ParallelLayout, placement: Placement, work: Work
+) -> WorkCosts:
+    """Give one work's times: its products, or the launches of its layers' kernels, and its layers' traffic.
+
+    Activations are those of works along networks; `heads_memory` has the others.
+    """
+    rate = cluster.peak_flops * cluster.efficiency * layout.tensor_parallel / layout.micro_batch_size
+    again = layout.activation_checkpointing  # backward runs the layers' forward once more
+    launch = cluster.launch * _LAYER_KERNELS
+    flops = placement.costs.of(work.name)
+    parts = [stage_part(placement, stage, work) for stage in range(placement.num_stages)]
+    per_layer = 0.0
+    if work.network is not None:
+        shape = placement.graph.shape(work.network)
+        per_layer = traffic.layer_traffic(shape, workload, layout) / cluster.bandwidth(layout.tensor_parallel, 1)
+        per_layer += 2 * cluster.latency * (layout.tensor_parallel > 1)
+    forward, backward = [], []
+    for part, there, back in zip(parts, flops.forward, flops.backward, strict=True):
+        count = part.num_layers
+        forward.append(max(there / rate, count * launch) + count * per_layer)
+        products = (back + _made_again(part, workload.size)) / rate
+        backward.append(max(products, (2 + again) * count * launch) + (1 + again) * count * per_layer)
+    return WorkCosts(
+        forward=tuple(map(_nanoseconds, forward)),
+        backward=tuple(map(_nanoseconds, backward)) if work.has_backward else flops.backward,
+        activations=tuple(
+            0 if work.network is None else memory.work_activations(part, workload, layout) for part in parts
+        ),
+    )
+
+
+def _made_again(part: StageWork, size: SampleSize) -> int:
+    """Count the FLOPs of what backward makes once more, since a workspace (chunks of logits) is not kept."""
+    return size.count(tuple(cost for cost in part.costs if cost.workspace), "flops")
+
+
 def _nanoseconds(seconds: float) -> int:
-    return round(1e9 * seconds)
+    return round(_NANOSECONDS * seconds)
 
 
 def _stage_memory(
-    workload: Workload, layout: Layout, inventory: Inventory, activations: int, *, is_first: bool
+    workload: Workload,
+    layout: ParallelLayout,
+    placement: Placement,
+    stage: int,
+    inventory: Inventory,
+    activations: int,
 ) -> StageMemory:
-    state = memory.state_memory(inventory, layout, workload.precision)
     working = memory.gathered_memory(inventory, layout, workload, _LIVE_PARAMETERS)
     working += memory.recomputed_layer(workload, layout) + _BUCKETS
-    return StageMemory(state, activations, memory.head_activations(workload, layout) * is_first, working)
+    return StageMemory(
+        memory.state_memory(inventory, layout, workload.precision),
+        activations,
+        memory.heads_memory(placement, stage, workload, layout),
+        working,
+    )
 
 
 def _traffic(
     workload: Workload,
-    layout: Layout,
+    layout: ParallelLayout,
     placement: Placement,
     stage: int,
     inventory: Inventory,

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Final, cast
+from typing import Final
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from peer_scale.models.config import ModelConfig, padded_vocab_size
-from peer_scale.models.networks import PretrainingModel
-from peer_scale.parallel.topology import Topology
+from peer_scale.objectives.graph import Work
+from peer_scale.objectives.objective import Objective
+from peer_scale.objectives.task import build_model
+from peer_scale.parallel.tensor_parallel import TensorParallel
 from peer_scale.pipeline.placement import Placement
+from peer_scale.planning.stage_works import stage_works
+
+# a model is built whole and then divided: without process groups megatron-core's layers do not split themselves
+_WHOLE: Final = TensorParallel(size=1, rank=0, group=None, sequence_parallel=False, device=torch.device("meta"))
 
 
 @dataclass(frozen=True)
@@ -20,8 +26,8 @@ class Inventory:
     """Sizes of a rank's parameters (its tensor-parallel share), those that decay and those that do not.
 
     These are the optimizer's two groups, which DeepSpeed lays out one after the other. `reached` counts the numbers
-    whose gradients each backward call of a micro-batch gives: all in one call, but between stages a call a pass and one
-    of the MLM head.
+    whose gradients each backward call of a micro-batch gives: all in one call without a pipeline, but on a stage one
+    call per work.
     """
 
     decayed: tuple[int, ...]
@@ -35,49 +41,37 @@ class Inventory:
 
 
 def take_inventory(
-    model: ModelConfig, num_levels: int, placement: Placement, tensor_parallel: int
+    model: ModelConfig, objective: Objective, placement: Placement, tensor_parallel: int
 ) -> tuple[Inventory, ...]:
-    """One for each stage; all tensor-parallel ranks have the same."""
-    # built whole and then divided: without process groups megatron-core's layers do not split themselves
+    """Take one inventory for each stage; all tensor-parallel ranks have the same."""
     padded = replace(model, vocab_size=padded_vocab_size(model.vocab_size, tensor_parallel))
-    topology = _NoRanks(_SIZES, _SIZES, _SIZES, torch.device("meta"))  # type: ignore[arg-type]
     inventories = []
-    for stage in placement.stages:
+    for stage, part in enumerate(placement.stages):
         with torch.device("meta"):
-            parameters = dict(PretrainingModel(padded, num_levels, topology, stage).named_parameters())
+            parameters = dict(build_model(padded, objective, _WHOLE, part).named_parameters())
         sizes = {name: _local_size(parameter, tensor_parallel) for name, parameter in parameters.items()}
         decayed = tuple(size for name, size in sizes.items() if parameters[name].ndim >= 2)
         others = tuple(size for name, size in sizes.items() if parameters[name].ndim < 2)
-        calls = _CALLS if placement.num_stages > 1 else (("",),)
-        reached = [sum(size for name, size in sizes.items() if name.startswith(call)) for call in calls]
-        inventories.append(Inventory(decayed, others, tuple(count for count in reached if count)))
+        reached = _reached(placement, stage, sizes) if placement.num_stages > 1 else (sum(sizes.values()),)
+        inventories.append(Inventory(decayed, others, reached))
     return tuple(inventories)
 
 
-# which parameters the backward calls between stages reach
-_CALLS = (
-    ("mlm_head.", "embeddings.word."),
-    ("embeddings.", "shared_layers.", "generator."),
-    ("embeddings.", "shared_layers.", "ranker.", "ranking_head."),
-)
+def _reached(placement: Placement, stage: int, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Count what each backward call of a stage reaches."""
+    works = [part.work for part in stage_works(placement, stage) if part.work.has_backward]
+    counts = [sum(size for name, size in sizes.items() if name.startswith(_reach(work))) for work in works]
+    return tuple(count for count in counts if count)
+
+
+def _reach(work: Work) -> tuple[str, ...]:
+    """Say how the names begin of all parameters that the work's backward reaches."""
+    heads = tuple(f"{head}." for head in work.heads)
+    if work.network is None:
+        return *heads, "embeddings.word."
+    return *heads, "embeddings.", "shared_layers.", f"{work.network}."
 
 
 def _local_size(parameter: nn.Parameter, tensor_parallel: int) -> int:
     is_split = getattr(parameter, "tensor_model_parallel", False)
     return parameter.numel() // tensor_parallel if is_split else parameter.numel()
-
-
-_SIZES: Final = {"tp": 1, "pp": 1, "dp": 1}
-
-
-class _NoRanks(Topology):
-    """What a model asks of its topology while it is built."""
-
-    def size(self, dim: str) -> int:
-        return _SIZES[dim]
-
-    def rank(self, dim: str) -> int:
-        return 0
-
-    def group(self, dim: str) -> dist.ProcessGroup:
-        return cast("dist.ProcessGroup", None)

@@ -3,29 +3,49 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from peer_scale.errors import UserError
 from peer_scale.models.config import ModelConfig
-from peer_scale.objectives.config import ObjectiveConfig
+from peer_scale.objectives.graph import Graph, SampleSize
+from peer_scale.objectives.objective import Objective
+from peer_scale.samples.masking import MaskingConfig
 
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One optimizer step and how many of them."""
+    """One optimizer step and how many tokens to train on.
+
+    Raises:
+        UserError: The objective does not train such a model, or the model has fewer positions than a sequence.
+    """
 
     model: ModelConfig
-    objective: ObjectiveConfig
+    objective: Objective
+    masking: MaskingConfig
     seq_length: int
     global_batch_size: int
     tokens: float
     precision: str = "bf16"
 
-    @property
-    def num_predictions(self) -> int:
-        """Selected positions of a full sequence."""
-        return self.objective.num_predictions(self.seq_length)
+    def __post_init__(self) -> None:
+        self.objective.check_model(self.model)
+        if self.seq_length > self.model.max_position_embeddings:
+            raise UserError(
+                f"--seq-length {self.seq_length} is beyond max_position_embeddings {self.model.max_position_embeddings}"
+            )
+
+    @cached_property
+    def graph(self) -> Graph:
+        """The works of one micro-batch."""
+        return self.objective.graph(self.model)
+
+    @cached_property
+    def size(self) -> SampleSize:
+        """Tokens and selected positions of a full sequence."""
+        return SampleSize(self.seq_length, self.masking.num_predictions(self.seq_length))
 
     @property
     def number_bytes(self) -> int:
@@ -35,11 +55,23 @@ class Workload:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Nodes of equal GPUs. Bandwidths are of one GPU, one direction, in bytes/s; `latency` is a message's, in seconds.
+    """Nodes of equal GPUs.
 
-    `efficiency` is the share of `peak_flops` that matrix products of this size get; `overlap` the share of ZeRO's
-    traffic that is hidden behind computation; `reserved` what the driver, NCCL and fragmentation take of the memory;
-    `launch` the seconds in which the CPU starts one kernel: below that a small micro-batch gets no faster.
+    Attributes:
+        nodes: how many.
+        gpus_per_node: and thus ranks per node.
+        memory: bytes per GPU.
+        peak_flops: FLOP/s per GPU in the format of the matrix products.
+        intra_bandwidth: bytes/s per GPU in one direction, within a node.
+        inter_bandwidth: likewise, between nodes.
+        efficiency: share of `peak_flops` that matrix products of this size get.
+        overlap: share of ZeRO's traffic that is hidden behind computation.
+        latency: seconds per message.
+        launch: seconds in which the CPU starts one kernel; below that a small micro-batch gets no faster.
+        reserved: bytes per GPU that the driver, NCCL and fragmentation take.
+
+    Raises:
+        UserError: One of them cannot be.
     """
 
     nodes: int
@@ -64,16 +96,16 @@ class Cluster:
 
     @property
     def num_ranks(self) -> int:
-        """One a GPU."""
+        """One per GPU."""
         return self.nodes * self.gpus_per_node
 
     def bandwidth(self, ranks: int, stride: int) -> float:
-        """Of a ring over `ranks` ranks that are `stride` apart: the slower link as soon as it leaves a node."""
+        """Give that of a ring over `ranks` ranks that are `stride` apart: the slower link once it leaves a node."""
         return self.intra_bandwidth if ranks * stride <= self.gpus_per_node else self.inter_bandwidth
 
 
 @dataclass(frozen=True)
-class Layout:
+class ParallelLayout:
     """How ranks share the work; tensor-parallel ranks are neighbours, then data-parallel ones, then stages."""
 
     data_parallel: int
@@ -96,24 +128,24 @@ class Layout:
         )
 
     def num_micro_batches(self, global_batch_size: int) -> int:
-        """A data-parallel rank's in one step; UserError where they do not come out whole."""
-        a_round = self.data_parallel * self.micro_batch_size
-        if global_batch_size % a_round:
+        """Count the micro-batches per step of each data-parallel rank; UserError where they do not come out whole."""
+        at_once = self.data_parallel * self.micro_batch_size
+        if global_batch_size % at_once:
             raise UserError(
                 f"--global-batch-size {global_batch_size} is no multiple of data-parallel size {self.data_parallel} x "
                 f"--micro-batch-size {self.micro_batch_size}"
             )
-        return global_batch_size // a_round
+        return global_batch_size // at_once
 
 
-def check_layout(layout: Layout, workload: Workload) -> None:
+def check_layout(layout: ParallelLayout, workload: Workload) -> None:
     """Raise UserError where the model or the sequence cannot be cut so."""
     size = layout.tensor_parallel
-    for role, shape in (("generator", workload.model.generator), ("ranker", workload.model.ranker)):
+    for network, shape in workload.graph.networks:
         for name in ("num_attention_heads", "ffn_hidden_size"):
-            if shape is not None and getattr(shape, name) % size:
+            if getattr(shape, name) % size:
                 raise UserError(
-                    f"--tensor-model-parallel-size {size} does not divide the {role}'s {name} {getattr(shape, name)}"
+                    f"--tensor-model-parallel-size {size} does not divide the {network}'s {name} {getattr(shape, name)}"
                 )
     if layout.sequence_parallel and workload.seq_length % size:
         raise UserError(f"--tensor-model-parallel-size {size} does not divide --seq-length {workload.seq_length}")

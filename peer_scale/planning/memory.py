@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from peer_scale.models.config import EncoderShape
-from peer_scale.pipeline.instructions import Network
 from peer_scale.pipeline.placement import Placement
 from peer_scale.planning.inventory import Inventory
-from peer_scale.planning.layout import Layout, Workload
+from peer_scale.planning.layout import ParallelLayout, Workload
+from peer_scale.planning.stage_works import StageWork, stage_works
 
 _ALIGNMENT = 2  # DeepSpeed pads a group of parameters so that each rank's share is a multiple of this
 
 
 @dataclass(frozen=True)
 class State:
-    """Bytes on one rank that stay throughout a step; gradients are what is kept between two backward calls."""
+    """Bytes per rank that stay throughout a step; gradients are what is kept between two backward calls."""
 
     parameters: int
     gradients: int
@@ -27,8 +27,8 @@ class State:
         return self.parameters + self.gradients + self.optimizer
 
 
-def state_memory(inventory: Inventory, layout: Layout, precision: str) -> State:
-    """State under AdamW with fp32 master weights and fp32 gradient sums.
+def state_memory(inventory: Inventory, layout: ParallelLayout, precision: str) -> State:
+    """Count the state under AdamW with fp32 master weights and fp32 gradient sums.
 
     - ZeRO-1: all parameters and all gradients; fp32 master weights and both moments of the rank's share.
     - ZeRO-2: of the gradients only the rank's share; pipeline stages, whose backward calls reach different parameters,
@@ -51,20 +51,20 @@ def state_memory(inventory: Inventory, layout: Layout, precision: str) -> State:
 
 
 def padded_groups(inventory: Inventory, ranks: int) -> tuple[int, int]:
-    """Sizes of the two flat groups that ZeRO-1 and 2 make of the parameters."""
+    """Give the sizes of the two flat groups that ZeRO-1 and 2 make of the parameters."""
     decayed, others = (_round_up(sum(group), _ALIGNMENT * ranks) for group in (inventory.decayed, inventory.others))
     return decayed, others
 
 
-def gathered_memory(inventory: Inventory, layout: Layout, workload: Workload, live_parameters: int) -> int:
-    """Bytes of parameters that ZeRO-3 has gathered at once: about `live_parameters` and the next layer."""
+def gathered_memory(inventory: Inventory, layout: ParallelLayout, workload: Workload, live_parameters: int) -> int:
+    """Count the bytes of parameters that ZeRO-3 has gathered at once: about `live_parameters` and the next layer."""
     if layout.zero_stage < 3:
         return 0
     return workload.number_bytes * min(inventory.count, live_parameters)
 
 
-def layer_activations(shape: EncoderShape, workload: Workload, layout: Layout, *, on_cpu: bool = False) -> int:
-    """Bytes that one layer keeps of one micro-batch from forward to backward.
+def layer_activations(shape: EncoderShape, workload: Workload, layout: ParallelLayout, *, on_cpu: bool = False) -> int:
+    """Count the bytes that one layer keeps of one micro-batch from forward to backward.
 
     Of width H: inputs of QKV and of the feed-forward block, which tensor-parallel ranks keep whole; the sums before the
     two LayerNorms, split by sequence parallelism; query, key, value and the attention's output, split by heads. Of
@@ -73,50 +73,51 @@ def layer_activations(shape: EncoderShape, workload: Workload, layout: Layout, *
     """
     tokens = layout.micro_batch_size * workload.seq_length
     hidden, size = shape.hidden_size, layout.tensor_parallel
-    if layout.activation_checkpointing:
-        return tokens * hidden * workload.number_bytes // (size if layout.sequence_parallel else 1)
     split_sequence = size if layout.sequence_parallel else 1
+    if layout.activation_checkpointing:
+        return tokens * hidden * workload.number_bytes // split_sequence
     sums = 2.0
     probabilities = 0.0
     if on_cpu:
         sums += 2 * (workload.model.hidden_dropout > 0)
-        a_token = shape.num_attention_heads * workload.seq_length / size
-        probabilities = a_token * (1 + (workload.model.attention_dropout > 0))
+        per_token = shape.num_attention_heads * workload.seq_length / size
+        probabilities = per_token * (1 + (workload.model.attention_dropout > 0))
     numbers = 2 * hidden + sums * hidden / split_sequence + (4 * hidden + 2 * shape.ffn_hidden_size) / size
     return int(tokens * (numbers + probabilities) * workload.number_bytes)
 
 
-def head_activations(workload: Workload, layout: Layout) -> int:
-    """Bytes of the MLM head while it is run: states of the selected positions and one chunk of logits, twice."""
-    positions = layout.micro_batch_size * workload.num_predictions
-    sizes = workload.model.generator.hidden_size + 3 * workload.model.embedding_size
-    return positions * (sizes * workload.number_bytes + 2 * 2048 * (workload.number_bytes + 4))
+def work_activations(part: StageWork, workload: Workload, layout: ParallelLayout, *, on_cpu: bool = False) -> int:
+    """Count the bytes that a stage keeps of one micro-batch's work from forward to backward: layers and what is beside.
 
-
-def pass_activations(
-    placement: Placement, stage: int, network: Network, workload: Workload, layout: Layout, *, on_cpu: bool = False
-) -> int:
-    """Bytes that `stage` keeps of one micro-batch's pass through `network`: layers, embeddings and ranking head."""
-    shape = workload.model.generator if network == "generator" else workload.model.ranker
-    assert shape is not None, "a pass needs its network"
-    part = placement.stages[stage]
-    held = part.num_layers(network) * layer_activations(shape, workload, layout, on_cpu=on_cpu)
-    tokens = layout.micro_batch_size * workload.seq_length
-    if part.has_embeddings:
-        kept = 1 + (workload.model.hidden_dropout > 0)
-        held += kept * tokens * workload.model.embedding_size * workload.number_bytes
-    if network == "ranker" and part.has_ranking_head:
-        held += 3 * tokens * shape.hidden_size * workload.number_bytes
+    A work without a backward keeps nothing.
+    """
+    if not part.work.has_backward:
+        return 0
+    numbers = layout.micro_batch_size * workload.size.count(part.costs, "activations")
+    held = numbers * workload.number_bytes
+    if part.shape is not None:
+        held += part.num_layers * layer_activations(part.shape, workload, layout, on_cpu=on_cpu)
     return held
 
 
-def recomputed_layer(workload: Workload, layout: Layout) -> int:
-    """Bytes that backward needs for the one layer whose forward it runs again under activation checkpointing."""
+def heads_memory(placement: Placement, stage: int, workload: Workload, layout: ParallelLayout) -> int:
+    """Count the bytes of what a stage does beside its layers: what one work at a time needs while it is run.
+
+    With it what works beside the word table keep from forward to backward, which follow each other closely: they are
+    counted for one micro-batch, while what a network's work keeps is counted for all that are in flight.
+    """
+    parts = stage_works(placement, stage)
+    workspace = max((workload.size.count(part.costs, "workspace") for part in parts), default=0)
+    kept = sum(work_activations(part, workload, layout) for part in parts if part.shape is None)
+    return kept + layout.micro_batch_size * workspace * (workload.number_bytes + 4)
+
+
+def recomputed_layer(workload: Workload, layout: ParallelLayout) -> int:
+    """Count the bytes that backward needs for the one layer that activation checkpointing has it run again."""
     if not layout.activation_checkpointing:
         return 0
     whole = replace(layout, activation_checkpointing=False)
-    shapes = (workload.model.generator, workload.model.ranker)
-    return max(layer_activations(shape, workload, whole) for shape in shapes if shape is not None)
+    return max(layer_activations(shape, workload, whole) for _, shape in workload.graph.networks)
 
 
 def _round_up(number: int, multiple: int) -> int:

@@ -1,44 +1,45 @@
-"""Plans as text."""
+"""Plans as text and as JSON."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from typing import Any
+
+from peer_scale.pipeline.placement import Placement
 from peer_scale.planning.estimate import Plan
 from peer_scale.planning.layout import GIB, Cluster, Workload
+from peer_scale.planning.stage_works import stage_works
 
 
 def describe(plan: Plan, workload: Workload, cluster: Cluster) -> str:
-    """One plan in full: stages, memory, traffic, time, assumptions."""
+    """Give one plan in full: stages, memory, traffic, time, assumptions."""
+    networks = [name for name, _ in plan.placement.graph.networks]
     lines = [
-        f"{plan.layout}: {plan.num_micro_batches} micro-batches a step",
+        f"{plan.layout}: {plan.num_micro_batches} micro-batches per step",
         "",
-        "stage  shared  generator  ranker    parameters  gradients  optimizer  activations    head  working        GiB",
+        f"stage  shared{''.join(f'  {name}' for name in networks)}    parameters  gradients  optimizer  activations"
+        "   heads  working        GiB",
     ]
     for number, (part, stage) in enumerate(zip(plan.placement.stages, plan.stages, strict=True)):
-        ends = "".join(
-            f" {name}"
-            for name, has in (
-                ("embeddings", part.has_embeddings),
-                ("MLM head", part.has_mlm_head),
-                ("ranking head", part.has_ranking_head),
-            )
-            if has
-        )
+        layers = "".join(f"{len(part.layers(name)):{len(name) + 2}d}" for name in networks)
         state = stage.state
         lines.append(
-            f"{number:5d}{len(part.shared_layers):8d}{len(part.generator_layers):11d}{len(part.ranker_layers):8d}"
+            f"{number:5d}{len(part.shared_layers):8d}{layers}"
             f"{_gib(state.parameters):>14}{_gib(state.gradients):>11}{_gib(state.optimizer):>11}"
-            f"{_gib(stage.activations):>13}{_gib(stage.head):>8}{_gib(stage.working):>9}{_gib(stage.total):>11} {ends}"
+            f"{_gib(stage.activations):>13}{_gib(stage.heads):>8}{_gib(stage.working):>9}{_gib(stage.total):>11}"
+            f"  {', '.join(_ends(plan.placement, number))}".rstrip()
         )
     sent = plan.traffic
     lines += [
         "",
-        f"a rank sends a step   tensor-parallel {_gb(sent.tensor)}, pipeline {_gb(sent.pipeline)}, "
+        f"sent per rank and step  tensor-parallel {_gb(sent.tensor)}, pipeline {_gb(sent.pipeline)}, "
         f"gradients {_gb(sent.gradients)}, weights {_gb(sent.parameters)}",
-        f"time of a step        {plan.step_time * 1e3:,.0f} ms: products {plan.compute_time * 1e3:,.0f}, "
+        f"time per step           {plan.step_time * 1e3:,.0f} ms: products {plan.compute_time * 1e3:,.0f}, "
         f"tensor-parallel traffic {plan.tensor_time * 1e3:,.0f}, ZeRO {plan.zero_time * 1e3:,.0f} not hidden; "
         f"bubble {plan.bubble:.1%}",
-        f"throughput            {plan.tokens_per_second:,.0f} tokens/s, {plan.tokens_per_second * 86400 / 1e9:,.1f} "
-        f"billion tokens a day, MFU {plan.mfu:.1%}",
+        f"throughput              {plan.tokens_per_second:,.0f} tokens/s, {plan.tokens_per_second * 86400 / 1e9:,.1f} "
+        f"billion tokens per day, MFU {plan.mfu:.1%}",
         f"{workload.tokens / 1e9:,.1f} billion tokens   {plan.days:,.1f} days",
         verdict(plan, cluster),
         "",
@@ -48,10 +49,10 @@ def describe(plan: Plan, workload: Workload, cluster: Cluster) -> str:
 
 
 def verdict(plan: Plan, cluster: Cluster) -> str:
-    """Whether the layout fits, and if not, what is in the way."""
-    room = cluster.memory - cluster.reserved
+    """Say whether the layout fits, and if not, what is in the way."""
+    available = cluster.memory - cluster.reserved
     if plan.fits:
-        return f"fits: {_gib(plan.peak_memory)} of {_gib(room)} GiB on stage {plan.fullest_stage}"
+        return f"fits: {_gib(plan.peak_memory)} of {_gib(available)} GiB on stage {plan.fullest_stage}"
     stage = plan.stages[plan.fullest_stage]
     parts = {
         "optimizer state (more ranks of any kind)": stage.state.optimizer,
@@ -59,17 +60,17 @@ def verdict(plan: Plan, cluster: Cluster) -> str:
         + stage.state.gradients,
         "activations (smaller micro-batch, --activation-checkpointing, --sequence-parallel)": stage.activations,
         "ZeRO-3's gathered parameters and buffers": stage.working,
-        "the MLM head (smaller micro-batch)": stage.head,
+        "the heads (smaller micro-batch)": stage.heads,
     }
     largest = max(parts, key=lambda name: parts[name])
     return (
-        f"does not fit: stage {plan.fullest_stage} needs {_gib(stage.total)} of {_gib(room)} GiB; most of it, "
+        f"does not fit: stage {plan.fullest_stage} needs {_gib(stage.total)} of {_gib(available)} GiB; most of it, "
         f"{_gib(parts[largest])} GiB, is {largest}"
     )
 
 
 def table(plans: list[Plan]) -> str:
-    """One line a plan."""
+    """Give one line per plan."""
     lines = [f"{'layout':58} {'m':>4} {'GiB':>6} {'ms/step':>9} {'bubble':>7} {'MFU':>6} {'days':>8}"]
     for plan in plans:
         lines.append(
@@ -80,15 +81,43 @@ def table(plans: list[Plan]) -> str:
 
 
 def assumptions(cluster: Cluster) -> str:
-    """What the figures stand on."""
+    """Say what the figures stand on."""
     return (
         f"assumed: {cluster.num_ranks} GPUs of {cluster.peak_flops / 1e12:,.0f} TFLOP/s, products at "
-        f"{cluster.efficiency:.0%} of it; {cluster.intra_bandwidth / 1e9:,.0f} GB/s a GPU within a node, "
-        f"{cluster.inter_bandwidth / 1e9:,.0f} GB/s between nodes, {cluster.latency * 1e6:g} us a message, "
-        f"{cluster.launch * 1e6:g} us a kernel; "
-        f"{cluster.overlap:.0%} of ZeRO's traffic hidden; {_gib(cluster.reserved)} GiB a GPU for driver, NCCL and "
+        f"{cluster.efficiency:.0%} of it; {cluster.intra_bandwidth / 1e9:,.0f} GB/s per GPU within a node, "
+        f"{cluster.inter_bandwidth / 1e9:,.0f} GB/s between nodes, {cluster.latency * 1e6:g} us per message, "
+        f"{cluster.launch * 1e6:g} us per kernel; "
+        f"{cluster.overlap:.0%} of ZeRO's traffic hidden; {_gib(cluster.reserved)} GiB per GPU for driver, NCCL and "
         "fragmentation; tensor-parallel traffic not hidden; element-wise work within the products' share"
     )
+
+
+def as_json(plan: Plan) -> str:
+    """Give one plan as a line of JSON; layers by their numbers."""
+    fields = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
+    return json.dumps(fields | {"placement": _placement(plan.placement)}, default=_plain)
+
+
+def _placement(placement: Placement) -> dict[str, Any]:
+    stages = [
+        {
+            "shared_layers": part.shared_layers,
+            "own_layers": dict(part.own_layers),
+            "ends": _ends(placement, number),
+        }
+        for number, part in enumerate(placement.stages)
+    ]
+    return {"stages": stages, "costs": dict(placement.costs.works)}
+
+
+def _ends(placement: Placement, stage: int) -> list[str]:
+    """Name what a stage has beside its layers."""
+    heads = [head for part in stage_works(placement, stage) if part.ends for head in part.work.heads]
+    return ["embeddings"] * placement.stages[stage].has_embeddings + list(dict.fromkeys(heads))
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, range) else dataclasses.asdict(value)
 
 
 def _gib(size: float) -> str:

@@ -1,9 +1,17 @@
 """The figures that are reported, counted again one token at a time."""
 
+import numpy as np
+import pytest
 import torch
 
-from peer_scale.objectives.statistics import StatisticsLayout, masked_lm_statistics, ranking_statistics
-from peer_scale.objectives.tqr import rank_labels
+from peer_scale.models.config import EncoderShape, ModelConfig
+from peer_scale.objectives.masked_lm import MaskedLanguageModel
+from peer_scale.objectives.objective import SumsLayout
+from peer_scale.objectives.statistics import rtd_metrics, rtd_sums
+from peer_scale.objectives.task import PretrainingTask
+from peer_scale.objectives.tqr import TokenQualityRanking, rank_labels, ranking_sums
+from peer_scale.objectives.works import GlobalCounts, StepInfo
+from peer_scale.parallel.topology import single_process_topology
 from peer_scale.samples.examples import Batch
 
 
@@ -30,12 +38,17 @@ def test_figures_against_a_plain_count():
     )
     labels = torch.full((rows, length), float(levels)).scatter(1, positions, chosen)
     scores, thresholds = torch.randn(rows, length), torch.tensor([-0.5, 0.0, 0.4])
-    batch = Batch(ids, ids, ids, is_token, positions, is_selected, torch.rand(rows, width))
+    batch = Batch(ids, ids, ids, is_token, positions, is_selected, torch.rand(rows, width), torch.rand(rows, width, 0))
 
-    layout = StatisticsLayout(levels, has_ranker=True)
-    sums = masked_lm_statistics(torch.tensor(30.0), ranks.flatten(), is_selected.flatten(), is_token)
-    sums |= ranking_statistics(torch.tensor(60.0), scores, thresholds, labels, batch, corrupted)
-    figures = layout.figures(layout.pack(sums).tolist(), tqr_weight=50.0)
+    layout = SumsLayout(TokenQualityRanking(num_levels=levels, taus=(1.0, 6.0), delta=3.0, tqr_weight=50.0))
+    sums = ranking_sums(scores, thresholds, labels, batch)
+    assert rtd_sums(scores, thresholds[-1], corrupted != ids, batch).items() <= sums.items()
+    of_generator = {"mlm_loss": 30.0, "mlm_correct": ((ranks == 1) & is_selected).sum()}
+    of_generator |= {"selected_square": 4.0, "selected_variation": 1.0}
+    counts = {"tqr_loss": 60.0, "selected": is_selected.sum(), "tokens": is_token.sum()}
+    sums |= of_generator | counts
+    assert sums.keys() == set(layout.names) and len(layout) == len(layout.names)
+    figures = layout.metrics([float(sums[name]) for name in layout.names])
 
     selected = [(r, p) for r in range(rows) for p in range(width) if is_selected[r, p]]
     tokens = [(r, c) for r in range(rows) for c in range(length) if is_token[r, c]]
@@ -67,3 +80,89 @@ def test_figures_against_a_plain_count():
         own = [score_of[key] for key, label in label_of.items() if label == level]
         right = [1 + sum(score > xi for xi in thresholds.tolist()) == level for score in own]
         assert figures["level_accuracy"][str(level)] == (sum(right) / len(right) if right else None)
+    assert figures["varying_share"] == 0.25
+    assert all(figures[name] == value for name, value in rtd_metrics({k: float(v) for k, v in sums.items()}).items())
+
+
+def test_a_share_of_nothing_is_none():
+    layout = SumsLayout(TokenQualityRanking())
+    counts = {"selected": 3.0, "tokens": 10.0, "label_3": 3.0}
+    figures = layout.metrics([counts.get(name, 0.0) for name in layout.names])
+    undefined = {name for name, value in figures.items() if value is None}
+    assert undefined == {"varying_share", "rtd_precision", "rtd_recall", "rtd_auc", "rank_concordance"}
+    assert figures["level_accuracy"] == {"1": None, "2": None, "3": 0.0}
+    assert figures["loss"] == 0
+
+
+WIDTH, VOCAB = 6, 30
+
+
+def generator_sums(states, batch, task):
+    """What the MLM head counts of hidden states at the selected positions."""
+    step = StepInfo(GlobalCounts(batch.is_selected.sum().float(), batch.attention_mask.sum().float()))
+    _, sums, _ = task(("mlm_head",), batch, step, {"selected": states.flatten(0, 1)})
+    return dict(zip(task.sums.names, sums.tolist(), strict=True))
+
+
+@pytest.fixture
+def generator_problem():
+    """States [B, P, H] at selected positions of which some only fill up, their batch, and the task."""
+    torch.manual_seed(1)
+    shape = EncoderShape(num_layers=1, hidden_size=WIDTH, ffn_hidden_size=8, num_attention_heads=1)
+    model = ModelConfig(shape, None, vocab_size=VOCAB, embedding_size=WIDTH, max_position_embeddings=16)
+    task = PretrainingTask(model, MaskedLanguageModel(), single_process_topology().tensor_parallel)
+    torch.nn.init.normal_(task.model.embeddings.word.weight)
+    rows, length, width = 5, 16, 4
+    ids = torch.randint(VOCAB, (rows, length))
+    positions = torch.stack([torch.randperm(length)[:width] for _ in range(rows)])
+    is_selected = torch.arange(width) < torch.tensor([4, 3, 1, 2, 4])[:, None]
+    everything = torch.ones_like(ids, dtype=torch.bool)
+    states = torch.randn(rows, width, WIDTH) + 2 * torch.randn(rows, 1, WIDTH)
+    batch = Batch(
+        ids, ids, ids, everything, positions, is_selected, torch.rand(rows, width), torch.rand(rows, width, 0)
+    )
+    return states, batch, task
+
+
+def test_varying_share(generator_problem):
+    states, batch, task = generator_problem
+    sums = generator_sums(states, batch, task)
+    square = variation = 0.0
+    for of_row, is_selected in zip(states.double().numpy(), batch.is_selected.numpy(), strict=True):
+        chosen = of_row[is_selected]
+        square += (chosen**2).sum()
+        variation += ((chosen - chosen.mean(0)) ** 2).sum()
+    assert sums["selected_square"] == pytest.approx(square, rel=1e-6)
+    assert sums["selected_variation"] == pytest.approx(variation, rel=1e-6)
+    metrics = MaskedLanguageModel().metrics(sums | {"selected": 14.0})
+    assert 0.05 < metrics["varying_share"] < 0.95
+    assert metrics["varying_share"] == pytest.approx(variation / square, rel=1e-6)
+
+
+def test_varying_share_does_not_depend_on_the_layout(generator_problem):
+    states, batch, task = generator_problem
+    whole = generator_sums(states, batch, task)
+    pieces = [generator_sums(states[rows], Batch(*(f[rows] for f in batch)), task) for rows in (slice(3), slice(3, 5))]
+    for name in ("selected_square", "selected_variation", "mlm_correct", "mlm_loss"):
+        assert sum(piece[name] for piece in pieces) == pytest.approx(whole[name], rel=1e-6)
+
+
+def test_states_that_are_the_same_everywhere_do_not_vary(generator_problem):
+    states, batch, task = generator_problem
+    sums = generator_sums(states[:, :1].expand_as(states), batch, task)
+    assert abs(sums["selected_variation"]) < 1e-6 * sums["selected_square"]
+    sums = generator_sums(states, batch._replace(is_selected=torch.arange(4).expand(5, 4) < 1), task)
+    assert abs(sums["selected_variation"]) < 1e-6 * sums["selected_square"], "one position has nothing to differ from"
+
+
+def test_mlm_accuracy_is_how_often_the_original_is_likeliest(generator_problem):
+    states, batch, task = generator_problem
+    head_states, bias = task.model.head("mlm_head")(states)
+    logits = (head_states.double() @ task.model.embeddings.word.weight.double().T + bias).detach().numpy()[..., :VOCAB]
+    likeliest = torch.from_numpy(np.argmax(logits, -1))
+    ids = batch.input_ids.clone()
+    for row, slot in ((0, 0), (0, 2), (2, 0), (3, 3)):  # the last only fills up
+        ids[row, batch.positions[row, slot]] = likeliest[row, slot]
+    is_hit = (ids.gather(1, batch.positions) == likeliest) & batch.is_selected
+    assert is_hit.sum() >= 3
+    assert generator_sums(states, batch._replace(input_ids=ids), task)["mlm_correct"] == is_hit.sum()

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from runs import PROJECT
 from slurm_cluster import SlurmCluster, missing_requirement, slurm_cluster
 
-REPOSITORY = Path(__file__).parents[1]
 REASON = missing_requirement()
 
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(REASON is not None, reason=REASON or "")]
@@ -103,7 +103,7 @@ def submitter(cluster: SlurmCluster, tmp_path: Path) -> Submitter:
     checkout = tmp_path / "a checkout"
     for name in ("slurm/base.sh", "peer_scale/errors.py", "peer_scale/parallel/environment.py"):
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(REPOSITORY / name, checkout / name)
+        shutil.copy(PROJECT / name, checkout / name)
     for folder in ("peer_scale", "peer_scale/parallel"):
         (checkout / folder / "__init__.py").touch()
     (checkout / "peer_scale" / "pretrain.py").write_text(TRAINER)
@@ -206,11 +206,11 @@ def test_the_trainer_learns_the_same_on_two_nodes_as_on_one_machine(
     ]
     flags = ["--model", "peer-tiny", *sizes, *data, "--train-iters", "20", "--micro-batch-size", "4", "--fp32"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    trainer = [str(REPOSITORY / "peer_scale" / "pretrain.py")]
+    trainer = [str(PROJECT / "peer_scale" / "pretrain.py")]
     here = [*launcher, *trainer, *flags, "--log-dir", str(tmp_path / "here")]
     done = subprocess.run(here, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    real = Submitter(submitter.cluster, REPOSITORY, submitter.folder)
+    real = Submitter(submitter.cluster, PROJECT, submitter.folder)
     job = real.submit(["-N", "2", "--ntasks-per-node", "1"], [*flags, "--log-dir", str(tmp_path / "there")])
     assert job.exit_code == "0:0", job.output
     losses = [losses_of(tmp_path / name) for name in ("here", "there")]
@@ -228,7 +228,7 @@ def losses_of(log_dir: Path) -> list[float]:
 def test_outside_a_job_it_says_how_to_run_it() -> None:
     environ = without(os.environ, "SLURM_JOB_ID")
     done = subprocess.run(
-        ["bash", str(REPOSITORY / "slurm" / "base.sh")], env=environ, capture_output=True, text=True, check=False
+        ["bash", str(PROJECT / "slurm" / "base.sh")], env=environ, capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: this script runs inside a Slurm job: sbatch")

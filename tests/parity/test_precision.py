@@ -3,7 +3,7 @@
 import pytest
 
 from peer_scale.errors import TrainingError
-from runs import corpus, ds_config, train_in_pool
+from runs import corpus, ds_config, train_in_fp16, train_in_pool
 
 
 def flags_for(tmp_path, text_file, name, *more):
@@ -17,14 +17,27 @@ def mean_loss(metrics, last=20):
     return sum(line["loss"] for line in metrics[-last:]) / last
 
 
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
-def test_bf16_trains_under_every_stage(stage, two_ranks, tmp_path, text_file):
+@pytest.mark.parametrize(
+    ("model", "stage", "more"),
+    [
+        ("peer", 3, ()),
+        *(
+            pytest.param(*row, marks=pytest.mark.slow)
+            for row in (
+                ("peer", 1, ()),
+                ("peer", 2, ()),
+                ("teams", 2, ("--tensor-model-parallel-size", 2)),
+                ("teams", 3, ("--pipeline-model-parallel-size", 2)),
+            )
+        ),
+    ],
+)
+def test_bf16_trains_under_every_stage(model, stage, more, two_ranks, tmp_path, text_file):
     losses = {}
     for precision in ("fp32", "bf16"):
-        config = ds_config(tmp_path, stage)
-        flags = flags_for(
-            tmp_path, text_file, precision, f"--{precision}", "--train-iters", 20, "--deepspeed_config", config
-        )
+        common = ("--model", f"{model}-tiny", "--seq-length", 32, "--train-iters", 20, *more)
+        config = ("--deepspeed_config", ds_config(tmp_path, stage))
+        flags = flags_for(tmp_path, text_file, precision, f"--{precision}", *common, *config)
         losses[precision] = two_ranks.run(train_in_pool, flags)[0]
     for single, half in zip(losses["fp32"], losses["bf16"], strict=True):
         assert half["loss"] == pytest.approx(single["loss"], rel=0.02)
@@ -38,21 +51,6 @@ def test_bf16_stays_within_2_percent_of_fp32_after_200_steps(one_rank, tmp_path,
         flags[flags.index("--micro-batch-size") + 1] = "8"
         means[precision] = mean_loss(one_rank.run(train_in_pool, flags)[0])
     assert means["bf16"] == pytest.approx(means["fp32"], rel=0.02)
-
-
-def train_in_fp16(flags):
-    """DeepSpeed refuses fp16 on this CPU; the refusal is lifted here alone."""
-    from deepspeed.accelerator import get_accelerator
-
-    accelerator = get_accelerator()
-    refusal = accelerator.is_fp16_supported
-    accelerator.is_fp16_supported = lambda: True
-    try:
-        return train_in_pool(flags)
-    except TrainingError as error:
-        return str(error)
-    finally:
-        accelerator.is_fp16_supported = refusal
 
 
 @pytest.mark.slow

@@ -6,15 +6,17 @@ import torch
 
 from peer_scale.checkpoints.reader import our_weights, read_checkpoint
 from peer_scale.corpus.prepare import open_corpus
-from peer_scale.models.networks import select
-from peer_scale.objectives.tasks import GlobalCounts, PretrainingTask, corrupt
+from peer_scale.objectives.task import PretrainingTask
+from peer_scale.objectives.tqr import corrupted_ids
+from peer_scale.objectives.works import GlobalCounts, StepInfo, WorkContext
 from peer_scale.parallel.topology import single_process_topology
-from peer_scale.samples.examples import ExampleBuilder, collate
+from peer_scale.samples.examples import NUM_SPECIAL_TOKENS, ExampleBuilder, collate
 from peer_scale.samples.loader import ExampleDataset
+from peer_scale.samples.masking import MaskingConfig
 from peer_scale.samples.windows import Windows
 from runs import pretrain, read_metrics
 
-VOCAB_SIZE, STEPS = 1000, 2500
+VOCAB_SIZE, SEQ_LENGTH, STEPS = 1000, 64, 2500
 
 
 def scores_and_labels(save, cache, text_file, num_samples=3072):
@@ -26,21 +28,19 @@ def scores_and_labels(save, cache, text_file, num_samples=3072):
     assert tokenizer.digest == checkpoint.tokenizer.digest
     task = PretrainingTask(checkpoint.model, checkpoint.objective, single_process_topology().tensor_parallel).eval()
     task.model.load_state_dict({name: our_weights(checkpoint, name) for name in checkpoint.weights})
-    seq_length = checkpoint.data.seq_length
-    windows = Windows(store, width=seq_length - 3, first=0, last=store.num_documents)
-    samples = ExampleDataset(windows, ExampleBuilder(tokenizer, checkpoint.objective, seq_length, seed=99))
-    one = GlobalCounts(torch.ones(()), torch.ones(()))
+    windows = Windows(store, width=SEQ_LENGTH - NUM_SPECIAL_TOKENS, first=0, last=store.num_documents)
+    samples = ExampleDataset(windows, ExampleBuilder(tokenizer, MaskingConfig(), SEQ_LENGTH, seed=99))
+    step = StepInfo(GlobalCounts(torch.ones(()), torch.ones(())))
     scores, labels = [], []
     for first in range(0, num_samples, 64):
         batch = collate([samples[number] for number in range(first, first + 64)])
         with torch.no_grad():
-            hidden = task.model.encode(task.model.generator, batch.masked_ids, batch.token_types, batch.is_token)
-            generated = task.masked_lm(select(hidden, batch.positions), batch, one)[1]
-            ids, label = corrupt(batch, generated, checkpoint.objective)
-            hidden = task.model.encode(task.model.ranker, ids, batch.token_types, batch.is_token)
-            score = task.model.ranking_head(hidden)[0].t()
+            _, _, values = task(("generator", "mlm_head"), batch, step)
+            ids = corrupted_ids(WorkContext(task.model, batch, values, warmup=False))
+            hidden = task.model.encode("ranker", ids, batch.token_types, batch.attention_mask)
+            score = task.model.head("ranking_head")(hidden)[0].t()
         scores.append(score.gather(1, batch.positions)[batch.is_selected])
-        labels.append(label.gather(1, batch.positions)[batch.is_selected])
+        labels.append(values["labels"].view_as(batch.positions)[batch.is_selected])
     return torch.cat(scores).numpy(), torch.cat(labels).numpy()
 
 
@@ -58,6 +58,7 @@ def test_ranks_are_learned_and_unknown_labels_get_fewer(tmp_path, text_file):
     config.write_text("model:\n  init_std: 0.05\n")  # a narrow model starts faster from larger weights
     done = pretrain(
         *("--config", config, "--data-path", text_file, "--cache-dir", tmp_path / "cache", "--vocab-size", VOCAB_SIZE),
+        *("--seq-length", SEQ_LENGTH),
         *("--train-iters", STEPS, "--warmup-epochs", 2, "--lr", 1e-3, "--lr-warmup-iters", 100, "--num-workers", 0),
         *("--log-dir", tmp_path / "log", "--save", tmp_path / "save"),
         timeout=1400,

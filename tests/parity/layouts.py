@@ -1,0 +1,76 @@
+"""Rows of the parity tests: a line of text names a model and how ranks share its training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# every model's networks get as many attention heads as the widest row has tensor-parallel ranks
+FOUR_HEADS = ("--num-attention-heads", "4", "--generator-num-attention-heads", "4")
+OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one run is shared out.
+
+    Attributes:
+        model: family of the preset, e.g. "teams".
+        dp: data-parallel size.
+        tp: tensor-parallel size.
+        pp: number of pipeline stages.
+        zero: ZeRO stage.
+        mb: sequences per micro-batch.
+        batch: sequences per step.
+        sp: whether activations are split along the sequence as well.
+        offload: whether the optimizer is on the host.
+        recompute: whether activations are recomputed in backward.
+    """
+
+    model: str
+    dp: int = 1
+    tp: int = 1
+    pp: int = 1
+    zero: int = 2
+    mb: int = 2
+    batch: int = 8
+    sp: bool = False
+    offload: bool = False
+    recompute: bool = False
+
+    @property
+    def ranks(self) -> int:
+        return self.dp * self.tp * self.pp
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """The trainer's flags, but for the ds_config."""
+        sizes = {
+            "model": f"{self.model}-tiny",
+            "tensor-model-parallel-size": self.tp,
+            "pipeline-model-parallel-size": self.pp,
+            "micro-batch-size": self.mb,
+            "global-batch-size": self.batch,
+        }
+        switches = {"--sequence-parallel": self.sp, "--activation-checkpointing": self.recompute}
+        return (
+            *(text for name, value in sizes.items() for text in (f"--{name}", str(value))),
+            *FOUR_HEADS,
+            # both parts of the ranking loss within a run, where the objective has them
+            *(("--warmup-epochs", "0.02") if self.model in ("peer", "electra") else ()),
+            *(flag for flag, is_on in switches.items() if is_on),
+        )
+
+    @property
+    def reference(self) -> Layout:
+        """The run that this one must equal: one rank, one micro-batch per step."""
+        return Layout(self.model, zero=1, mb=self.batch, batch=self.batch)
+
+
+def parse(row: str) -> Layout:
+    """Read a row such as "peer tp2 pp2 sp zero3 mb4": what is not named is 1 or off, ZeRO-2, micro-batches of 2."""
+    model, *words = row.split()
+    values: dict[str, int | bool] = {}
+    for word in words:
+        name = word.rstrip("0123456789")
+        values[name] = int(word[len(name) :]) if name != word else True
+    return Layout(model, **values)  # type: ignore[arg-type]
