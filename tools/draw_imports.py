@@ -112,6 +112,8 @@ def _imported(file: Path, files: Mapping[str, Path]) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             # what is imported from a package may be a module of it
             names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Constant) and node.value in files:
+            names = [str(node.value)]  # a module's whole name, to be imported by that
         else:
             continue
         for name in names:

@@ -13,6 +13,7 @@ PACKAGE = PROJECT / "peer_scale"
 PAGES = sorted(
     [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *PROJECT.glob("docs/*.md"), *PROJECT.glob("*/README.md")]
 )
+TO_BE_WRITTEN = {"peer_scale/objectives/smoothed_rtd.py"}  # by who follows docs/adding_an_objective.md
 
 
 def test_the_drawing_is_current():
@@ -26,7 +27,7 @@ def package(tmp_path) -> Path:
     sources = {
         "__init__.py": "",
         "helper.py": '"""Helps."""',
-        "entry.py": "def main():\n    from pkg.top import run",
+        "entry.py": "def main():\n    importlib.import_module('pkg.top.run')",
         "top/__init__.py": '"""Top."""',
         "top/run.py": "import pkg.helper\nfrom pkg.middle.one import x\nfrom pkg.bottom import base",
         "middle/__init__.py": "",
@@ -79,7 +80,7 @@ def test_the_drawing_has_no_arrow_that_others_imply(package):
 def test_what_a_page_mentions_is_there(page):
     text = page.read_text(encoding="utf-8")
     missing = [link for link in _links(text) if not (page.parent / link).exists()]
-    missing += [path for path in _paths(text) if not (PROJECT / path).exists()]
+    missing += [path for path in _paths(text) if not (PROJECT / path).exists() and path not in TO_BE_WRITTEN]
     missing += [f"{file}::{name}" for file, name in _names(text) if name not in _defined(PACKAGE / file)]
     assert missing == []
 
