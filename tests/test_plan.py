@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-import plan as plan_tool
+from peer_scale.commands import plan as plan_command
 from peer_scale.errors import UserError
 from peer_scale.models.config import EncoderShape
 from peer_scale.pipeline.search import choose_placement
@@ -399,11 +399,11 @@ def test_what_cannot_be_cut_is_named(layout, named):
 
 def test_the_command(capsys):
     flags = ["--model", "peer-base", "--nodes", "256", "--gpus-per-node", "8", "--global-batch-size", "4096"]
-    assert plan_tool.main([*flags, "--micro-batch-size", "2"]) == 0
+    assert plan_command.main([*flags, "--micro-batch-size", "2"]) == 0
     assert "fits" in capsys.readouterr().out
-    assert plan_tool.main([*flags, "--micro-batch-size", "2", "--json"]) == 0
+    assert plan_command.main([*flags, "--micro-batch-size", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["layout"]["data_parallel"] == 2048
-    assert plan_tool.main([*flags, "--micro-batch-size", "3"]) == 2
+    assert plan_command.main([*flags, "--micro-batch-size", "3"]) == 2
     assert "--global-batch-size 4096" in capsys.readouterr().err
-    assert plan_tool.main([*flags, "--gpu", "abacus"]) == 2
+    assert plan_command.main([*flags, "--gpu", "abacus"]) == 2
     assert "abacus" in capsys.readouterr().err

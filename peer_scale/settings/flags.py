@@ -17,10 +17,10 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     """All flags, grouped as `--help` shows them."""
     parser = _Parser(
-        prog="pretrain.py",
+        prog=prog,
         description="Pre-train a text encoder with PEER, ELECTRA or BERT objectives.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -18,11 +18,11 @@ from transformers import (
     ElectraForPreTraining,
 )
 
-import convert_checkpoint
 from peer_scale.checkpoints.folder import newest
 from peer_scale.checkpoints.manifest import KINDS
 from peer_scale.checkpoints.pieces import TensorReader
 from peer_scale.checkpoints.reader import our_weights, read_checkpoint
+from peer_scale.commands import convert
 from peer_scale.objectives.task import build_model
 from peer_scale.parallel.topology import single_process_topology
 from runs import ds_config, train_in_pool
@@ -41,7 +41,7 @@ BERT_SIZES = {**SIZES, "layer_norm_eps": 1e-7}
 @pytest.fixture
 def run(capfd):
     def run(*arguments):
-        code = convert_checkpoint.main(list(map(str, arguments)))
+        code = convert.main(list(map(str, arguments)))
         captured = capfd.readouterr()
         assert code == 0, captured.err
         return captured.out
