@@ -49,7 +49,7 @@ def train_and_note_the_order(flags) -> list:
 def test_stages_run_what_the_simulator_runs(two_ranks, tmp_path, text_file):
     flags = flags_for(tmp_path, text_file, "--train-iters", 2, "--fp32", "--pipeline-model-parallel-size", 2)
     executed = two_ranks.run(train_and_note_the_order, flags)
-    run = resolve(build_parser().parse_args([*SMALL, *flags]), 1)
+    run = resolve(build_parser().parse_args([*SMALL, *flags]), world_size=2)
     schedule = plan_pipeline(run)
     simulated = simulate(schedule)
     for stage, instructions in enumerate(executed):
@@ -137,7 +137,7 @@ def test_activation_checkpointing_and_dropout(two_ranks, tmp_path, text_file):
 def test_more_stages_than_work_are_refused():
     args = build_parser().parse_args(["--pipeline-model-parallel-size", "9"])
     with pytest.raises(UserError, match="stage"):
-        plan_pipeline(resolve(args, 1))
+        plan_pipeline(resolve(args, world_size=9))
 
 
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])

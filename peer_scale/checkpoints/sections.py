@@ -177,7 +177,7 @@ def sections_of(run: RunConfig, topology: Topology, *, data_fingerprint: str, to
 
 def objective_section(objective: Objective) -> dict[str, Any]:
     """Describe an objective by its kind and its hyper-parameters."""
-    return {"kind": objective.kind, **dataclasses.asdict(objective)}  # type: ignore[call-overload]
+    return objective.section()
 
 
 def parse_sections(content: Mapping[str, Any], where: str) -> Sections:

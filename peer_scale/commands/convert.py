@@ -148,7 +148,7 @@ def _add_from_hf(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="new or empty folder, for --load")
     parser.add_argument("--seed", type=int, default=1234, help="of the weights that start afresh")
     parser.add_argument("--no-verify", action="store_true", help="do not compare our logits with transformers'")
-    add_model_flags(parser.add_argument_group("model"), default=None)
+    add_model_flags(parser.add_argument_group("model"))
     add_objective_flags(parser.add_argument_group("objective"))
 
 
