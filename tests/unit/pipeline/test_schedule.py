@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from hand_made_pipelines import peer_costs, peer_graph, part
+from hand_made_pipelines import part, peer_costs, peer_graph
 from peer_scale.errors import UserError
 from peer_scale.objectives.graph import SampleSize
 from peer_scale.pipeline.costs import WorkCosts

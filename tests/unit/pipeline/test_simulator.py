@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import pytest
 
-from hand_made_pipelines import peer_costs, peer_graph, part
+from hand_made_pipelines import part, peer_costs, peer_graph
 from peer_scale.objectives.graph import SampleSize
 from peer_scale.pipeline.costs import Costs, WorkCosts, peak_activations
 from peer_scale.pipeline.instructions import Backward, Forward

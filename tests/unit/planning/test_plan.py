@@ -268,7 +268,6 @@ def test_traffic_is_what_a_run_sends(name, ranks, tensor, pipeline, stage, more,
 @pytest.mark.parametrize("name", ["peer-tiny", "electra-small", "bert-tiny"])
 def test_a_whole_models_activations(name, dropout, checkpointing):
     """Against what autograd really keeps of one micro-batch, both passes and heads, on the CPU."""
-    from peer_scale.objectives.tasks import GlobalCounts, PretrainingTask
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
     from peer_scale.models.layers import TransformerLayer
