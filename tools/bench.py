@@ -8,6 +8,7 @@ python tools/bench.py --rows head-forward step-plain-loop --repeats 9 --json ben
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import statistics
@@ -61,7 +62,7 @@ from peer_scale.settings.resolve import resolve  # noqa: E402
 from peer_scale.settings.run import RunConfig  # noqa: E402
 from peer_scale.training.engine import build_engine  # noqa: E402
 from peer_scale.training.metering import Meter  # noqa: E402
-from peer_scale.training.passes import WholeModel  # noqa: E402
+from peer_scale.training.runner import WholeModelRunner  # noqa: E402
 from peer_scale.training.trainer import Trainer  # noqa: E402
 
 
@@ -88,7 +89,7 @@ def synthetic_batch(run: RunConfig, device: torch.device) -> Batch:
     """Full sequences of random tokens: what is timed does not depend on which."""
     generator = torch.Generator().manual_seed(0)
     size, seq_length = run.training.micro_batch_size, run.training.seq_length
-    num_predictions = run.objective.num_predictions(seq_length)
+    num_predictions = run.sample_size.num_predictions
     ids = torch.randint(5, run.model.vocab_size, (size, seq_length), generator=generator)
     positions = torch.stack([torch.randperm(seq_length, generator=generator)[:num_predictions] for _ in range(size)])
     positions = positions.sort(1).values
@@ -96,10 +97,11 @@ def synthetic_batch(run: RunConfig, device: torch.device) -> Batch:
         input_ids=ids,
         masked_ids=ids.scatter(1, positions, 4),
         token_types=torch.zeros_like(ids),
-        is_token=torch.ones_like(ids, dtype=torch.bool),
+        attention_mask=torch.ones_like(ids, dtype=torch.bool),
         positions=positions,
         is_selected=torch.ones_like(positions, dtype=torch.bool),
         uniforms=torch.rand(positions.shape, generator=generator),
+        extra_uniforms=torch.rand((*positions.shape, run.objective.num_extra_uniforms), generator=generator),
     ).to(device)
 
 
@@ -122,9 +124,9 @@ def our_step(setting: Setting) -> Action:
 def our_trainer(setting: Setting) -> tuple[Any, Action]:
     """DeepSpeed's engine, and the trainer's own step with it."""
     engine = build_engine(our_task(setting), setting.run, setting.topology)
-    passes = WholeModel(engine, setting.topology)
+    runner = WholeModelRunner(engine, setting.topology)
     meter = Meter(setting.run, 1, None)
-    trainer = Trainer(setting.run, setting.topology, engine, passes, meter, [], progress=Progress(), warmup_steps=0)
+    trainer = Trainer(setting.run, setting.topology, engine, runner, meter, [], progress=Progress(), warmup_steps=0)
     return engine, lambda: trainer.train_step(1, [setting.batch])
 
 
@@ -157,20 +159,20 @@ def head_pair(setting: Setting, *, backward: bool) -> tuple[Action, Action]:
     bias = torch.zeros(model.vocab_size, device=device, requires_grad=True)
     targets = torch.randint(model.vocab_size, (n,), device=device)
     uniforms = torch.rand(n, device=device)
-    room = torch.empty(n, model.vocab_size, device=device).bfloat16()
+    logits = torch.empty(n, model.vocab_size, device=device).bfloat16()
     if not backward:
         with_grad = torch.no_grad()
         return (
             with_grad(lambda: generator_head(hidden, weight, bias, targets, uniforms)),
-            with_grad(lambda: torch.mm(hidden, weight.t(), out=room)),
+            with_grad(lambda: torch.mm(hidden, weight.t(), out=logits)),
         )
     loss = generator_head(hidden, weight, bias, targets, uniforms).loss.sum()
 
     @torch.no_grad()
     def products() -> None:
-        torch.mm(hidden, weight.t(), out=room)
-        room @ weight
-        room.t() @ hidden
+        torch.mm(hidden, weight.t(), out=logits)
+        logits @ weight
+        logits.t() @ hidden
 
     return lambda: torch.autograd.grad(loss, (hidden, weight, bias), retain_graph=True), products
 
@@ -297,7 +299,7 @@ def main() -> None:
             results.append(measure(row, setting, args.repeats))
             print(describe(results[-1]), flush=True)
         except MissingPeer as missing:
-            print(f"{row:<26} left out: its peer is not installed ({missing})")
+            print(f"{row:<26} left out: {missing}")
     if args.json:
         args.json.write_text(json.dumps([asdict(result) for result in results], indent=1))
 
@@ -312,17 +314,18 @@ def measure(row: str, setting: Setting, repeats: int) -> Result:
     if not ROWS[row][1]:
         return result
     batch, seq_length = run.training.micro_batch_size, run.training.seq_length
-    flops = actual_train_flops(
-        run.model, seq_length=seq_length, num_predictions=run.objective.num_predictions(seq_length), samples=batch
-    )
-    peak = (
-        peak_flops(torch.cuda.get_device_name(), torch.bfloat16)
-        if device.type == "cuda"
-        else measure_peak_flops(torch.bfloat16, 2.0)
-    )
-    seconds = result.ours_ms / 1e3
+    flops = actual_train_flops(run.model, run.objective, run.sample_size, samples=batch)
+    peak, seconds = bf16_peak(device), result.ours_ms / 1e3
     share = flops / seconds / peak if peak else None
     return replace(result, tokens_per_second=batch * seq_length / seconds, share_of_peak=share)
+
+
+@functools.cache
+def bf16_peak(device: torch.device) -> float | None:
+    """FLOP/s at best: known of common GPUs, measured once on the CPU."""
+    if device.type == "cuda":
+        return peak_flops(torch.cuda.get_device_name(), torch.bfloat16)
+    return measure_peak_flops(torch.bfloat16, 2.0)
 
 
 def memory_of(action: Action, device: torch.device) -> float | None:

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peer_scale.errors import UserError
-from peer_scale.objectives.tasks import GlobalCounts, PretrainingTask
+from peer_scale.objectives.task import PretrainingTask
+from peer_scale.objectives.works import GlobalCounts, StepInfo
 from peer_scale.parallel.initialization import initialize_weights
 from peer_scale.parallel.topology import Topology
 from peer_scale.samples.examples import Batch
@@ -50,10 +50,11 @@ def plain_loop(setting: Setting) -> Action:
     task.to(dtype)
     holder = nn.ParameterList(masters)
     optimizer = build_optimizer(holder, setting.run.training)
-    counts = GlobalCounts(setting.batch.is_selected.sum().float(), setting.batch.is_token.sum().float())
+    batch, works = setting.batch, [work.name for work in task.graph.works]
+    info = StepInfo(GlobalCounts(batch.is_selected.sum().float(), batch.attention_mask.sum().float()))
 
     def step() -> None:
-        loss, _ = task(setting.batch, counts, False)
+        loss, *_ = task(works, batch, info)
         loss.backward()
         for master, parameter in zip(holder, task.parameters(), strict=True):
             master.grad = None if parameter.grad is None else parameter.grad.float()
@@ -76,11 +77,9 @@ class TransformersPair(nn.Module):
         from peer_scale.conversion.electra import encoder_settings
 
         super().__init__()
-        model = run.model
-        if model.ranker is None:
-            raise UserError(
-                f"--model {run.name}: this peer has a generator and a discriminator; choose peer- or electra-"
-            )
+        model, losses = run.model, run.objective.losses
+        if model.ranker is None or len(losses) != 2:
+            raise MissingPeer(f"it has the losses of a generator and of a discriminator, {run.name} has others")
 
         def config(shape: Any) -> Any:
             settings = encoder_settings(model, shape, 0)
@@ -92,10 +91,10 @@ class TransformersPair(nn.Module):
         self.generator.generator_lm_head.weight = self.generator.electra.embeddings.word_embeddings.weight
         for number in range(model.num_shared_layers):
             self.discriminator.electra.encoder.layer[number] = self.generator.electra.encoder.layer[number]
-        self.tqr_weight = run.objective.tqr_weight
+        self.discriminator_weight = losses[1].weight
 
     def forward(self, batch: Batch) -> Tensor:
-        mask = batch.is_token.long()
+        mask = batch.attention_mask.long()
         logits = self.generator(input_ids=batch.masked_ids, attention_mask=mask).logits
         rows = torch.arange(len(logits), device=logits.device)[:, None]
         selected = logits[rows, batch.positions].flatten(0, 1).float()
@@ -106,9 +105,8 @@ class TransformersPair(nn.Module):
         corrupted = batch.input_ids.scatter(1, batch.positions, sampled)
         scores = self.discriminator(input_ids=corrupted, attention_mask=mask).logits.float()
         replaced = (corrupted != batch.input_ids).float()
-        return F.cross_entropy(selected, targets) + self.tqr_weight * F.binary_cross_entropy_with_logits(
-            scores, replaced
-        )
+        discriminator_loss = F.binary_cross_entropy_with_logits(scores, replaced)
+        return F.cross_entropy(selected, targets) + self.discriminator_weight * discriminator_loss
 
 
 def transformers_step(setting: Setting, autocast: bool) -> Action:
@@ -118,7 +116,7 @@ def transformers_step(setting: Setting, autocast: bool) -> Action:
 
 
 class MissingPeer(RuntimeError):
-    """A peer that is not installed; the message says how to get it."""
+    """A peer that cannot be had: the message says why, or how to install it."""
 
 
 class LogitsOnly(nn.Module):
@@ -137,7 +135,7 @@ def electra_pytorch_step(setting: Setting, autocast: bool) -> Action:
     try:
         from electra_pytorch import Electra
     except ImportError:
-        raise MissingPeer("pip install --no-deps electra-pytorch") from None
+        raise MissingPeer("its peer is not installed (pip install --no-deps electra-pytorch)") from None
     pair = TransformersPair(setting.run)
     wrapper = Electra(LogitsOnly(pair.generator), LogitsOnly(pair.discriminator), mask_token_id=4, pad_token_id=0)
     wrapper.to(setting.topology.device).train()
@@ -165,10 +163,13 @@ def matrix_products(setting: Setting) -> Action:
     model, training = setting.run.model, setting.run.training
     tokens = training.micro_batch_size * training.seq_length
     shapes: list[tuple[int, int, int]] = []
-    for encoder in filter(None, (model.generator, model.ranker)):
-        hidden, ffn = encoder.hidden_size, encoder.ffn_hidden_size
-        layer = [(hidden, 3 * hidden), (hidden, hidden), (hidden, ffn), (ffn, hidden)]
-        shapes += [(tokens, *pair) for pair in layer] * encoder.num_layers
+    graph = setting.run.objective.graph(model)
+    for work in graph.works:
+        if work.network is not None:
+            encoder = graph.shape(work.network)
+            hidden, ffn = encoder.hidden_size, encoder.ffn_hidden_size
+            layer = [(hidden, 3 * hidden), (hidden, hidden), (hidden, ffn), (ffn, hidden)]
+            shapes += [(tokens, *pair) for pair in layer] * (encoder.num_layers + work.end_layers)
     shapes.append((setting.batch.positions.numel(), model.embedding_size, model.vocab_size))
     device = setting.topology.device
     operands = {

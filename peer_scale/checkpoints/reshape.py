@@ -72,7 +72,7 @@ class Cut:
 
 
 def reshape(folder: Path, manifest: Manifest, output: Path, cut: Cut, *, verify: bool = True) -> None:
-    """Write the checkpoint in `folder` into the folder `output`, cut anew; a piece is in memory at a time.
+    """Write the checkpoint in `folder` into the folder `output`, cut anew; one piece at a time is in memory.
 
     With `verify`, what was written is read back and each tensor compared bit for bit.
 

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from peer_scale.configuration import Given, settings
 from peer_scale.errors import UserError
+from peer_scale.settings.shipped import find_ds_config
 
 AUTO = "auto"
 _ACCUMULATION = "gradient_accumulation_steps"
@@ -30,10 +31,9 @@ def read_ds_config(path: Path | None) -> dict[str, Any]:
     """Give the file's content, or the default; UserError where it is missing, not JSON, or has an unknown key."""
     if path is None:
         return json.loads(json.dumps(DEFAULT_DS_CONFIG))
+    path = find_ds_config(path)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"--deepspeed_config {path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--deepspeed_config {path}: cannot be read: {error}") from None
     except json.JSONDecodeError as error:

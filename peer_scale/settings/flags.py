@@ -46,10 +46,10 @@ class _Store(argparse.Action):
         setattr(namespace, self.dest, self._setting.checked(values, str(option_string)))
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     """Make the parser of all flags, grouped as `--help` shows them."""
     parser = _Parser(
-        prog="pretrain.py",
+        prog=prog,
         usage="%(prog)s [flags]",
         description="Pre-train a text encoder with PEER, ELECTRA, BERT or TEAMS objectives.",
         epilog=_EXAMPLE + "\n".join(_families()),

@@ -55,7 +55,7 @@ def run(checkout: Path, *command: object) -> str:
 
 
 def test_the_page_trains_plans_and_goes_on(checkout, tmp_path, text_file):
-    """One process, a pipeline of two stages that saves, and the planner know the objective without a change of theirs."""
+    """One process, two stages that save, and the planner know the objective without a change of their own."""
     shared = ("--model", "electra-tiny", "--config", "smoothed.yaml", *SIZES, *STEPS, *corpus(text_file))
     shared += ("--attention-dropout", "0", "--deepspeed_config", ds_config(tmp_path, 1))
     out = run(checkout, "-m", "peer_scale.pretrain", *shared, "--log-dir", tmp_path / "one")

@@ -5,43 +5,15 @@ from dataclasses import replace
 
 import pytest
 
-from peer_scale.checkpoints.progress import Progress
-from peer_scale.checkpoints.sections import (
-    TIES,
-    LossScale,
-    OptimizerState,
-    Provenance,
-    RandomStreams,
-    Reshaped,
-    SavedLayout,
-    Sections,
-    TokenizerIdentity,
-    TrainingData,
-    parse_sections,
-)
+from checkpoint_runs import SHAPE, WHOLE
+from peer_scale.checkpoints.sections import parse_sections
 from peer_scale.checkpoints.upgrade import from_format_2
 from peer_scale.errors import UserError
-from peer_scale.models.config import EncoderShape, ModelConfig
+from peer_scale.models.config import ModelConfig
 from peer_scale.objectives.masked_lm import MaskedLanguageModel
 from peer_scale.objectives.tqr import TokenQualityRanking
 from peer_scale.samples.masking import MaskingConfig
 
-SHAPE = EncoderShape(num_layers=2, hidden_size=8, ffn_hidden_size=16, num_attention_heads=2)
-WHOLE = Sections(
-    progress=Progress(3, 24, 700),
-    optimizer=OptimizerState(2, 1, LossScale(1024.0, 3, -1, 2)),
-    model=ModelConfig(SHAPE, SHAPE, num_shared_layers=1),
-    objective=TokenQualityRanking(num_levels=4, taus=(1.0, 5.0), gammas=(0.5, 0.25)),
-    masking=MaskingConfig(0.2, 0.85),
-    tokenizer=TokenizerIdentity("abc"),
-    data=TrainingData("def", 1234, 0.01, 64, 8),
-    layout=SavedLayout(2, 1, 1, 3, "bf16"),
-    provenance=Provenance("peer-tiny", ("a.txt", "b.txt")),
-    training={"lr": 0.001, "precision": "bf16"},
-    random=RandomStreams(1234),
-    ties=TIES,
-    reshaped=Reshaped(2, 4),
-)
 IMPORTED = replace(
     WHOLE,
     objective=MaskedLanguageModel(),

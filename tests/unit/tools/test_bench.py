@@ -9,7 +9,7 @@ import torch
 
 import bench
 import bench_peers
-from peer_scale.objectives.tasks import PretrainingTask
+from peer_scale.objectives.task import PretrainingTask
 from peer_scale.parallel.topology import single_process_topology
 from peer_scale.settings.flags import build_parser
 from peer_scale.settings.resolve import resolve
@@ -59,3 +59,12 @@ def test_the_command(tmp_path):
     if step["peer_mib"] is not None:  # where the system tells
         assert step["peer_mib"] > 4 * 2_000_000 / 2**20, "two million parameters have fp32 gradients"
         assert "MiB" in done.stdout
+
+
+def test_an_objective_with_other_losses_has_no_such_peer_but_the_others():
+    run = small_run("--model", "teams-tiny")
+    setting = bench_peers.Setting(run, single_process_topology(), bench.synthetic_batch(run, torch.device("cpu")))
+    with pytest.raises(bench_peers.MissingPeer, match="teams-tiny has others"):
+        bench_peers.transformers_step(setting, autocast=False)
+    bench_peers.plain_loop(setting)()
+    bench_peers.matrix_products(setting)()
