@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from peer_scale.errors import UserError
-from peer_scale.pipeline.instructions import Backward, Forward, HeadBackward, HeadForward
+from peer_scale.pipeline.instructions import Backward, Forward
 from peer_scale.pipeline.simulator import simulate
 from peer_scale.pipeline.zero import Adaptation
 from peer_scale.settings.flags import build_parser
@@ -18,7 +18,7 @@ from peer_scale.settings.resolve import resolve
 from peer_scale.training.job import plan_pipeline
 from runs import PROJECT, SMALL, corpus, ds_config, outside_of_ranks, torchrun, train_in_fp16, train_in_pool
 
-COMPUTE = (Forward, Backward, HeadForward, HeadBackward)
+COMPUTE = (Forward, Backward)
 
 
 def flags_for(tmp_path, text_file, *more, stage=2, name="log", **blocks):
@@ -30,19 +30,19 @@ def flags_for(tmp_path, text_file, *more, stage=2, name="log", **blocks):
 
 
 def train_and_note_the_order(flags) -> list:
-    from peer_scale.pipeline import executor
+    from peer_scale.pipeline.runner import PipelineRunner
 
-    done, original = [], executor.PipelineStage._do
+    done, original = [], PipelineRunner._do
 
-    def noting(self, instruction, step):
-        original(self, instruction, step)
+    def noting(self, instruction, state):
+        original(self, instruction, state)
         done.append(instruction)
 
-    executor.PipelineStage._do = noting
+    PipelineRunner._do = noting
     try:
         train_in_pool(flags)
     finally:
-        executor.PipelineStage._do = original
+        PipelineRunner._do = original
     return done
 
 
