@@ -98,6 +98,7 @@ class Teams(Objective):
                 heads=("rtd_branch", "mws_branch"),
                 has_loss=True,
                 end_layers=2 * self.num_separate_layers,
+                end_joins=2,
                 begin_costs=embedding_costs(model, trunk),
                 end_costs=(
                     score_head_cost(trunk),

@@ -265,7 +265,7 @@ def test_traffic_is_what_a_run_sends(name, ranks, tensor, pipeline, stage, more,
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("name", ["peer-tiny", "electra-small", "bert-tiny"])
+@pytest.mark.parametrize("name", ["peer-tiny", "electra-small", "bert-tiny", "teams-tiny"])
 def test_a_whole_models_activations(name, dropout, checkpointing):
     """Against what autograd really keeps of one micro-batch, both passes and heads, on the CPU."""
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
