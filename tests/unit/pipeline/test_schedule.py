@@ -263,15 +263,38 @@ def test_search_is_no_worse_than_any_order_it_could_have_been_given() -> None:
     )
 
 
+# the works and sizes of peer-base, without the torch that its objective would import
 _PRINT_SCHEDULE = """
 import hashlib
-from peer_scale.objectives.graph import SampleSize
+from peer_scale.models.config import EncoderShape
+from peer_scale.objectives.graph import Cost, Graph, SampleSize, Value, Work
 from peer_scale.pipeline.schedule import build_schedule
 from peer_scale.pipeline.search import choose_placement
-from peer_scale.settings.presets import find_preset
 
-preset = find_preset("peer-base")
-placement = choose_placement(preset.objective.graph(preset.model), 4, size=SampleSize(512, 77))
+generator, ranker = EncoderShape(6, 768, 3072, 12), EncoderShape(12, 768, 3072, 12)
+works = (
+    Work("generator", print, "generator", begin=print, gives=(Value("selected", "compute", 768),)),
+    Work(
+        "mlm_head",
+        print,
+        end_takes=("selected",),
+        gives=(Value("sampled", "int64"), Value("labels", "float32")),
+        has_loss=True,
+        end_costs=(Cost("position", flops=2 * 768 * (768 + 30522)),),
+    ),
+    Work(
+        "ranker",
+        print,
+        "ranker",
+        begin=print,
+        begin_takes=("sampled",),
+        end_takes=("labels",),
+        has_loss=True,
+        end_costs=(Cost("token", flops=2 * 768 * 769),),
+    ),
+)
+graph = Graph((("generator", generator), ("ranker", ranker)), 3, works)
+placement = choose_placement(graph, 4, size=SampleSize(512, 77))
 schedule = build_schedule("two_pass", placement, 24)
 print(hashlib.sha256(repr((placement.stages, placement.costs, schedule.stages)).encode()).hexdigest())
 """
