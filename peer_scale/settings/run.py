@@ -201,8 +201,8 @@ class LaunchConfig:
     )
     deepspeed_config: Path | None = option(
         default=None,
-        help="DeepSpeed's configuration: a file, or the name of one that comes with the package, such as zero2. \"auto\" in "
-        "it stands for the value of flag, YAML file or preset.",
+        help="DeepSpeed's configuration: a file, or the name of one that comes with the package, such as zero2. "
+        'A value "auto" in it stands for that of flag, YAML file or preset.',
         metavar="JSON",
         flag="deepspeed_config",
         default_text='the YAML file\'s, or ZeRO stage 2 with everything "auto"',
