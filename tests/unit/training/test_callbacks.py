@@ -16,6 +16,7 @@ from peer_scale.checkpoints.progress import Progress
 from peer_scale.errors import UserError
 from peer_scale.parallel.topology import single_process_topology
 from peer_scale.settings.run import OutputConfig
+from peer_scale.training.callbacks.closing import ClosingSummary
 from peer_scale.training.callbacks.console import ProgressLine, describe, duration
 from peer_scale.training.callbacks.reporting import MetricsFile, MonitorEvents
 from peer_scale.training.callbacks.stopping import StopAfter, StopOnSignal
@@ -112,6 +113,26 @@ def test_durations():
     assert [duration(seconds) for seconds in (0, 59.6, 3599, 360_000)] == ["0:00:00", "0:01:00", "0:59:59", "100:00:00"]
 
 
+def test_the_closing_summary_has_the_last_and_the_best(capsys, tmp_path):
+    run = small_run(train_iters=20, output=OutputConfig(save=tmp_path / "saved", log_dir=tmp_path / "logs"))
+    summary, trainer = ClosingSummary(run, 16), trainer_of(run)
+    summary.on_train_end(trainer)
+    assert capsys.readouterr().out == "", "nothing was trained"
+    for step, loss, accuracy in ((17, 9.0, 0.5), (18, 7.0, 0.25), (19, 8.0, None)):
+        validated = {"validation_loss": 10.0 - step % 2} if step > 17 else {}
+        counts = {"samples": 6 * step, "tokens": 1000 * step, "train_flops": 1e9 * step}
+        summary.on_metrics(metrics_of(step, loss=loss, mlm_accuracy=accuracy, **counts, **validated))
+    trainer.progress = Progress(19, 114, 19000)
+    summary.on_train_end(trainer)
+    out = dict(re.split(" {2,}", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert out["run"].startswith("stopped after step 19 of 20; 3 in this run, 0:00:")
+    assert out["seen"].startswith("114 sequences, 19,000 tokens; 1.9e+10 FLOPs")
+    assert out["last"].startswith("loss 8.0000, ") and "MLM accuracy" not in out["last"]
+    assert "loss 7.0000 (step 18), MLM accuracy 0.5000 (step 17)" in out["best"]
+    assert "validation loss 9.0000 (step 19)" in out["best"]
+    assert str(tmp_path / "saved") in out["checkpoint"] and str(tmp_path / "logs") in out["logs"]
+
+
 def lines_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -155,6 +176,7 @@ def write_events(log_dir, blocks, lines):
     """In a rank: DeepSpeed's monitors ask which one they are in."""
     import deepspeed
 
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled, which takes a minute
     deepspeed.init_distributed("gloo", verbose=False)
     monitor = MonitorEvents(log_dir, blocks)
     for line in lines:
