@@ -61,11 +61,21 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"peer-scale {__version__}\n"
 
 
-@pytest.mark.parametrize("name", ["train", "plan"])
-def test_a_command_gives_its_exit_code(name, capsys):
-    flags = ["--nodes", "1", "--gpus-per-node", "8"] if name == "plan" else []
-    assert main([name, "--model", "peer-tin", *flags]) == 2
-    assert "did you mean peer-tiny?" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["train", "--seq-lenght", "64"], "--seq-lenght"),
+        (["data", "--input", "builtin"], "--output-prefix is missing"),
+        (["convert", "verify", "--load", "gone"], "gone"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_command_gives_its_exit_code(argv, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert said in captured.err
 
 
 @pytest.mark.parametrize("door", DOORS)
