@@ -10,19 +10,18 @@ import difflib
 import re
 import time
 from dataclasses import replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 from peer_scale.errors import UserError
 from peer_scale.models.config import EncoderShape, ModelConfig
 from peer_scale.models.costs import layer_matmul_flops
 from peer_scale.objectives.graph import SampleSize
-from peer_scale.objectives.masked_lm import MaskedLanguageModel
-from peer_scale.objectives.objective import Objective
-from peer_scale.objectives.teams import Teams
-from peer_scale.objectives.tqr import TokenQualityRanking
 
 if TYPE_CHECKING:
     import torch
+
+    from peer_scale.objectives.objective import Objective
 
 
 def paper_train_flops(model: ModelConfig, objective: Objective, *, seq_length: int, samples: float) -> float:
@@ -39,12 +38,13 @@ def paper_flops(name: str) -> float:
     Raises:
         UserError: There is no such row; the message has the nearest name.
     """
-    if name not in _PAPER_ROWS:
+    known = _paper_rows()
+    if name not in known:
         # With and without the number of steps: "peer-base" is nearer to "PEER-Base (666.9K)" than difflib thinks.
-        rows = {spelling.lower(): row for row in _PAPER_ROWS for spelling in (row.partition(" (")[0], row)}
+        rows = {spelling.lower(): row for row in known for spelling in (row.partition(" (")[0], row)}
         nearest = difflib.get_close_matches(name.lower(), rows, n=1, cutoff=0.0)[0]
         raise UserError(f"no row {name!r} in the paper's tables; did you mean {rows[nearest]!r}?")
-    model, objective, seq_length, samples = _PAPER_ROWS[name]
+    model, objective, seq_length, samples = known[name]
     return paper_train_flops(model, objective, seq_length=seq_length, samples=samples)
 
 
@@ -113,35 +113,41 @@ def measure_peak_flops(dtype: torch.dtype, seconds: float = 0.3) -> float:
             return 2 * size**3 / best
 
 
-_SMALL: Final = EncoderShape(num_layers=12, hidden_size=256, ffn_hidden_size=1024, num_attention_heads=4)
-_SMALL_6: Final = replace(_SMALL, num_layers=6)
-_SMALL_NARROW: Final = EncoderShape(num_layers=12, hidden_size=64, ffn_hidden_size=256, num_attention_heads=1)
-_BASE: Final = EncoderShape(num_layers=12, hidden_size=768, ffn_hidden_size=3072, num_attention_heads=12)
-_BASE_6: Final = replace(_BASE, num_layers=6)
-_BASE_NARROW: Final = EncoderShape(num_layers=12, hidden_size=256, ffn_hidden_size=1024, num_attention_heads=4)
+@lru_cache(maxsize=1)
+def _paper_rows() -> dict[str, tuple[ModelConfig, Objective, int, float]]:
+    """Give the model, the objective, the sequence length and the sequences trained on of each row.
 
-_BERT: Final = MaskedLanguageModel()
-_ELECTRA: Final = TokenQualityRanking(num_levels=2, taus=())
-_PEER: Final = TokenQualityRanking()
-_TEAMS: Final = Teams()
-_ELECTRA_SMALL: Final = ModelConfig(_SMALL_NARROW, _SMALL, embedding_size=128)
-_SHARED_SMALL: Final = ModelConfig(_SMALL_6, _SMALL, num_shared_layers=3, embedding_size=128)
-_SHARED_BASE: Final = ModelConfig(_BASE_6, _BASE, num_shared_layers=3, embedding_size=768)
+    PEER-Small and TEAMS-Small count embedding size 128, although Table 8 says 256: their printed numbers come out only
+    so.
+    """
+    # here, so that the rest of the module does without torch
+    from peer_scale.objectives.masked_lm import MaskedLanguageModel
+    from peer_scale.objectives.teams import Teams
+    from peer_scale.objectives.tqr import TokenQualityRanking
 
-# Row -> (model, objective, sequence length, sequences trained on). PEER-Small and TEAMS-Small count embedding size 128,
-# although Table 8 says 256: their printed numbers come out only so.
-_PAPER_ROWS: Final[dict[str, tuple[ModelConfig, Objective, int, float]]] = {
-    "BERT-Small": (ModelConfig(_SMALL, None, embedding_size=256), _BERT, 128, 512 * 250e3),
-    "ELECTRA-Small": (_ELECTRA_SMALL, _ELECTRA, 128, 512 * 250e3),
-    "ELECTRA-Small++": (_ELECTRA_SMALL, _ELECTRA, 512, 128 * 4e6),
-    "TEAMS-Small": (_SHARED_SMALL, _TEAMS, 128, 512 * 250e3),
-    "PEER-Small (212.5K)": (_SHARED_SMALL, _PEER, 128, 512 * 212.5e3),
-    "PEER-Small (250K)": (_SHARED_SMALL, _PEER, 128, 512 * 250e3),
-    "BERT-Base (1M)": (ModelConfig(_BASE, None, embedding_size=768), _BERT, 512, 256 * 1e6),
-    "ELECTRA-Base (766K)": (ModelConfig(_BASE_NARROW, _BASE, embedding_size=768), _ELECTRA, 512, 256 * 766e3),
-    "TEAMS-Base (666.9K)": (_SHARED_BASE, _TEAMS, 512, 256 * 666.9e3),
-    "PEER-Base (666.9K)": (_SHARED_BASE, _PEER, 512, 256 * 666.9e3),
-}
+    small = EncoderShape(num_layers=12, hidden_size=256, ffn_hidden_size=1024, num_attention_heads=4)
+    small_narrow = EncoderShape(num_layers=12, hidden_size=64, ffn_hidden_size=256, num_attention_heads=1)
+    base = EncoderShape(num_layers=12, hidden_size=768, ffn_hidden_size=3072, num_attention_heads=12)
+    base_narrow = EncoderShape(num_layers=12, hidden_size=256, ffn_hidden_size=1024, num_attention_heads=4)
+    electra_small = ModelConfig(small_narrow, small, embedding_size=128)
+    shared_small = ModelConfig(replace(small, num_layers=6), small, num_shared_layers=3, embedding_size=128)
+    shared_base = ModelConfig(replace(base, num_layers=6), base, num_shared_layers=3, embedding_size=768)
+
+    bert, peer, teams = MaskedLanguageModel(), TokenQualityRanking(), Teams()
+    electra = TokenQualityRanking(num_levels=2, taus=())
+    return {
+        "BERT-Small": (ModelConfig(small, None, embedding_size=256), bert, 128, 512 * 250e3),
+        "ELECTRA-Small": (electra_small, electra, 128, 512 * 250e3),
+        "ELECTRA-Small++": (electra_small, electra, 512, 128 * 4e6),
+        "TEAMS-Small": (shared_small, teams, 128, 512 * 250e3),
+        "PEER-Small (212.5K)": (shared_small, peer, 128, 512 * 212.5e3),
+        "PEER-Small (250K)": (shared_small, peer, 128, 512 * 250e3),
+        "BERT-Base (1M)": (ModelConfig(base, None, embedding_size=768), bert, 512, 256 * 1e6),
+        "ELECTRA-Base (766K)": (ModelConfig(base_narrow, base, embedding_size=768), electra, 512, 256 * 766e3),
+        "TEAMS-Base (666.9K)": (shared_base, teams, 512, 256 * 666.9e3),
+        "PEER-Base (666.9K)": (shared_base, peer, 512, 256 * 666.9e3),
+    }
+
 
 # Name pattern -> dense TFLOP/s in fp16, bf16 (both accumulated in fp32) and fp32, from the data sheets. The first
 # match counts, so special boards stand above the general name. None: not supported, or not known.

@@ -1,9 +1,41 @@
-"""Small runs whose checkpoints tests look at."""
+"""Small runs whose checkpoints tests look at, and an example of what a manifest says of a run."""
 
 from pathlib import Path
 
+from peer_scale.checkpoints.progress import Progress
+from peer_scale.checkpoints.sections import (
+    TIES,
+    LossScale,
+    OptimizerState,
+    Provenance,
+    RandomStreams,
+    Reshaped,
+    SavedLayout,
+    Sections,
+    TokenizerIdentity,
+    TrainingData,
+)
+from peer_scale.models.config import EncoderShape, ModelConfig
+from peer_scale.objectives.tqr import TokenQualityRanking
+from peer_scale.samples.masking import MaskingConfig
 from runs import corpus, ds_config
 
+SHAPE = EncoderShape(num_layers=2, hidden_size=8, ffn_hidden_size=16, num_attention_heads=2)
+WHOLE = Sections(
+    progress=Progress(3, 24, 700),
+    optimizer=OptimizerState(2, 1, LossScale(1024.0, 3, -1, 2)),
+    model=ModelConfig(SHAPE, SHAPE, num_shared_layers=1),
+    objective=TokenQualityRanking(num_levels=4, taus=(1.0, 5.0), gammas=(0.5, 0.25)),
+    masking=MaskingConfig(0.2, 0.85),
+    tokenizer=TokenizerIdentity("abc"),
+    data=TrainingData("def", 1234, 0.01, 64, 8),
+    layout=SavedLayout(2, 1, 1, 3, "bf16"),
+    provenance=Provenance("peer-tiny", ("a.txt", "b.txt")),
+    training={"lr": 0.001, "precision": "bf16"},
+    random=RandomStreams(1234),
+    ties=TIES,
+    reshaped=Reshaped(2, 4),
+)
 TIMES = ("step_time_s", "data_wait_s", "tokens_per_second", "tflops_per_device", "mfu")
 
 

@@ -9,8 +9,8 @@ from peer_scale.quiet import silence_libraries
 silence_libraries()
 
 # after the libraries have been told to be quiet
-import convert_checkpoint  # noqa: E402
 from corpus_files import copy_pair, write_raw_text  # noqa: E402
+from peer_scale.commands import convert  # noqa: E402
 from peer_scale.corpus.prepare import preprocess  # noqa: E402
 from peer_scale.corpus.readers import iter_documents  # noqa: E402
 from peer_scale.corpus.wordpiece import WordPiece, train_wordpiece  # noqa: E402
@@ -45,7 +45,7 @@ def refusal(capfd, tmp_path):
     """Run the tool on what it must refuse; gives the one line. Nothing may be left behind."""
 
     def run(*arguments):
-        assert convert_checkpoint.main(list(map(str, arguments))) == 2
+        assert convert.main(list(map(str, arguments))) == 2
         captured = capfd.readouterr()
         assert captured.out == ""
         assert captured.err.startswith("error: ")

@@ -35,15 +35,13 @@ def train_in_pool(flags: list[str]) -> list[dict]:
     import torch
 
     from peer_scale.parallel.agreement import Agreement
-    from peer_scale.parallel.topology import check_parallel_sizes
     from peer_scale.settings.flags import build_parser
     from peer_scale.settings.resolve import resolve
     from peer_scale.training.job import arrange_ranks, train
 
     _number_modules_afresh()
     args = build_parser().parse_args([*SMALL, "--num-workers", "0", *flags])
-    sizes = (args.tensor_model_parallel_size, args.pipeline_model_parallel_size)
-    run = resolve(args, check_parallel_sizes(dist.get_world_size(), *sizes))
+    run = resolve(args, dist.get_world_size())
     train(run, arrange_ranks(run, torch.device("cpu")), Agreement())
     return read_metrics(args.log_dir)
 

@@ -125,7 +125,8 @@ class Runs:
         arguments = [
             *(*corpus(self._text_file), "--log-dir", self._folder / f"{name}-log"),
             *("--deepspeed_config", ds_config(self._folder, stage, **dict(blocks)), "--seq-length", 32),
-            *("--train-iters", STEPS, "--global-batch-size", 8, "--warmup-epochs", 0.02),
+            *("--train-iters", STEPS, "--global-batch-size", 8),
+            *(() if "bert-tiny" in flags else ("--warmup-epochs", 0.02)),
             *("--num-attention-heads", 4, "--generator-num-attention-heads", 4),
             *("--hidden-dropout", 0, "--attention-dropout", 0, *flags, *more),
             *(() if layout in OTHERS else ("--fp32",)),

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import convert_checkpoint
 from checkpoint_runs import flags_for, without_times
 from peer_scale.checkpoints.folder import committed, newest
 from peer_scale.checkpoints.pieces import write_tensors
+from peer_scale.commands import convert
 from peer_scale.errors import UserError
 from runs import read_metrics, train_in_pool
 
@@ -33,7 +33,7 @@ def copy(saved, tmp_path):
 @pytest.fixture
 def tool(capfd):
     def run(*arguments):
-        code = convert_checkpoint.main(list(map(str, arguments)))
+        code = convert.main(list(map(str, arguments)))
         captured = capfd.readouterr()
         assert (code, bool(captured.err)) in ((0, False), (2, True))
         if code:

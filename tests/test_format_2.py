@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import convert_checkpoint
+from peer_scale.commands import convert
 from runs import ds_config, train_in_pool
 
 SAVED = Path(__file__).parent / "data/format_2"  # after 4 of 12 steps, by 2 ranks under ZeRO-3
@@ -77,15 +77,15 @@ def test_it_goes_on_with_the_losses_of_the_version_that_wrote_it(one_rank, tmp_p
 @pytest.mark.parametrize("branch", CONVERTED)
 def test_it_is_converted_to_the_same_bytes(branch, tmp_path):
     arguments = ("to-hf", "--load", str(SAVED), "--branch", branch, "--output", str(tmp_path / "hf"))
-    assert convert_checkpoint.main(arguments) == 0
+    assert convert.main(arguments) == 0
     content = (tmp_path / "hf/model.safetensors").read_bytes()
     assert hashlib.sha256(content).hexdigest() == CONVERTED[branch]
 
 
 def test_it_is_looked_into_and_cut_anew(capfd, tmp_path):
-    assert convert_checkpoint.main(["verify", "--load", str(SAVED)]) == 0
+    assert convert.main(["verify", "--load", str(SAVED)]) == 0
     cut = ("--tensor-model-parallel-size", "2", "--num-files", "4")
-    assert convert_checkpoint.main(["reshape", "--load", str(SAVED), "--output", str(tmp_path / "out"), *cut]) == 0
+    assert convert.main(["reshape", "--load", str(SAVED), "--output", str(tmp_path / "out"), *cut]) == 0
     assert "bit for bit" in capfd.readouterr().out
-    assert convert_checkpoint.main(["inspect", "--load", str(tmp_path / "out")]) == 0
+    assert convert.main(["inspect", "--load", str(tmp_path / "out")]) == 0
     assert "num_files 4" in capfd.readouterr().out

@@ -1,0 +1,1 @@
+"""The checkpoint format: written in the background, loaded under any layout."""

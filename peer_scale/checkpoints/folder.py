@@ -22,7 +22,7 @@ _PREFIX, _WRITING, _REMOVING = "step_", ".writing_", ".removing_"
 
 
 class CheckpointFolder:
-    """What one process, the first rank, does to the folder; raises OSError where the disk does.
+    """The folder in the hands of one process, the first rank; every method raises OSError where the disk does.
 
     Kept are the newest `keep_last` checkpoints and those of steps that `keep_every` divides (None: no others).
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
@@ -37,7 +36,7 @@ def model_without_weights(
     config: ModelConfig, objective: Objective, tensor_parallel: TensorParallel
 ) -> PretrainingModel:
     """Build our own model in evaluation mode, its parameters on the meta device, its buffers as they are."""
-    handle = register_module_parameter_registration_hook(_on_meta_device)
+    handle = register_module_parameter_registration_hook(_on_meta_device)  # type: ignore[arg-type]
     try:
         return build_model(config, objective, tensor_parallel).eval()
     finally:

@@ -72,7 +72,7 @@ class Cut:
 
 
 def reshape(folder: Path, manifest: Manifest, output: Path, cut: Cut, *, verify: bool = True) -> None:
-    """Write the checkpoint in `folder` into the folder `output`, cut anew; a piece is in memory at a time.
+    """Write the checkpoint in `folder` into the folder `output`, cut anew; one piece at a time is in memory.
 
     With `verify`, what was written is read back and each tensor compared bit for bit.
 
@@ -92,9 +92,7 @@ def reshape(folder: Path, manifest: Manifest, output: Path, cut: Cut, *, verify:
             _compare(reader, TensorReader(aside, written.tensors))
 
 
-def _write(
-    reader: TensorReader, manifest: Manifest, shardings: dict[str, Sharding], cut: Cut, aside: Path
-) -> Manifest:
+def _write(reader: TensorReader, manifest: Manifest, shardings: dict[str, Sharding], cut: Cut, aside: Path) -> Manifest:
     pieces = {name: cut.pieces(sharding) for name, sharding in shardings.items()}
     files = {name: entry for name, entry in manifest.files.items() if name.startswith(f"{TOKENIZER}/")}
     shutil.copytree(reader.folder / TOKENIZER, aside / TOKENIZER)

@@ -23,6 +23,7 @@ from peer_scale.samples.masking import MaskingConfig
 from peer_scale.settings.run import RunConfig
 
 T = TypeVar("T")
+_UNKNOWN = "unknown to this version"
 
 # what stands in two places of the model under one name
 TIES = {"output matrix of mlm_head": "embeddings.word.weight"}
@@ -177,7 +178,7 @@ def sections_of(run: RunConfig, topology: Topology, *, data_fingerprint: str, to
 
 def objective_section(objective: Objective) -> dict[str, Any]:
     """Describe an objective by its kind and its hyper-parameters."""
-    return {"kind": objective.kind, **dataclasses.asdict(objective)}  # type: ignore[call-overload]
+    return objective.section()
 
 
 def parse_sections(content: Mapping[str, Any], where: str) -> Sections:
@@ -189,7 +190,7 @@ def parse_sections(content: Mapping[str, Any], where: str) -> Sections:
     """
     types = get_type_hints(Sections)
     for name in sorted(content.keys() - types.keys()):
-        raise UserError(f"{where}: {name}: unknown to this version")
+        raise UserError(f"{where}: {name}: {_UNKNOWN}")
     if content.get("imported") is None:
         for name in ("data", "layout"):
             if content.get(name) is None:
@@ -218,12 +219,20 @@ def _parse(cls: type[T], values: object, where: str) -> T:
         parsed = TypeAdapter(cls).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(f"{'.'.join([where, *map(str, first['loc'])])}: {first['msg']}") from None
+        raise UserError(f"{'.'.join([where, *map(str, first['loc'])])}: {_problem(first)}") from None
     # pydantic fills in defaults, and passes over what a standard dataclass does not have
     given, known = _keys(values), _keys(_plain(parsed))
     for key in sorted(given ^ known):
-        raise UserError(f"{where}.{key}: {'missing' if key in known else 'unknown to this version'}")
+        raise UserError(f"{where}.{key}: {'missing' if key in known else _UNKNOWN}")
     return parsed
+
+
+def _problem(error: Mapping[str, Any]) -> str:
+    if error["type"] == "unexpected_keyword_argument":  # to a configuration
+        return _UNKNOWN
+    if error["type"] == "value_error":  # by a configuration's own check
+        return error["msg"].removeprefix("Value error, ")
+    return f"{error['msg']}, not {error['input']!r}"
 
 
 def _as_json(value: Any) -> Any:

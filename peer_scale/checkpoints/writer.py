@@ -52,7 +52,7 @@ class _Pending:
 
 
 class CheckpointWriter:
-    """Saves a run's checkpoints; all ranks call the same methods in the same order.
+    """Saving of one run's checkpoints; all ranks call the same methods in the same order.
 
     Every method raises UserError, on all ranks, where any rank could not write; older checkpoints stay good.
     """

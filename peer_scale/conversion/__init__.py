@@ -1,0 +1,1 @@
+"""Between our checkpoints and what Hugging Face transformers opens."""

@@ -85,7 +85,9 @@ class Architecture:
         ours_alone = (..., *map(slice, expected.shape[2:]))  # their vocabulary may have rows that no token has
         return (found[ours_alone] - expected)[mask].abs().max().item()
 
-    def _our_logits(self, model: PretrainingModel, read: Read, ids: Tensor, token_types: Tensor, mask: Tensor) -> Tensor:
+    def _our_logits(
+        self, model: PretrainingModel, read: Read, ids: Tensor, token_types: Tensor, mask: Tensor
+    ) -> Tensor:
         with lend_each_block(model, read):
             hidden = model.encode(self.export.network, ids, token_types, mask)
         with contextlib.ExitStack() as loans:

@@ -1,4 +1,4 @@
-"""The weights with which a fresh run would start, of some parameters, a layer at a time."""
+"""The weights with which a fresh run would start, of some parameters, one layer at a time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peer_scale.parallel.topology import single_process_topology
 
 
 class FreshWeights:
-    """By the names of `PretrainingModel`; rows that pad the vocabulary are there."""
+    """Weights by the names of `PretrainingModel`; rows that pad the vocabulary are there."""
 
     def __init__(self, config: ModelConfig, objective: Objective, seed: int) -> None:
         self._config, self._seed = config, seed

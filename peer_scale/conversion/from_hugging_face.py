@@ -90,7 +90,9 @@ def _exports_of(branch: str | None, preset: Preset) -> list[Export]:
 
 def _bare(export: Export, folder: HuggingFaceFolder) -> Export:
     class_name = f"{folder.family.capitalize()}Model"
-    return dataclasses.replace(export, family=folder.family, class_name=class_name, head=(), logits=None, extras={}, left_out=())
+    return dataclasses.replace(
+        export, family=folder.family, class_name=class_name, head=(), logits=None, extras={}, left_out=()
+    )
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,9 @@ def from_hugging_face(
         return taken.whole(our, shape, fresh) if our in taken else fresh[our][: shape[0]]
 
     with new_folder(output, "--output") as aside:
-        step, manifest = write_initial(aside, _sections(sources, name, preset, tokenizer, seed), ours, weight, tokenizer)
+        step, manifest = write_initial(
+            aside, _sections(sources, name, preset, tokenizer, seed), ours, weight, tokenizer
+        )
         if verify:
             _verify(open_checkpoint(step, manifest), sources, taken)
         write_atomically(aside / MODEL_FILE, _model_file(preset).encode())

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,11 +24,11 @@ _OLD_ENDINGS = {".gamma": ".weight", ".beta": ".bias"}  # LayerNorm's in files o
 
 @dataclass(frozen=True)
 class HuggingFaceFolder:
-    """`name` is what the user called it; `weights` are named as in a model with a head ("bert.encoder...")."""
+    """A model's folder, `name` to the user; `weights` are named as in a model with a head ("bert.encoder...")."""
 
     name: str
     path: Path
-    family: str
+    family: Literal["electra", "bert"]
     config: Any
     weights: HuggingFaceWeights
 
@@ -106,13 +106,13 @@ class HuggingFaceWeights(Mapping[str, Tensor]):
         return len(self._places)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor, without reading it."""
+        """Give the shape of a tensor without reading it."""
         file, original = self._places[name]
         opened = self._open(file)
         return tuple(opened[original].shape if isinstance(opened, dict) else opened.get_slice(original).get_shape())
 
     def original_name(self, name: str) -> str:
-        """As the file has it."""
+        """Give the name that the file has."""
         return self._places[name][1]
 
     def _files(self) -> list[str]:

@@ -26,7 +26,7 @@ def lend(block: nn.Module, name: str, read: Read) -> Iterator[None]:
 
 @contextlib.contextmanager
 def lend_each_block(model: nn.Module, read: Read) -> Iterator[None]:
-    """Within, each block of `model` has its weights while its `forward` runs. `read` takes a parameter's full name.
+    """Lend each block of `model` its weights while its `forward` runs. `read` takes a parameter's full name.
 
     A block is a module with all that is in it; those that hold a list of layers are gone into.
     """
@@ -49,7 +49,7 @@ def lend_each_block(model: nn.Module, read: Read) -> Iterator[None]:
 
 
 def _parameters(block: nn.Module) -> dict[tuple[nn.Module, str, str], nn.Parameter]:
-    """By the module that has it, its name there, and its name in the block."""
+    """List parameters by the module that has them, their name there, and their name in the block."""
     return {
         (module, key, f"{path}.{key}".lstrip(".")): parameter
         for path, module in block.named_modules()

@@ -64,7 +64,7 @@ def choose_export(checkpoint: Checkpoint, branch: str | None) -> Export:
 
 
 def _check_coverage(checkpoint: Checkpoint) -> None:
-    """Let no trained number be lost unnoticed: each parameter is in the map of at least one export, or told of by it."""
+    """Let no trained number be lost unnoticed: each parameter is in an export's map, or told of as left out."""
     model, objective = checkpoint.model, checkpoint.objective
     architectures = [Architecture.of(export, model, objective) for export in objective.exports(model)]
     known = {name for one in architectures for name in (*(e.ours for e in one.entries), *one.export.left_out)}

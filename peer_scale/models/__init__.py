@@ -1,0 +1,1 @@
+"""Architecture only: layers, networks, heads, and what they cost."""

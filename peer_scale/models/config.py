@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from peer_scale.configuration import configuration, option
 from peer_scale.errors import UserError
 
+_Probability = Annotated[float, Field(ge=0, lt=1)]
 
-@dataclass(frozen=True)
+
+@configuration
 class EncoderShape:
-    """Sizes of one Transformer encoder."""
+    """Sizes of one Transformer encoder; help texts say {network} where the network's name belongs."""
 
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    num_attention_heads: int
+    num_layers: PositiveInt = option(help="Transformer layers of {network}, shared ones included.", metavar="N")
+    hidden_size: PositiveInt = option(help="Width of the hidden states of {network}.", metavar="N")
+    ffn_hidden_size: PositiveInt = option(help="Width inside the feed-forward blocks of {network}.", metavar="N")
+    num_attention_heads: PositiveInt = option(
+        help="Attention heads per layer of {network}; they divide the hidden size.", metavar="N"
+    )
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.hidden_size % self.num_attention_heads:
             raise UserError(
                 f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}"
@@ -31,7 +36,7 @@ class EncoderShape:
         return self.hidden_size // self.num_attention_heads
 
 
-@dataclass(frozen=True)
+@configuration
 class ModelConfig:
     """A pre-training model: a generator with an MLM head and, but for BERT, a ranker with a TQR head.
 
@@ -42,23 +47,36 @@ class ModelConfig:
 
     generator: EncoderShape
     ranker: EncoderShape | None
-    num_shared_layers: int = 0
-    vocab_size: int = 30522
-    embedding_size: int = 128
-    max_position_embeddings: int = 512
-    num_token_types: int = 2
-    hidden_dropout: float = 0.1
-    attention_dropout: float = 0.1
-    init_std: float = 0.02
-    layer_norm_eps: float = 1e-12
+    num_shared_layers: NonNegativeInt = option(
+        default=0, help="Bottom layers that generator and ranker share; they must be of one size then.", metavar="N"
+    )
+    vocab_size: PositiveInt = option(
+        default=30522, help="Entries of the vocabulary, where a tokenizer is trained on the text.", metavar="N"
+    )
+    embedding_size: PositiveInt = option(
+        default=128,
+        help="Width of the embeddings, which all networks share; projected where a network's hidden size differs.",
+        metavar="N",
+    )
+    max_position_embeddings: PositiveInt = option(
+        default=512, help="Positions that the model knows: the longest sequence.", metavar="N"
+    )
+    num_token_types: PositiveInt = option(default=2, no_flag="a sample has two segments")
+    hidden_dropout: _Probability = option(
+        default=0.1, help="Dropout after embeddings, attention and feed-forward blocks.", metavar="P"
+    )
+    attention_dropout: _Probability = option(default=0.1, help="Dropout of the attention weights.", metavar="P")
+    init_std: PositiveFloat = option(
+        default=0.02,
+        help="Standard deviation of the normal distribution that initial weights are drawn from.",
+        metavar="X",
+        flag="init-method-std",
+    )
+    layer_norm_eps: PositiveFloat = option(
+        default=1e-12, help="What LayerNorm adds to the variance.", metavar="X", flag="norm-epsilon"
+    )
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "embedding_size", "max_position_embeddings", "num_token_types"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("hidden_dropout", "attention_dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
         if self.num_shared_layers:
             self._check_sharing()
 
@@ -77,8 +95,8 @@ class ModelConfig:
         if self.ranker is None:
             raise UserError(f"num_shared_layers is {self.num_shared_layers}, but the model has no ranker to share with")
         limit = min(self.generator.num_layers, self.ranker.num_layers)
-        if not 0 <= self.num_shared_layers <= limit:
-            raise UserError(f"num_shared_layers is {self.num_shared_layers}; it must be between 0 and {limit}")
+        if self.num_shared_layers > limit:
+            raise UserError(f"num_shared_layers is {self.num_shared_layers}; the smaller network has {limit} layers")
         for name in ("hidden_size", "ffn_hidden_size", "num_attention_heads"):
             ours, theirs = getattr(self.generator, name), getattr(self.ranker, name)
             if ours != theirs:

@@ -1,0 +1,1 @@
+"""What is learned: each objective describes its works, losses and metrics; nothing else knows one by name."""

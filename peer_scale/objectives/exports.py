@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from torch import Tensor
-
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from peer_scale.models.networks import PretrainingModel
 
 

@@ -94,6 +94,7 @@ class Work:
         heads: names of the heads that `end` uses; they live on its stage.
         has_loss: whether `end` gives a loss.
         end_layers: Transformer layers of the network's shape within `heads`.
+        end_joins: how often `end` joins the slices of hidden states that sequence parallelism left.
         begin_costs: beside the layers, on the first stage.
         end_costs: beside the layers, on the last stage.
     """
@@ -108,6 +109,7 @@ class Work:
     heads: tuple[str, ...] = ()
     has_loss: bool = False
     end_layers: int = 0
+    end_joins: int = 1
     begin_costs: tuple[Cost, ...] = ()
     end_costs: tuple[Cost, ...] = ()
 

@@ -3,41 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
+from peer_scale.configuration import configuration
 from peer_scale.errors import UserError
 from peer_scale.models.config import ModelConfig
 from peer_scale.models.costs import mlm_head_matmul_flops
-from peer_scale.models.generator_head import (
-    CHUNK_SIZE,
-    DRAW_REDUCED_BYTES,
-    EXCLUSION_REDUCED_BYTES,
-    GATHERED_BYTES,
-    REDUCED_BYTES,
-    GeneratorOutput,
-    generator_head,
-)
-from peer_scale.models.heads import MaskedLMHead
-from peer_scale.models.networks import PretrainingModel, select
 from peer_scale.models.paper_costs import paper_generator_flops
 from peer_scale.objectives.exports import Entry, Export, dense_entries, vocabulary_entry
 from peer_scale.objectives.graph import Cost, Graph, Value, Work, embedding_costs
-from peer_scale.objectives.objective import HeadBuilder, Loss, Objective
+from peer_scale.objectives.objective import Loss, Objective
 from peer_scale.objectives.works import Outcome, WorkContext
+
+# torch and what needs it are imported where they are used: `--help` reads the fields below and shall not wait for them
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from peer_scale.models.generator_head import GeneratorOutput
+    from peer_scale.models.networks import HeadBuilder, PretrainingModel
 
 MLM_LOSS = Loss("mlm_loss", 1.0, "selected")
 MLM_SUMS = ("mlm_correct", "selected_square", "selected_variation")
 
-AfterSampling = Callable[[WorkContext, GeneratorOutput], Mapping[str, Tensor]]
+AfterSampling: TypeAlias = "Callable[[WorkContext, GeneratorOutput], Mapping[str, Tensor]]"
 """Makes the values that a generator's head gives of what it has sampled."""
 
 
-@dataclass(frozen=True)
+@configuration
 class MaskedLanguageModel(Objective):
     """BERT without next-sentence prediction: one network, the generator of the other objectives by itself."""
 
@@ -53,6 +45,8 @@ class MaskedLanguageModel(Objective):
         return Graph(tuple(model.networks.items()), model.num_shared_layers, generator_works(model))
 
     def heads(self, model: ModelConfig) -> Mapping[str, HeadBuilder]:
+        from peer_scale.models.heads import MaskedLMHead
+
         return {"mlm_head": lambda tensor_parallel: MaskedLMHead(model, tensor_parallel)}
 
     @property
@@ -87,6 +81,13 @@ def generator_works(
 
     With `num_negatives` the head draws so many other tokens per position with the batch's extra random numbers.
     """
+    from peer_scale.models.generator_head import (
+        CHUNK_SIZE,
+        DRAW_REDUCED_BYTES,
+        EXCLUSION_REDUCED_BYTES,
+        GATHERED_BYTES,
+        REDUCED_BYTES,
+    )
 
     def head(context: WorkContext, _: Tensor | None) -> Outcome:
         return _masked_lm(context, after_sampling, num_negatives)
@@ -167,17 +168,25 @@ def _mlm_head_entries(model: ModelConfig, dense: str, norm: str, bias: str) -> t
 
 
 def _mlm_logits(model: PretrainingModel, hidden: Tensor) -> Tensor:
+    import torch.nn.functional as F
+
     states, bias = model.head("mlm_head")(hidden)
     return F.linear(states, model.embeddings.word.weight, bias)[..., : model.config.vocab_size]
 
 
 def _give_selected(context: WorkContext, hidden: Tensor | None) -> Outcome:
+    from peer_scale.models.networks import select
+
     assert hidden is not None, "a network ends in hidden states"
     return Outcome(values={"selected": select(context.model.whole_sequence(hidden), context.batch.positions)})
 
 
 def _masked_lm(context: WorkContext, after_sampling: AfterSampling | None, num_negatives: int) -> Outcome:
     """MLM head on the selected hidden states [B*P, H]: the loss, samples (no gradient), sums."""
+    import torch
+
+    from peer_scale.models.generator_head import generator_head
+
     model, batch, selected = context.model, context.batch, context.values["selected"]
     states, bias = model.head("mlm_head")(selected)
     targets = batch.input_ids.gather(1, batch.positions).flatten()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from peer_scale.models.config import ModelConfig
-from peer_scale.models.networks import HeadBuilder
-from peer_scale.objectives.exports import Export
 from peer_scale.objectives.graph import Graph
+
+if TYPE_CHECKING:
+    from peer_scale.models.networks import HeadBuilder
+    from peer_scale.objectives.exports import Export
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,9 @@ class Loss:
 
 
 class Objective(ABC):
-    """Base of all objectives: a frozen dataclass whose fields are its hyper-parameters.
+    """Base of all objectives: a `configuration` whose fields, each with a default, are its hyper-parameters.
+
+    Once it is in the registry, each field made by `option` is a flag of the trainer.
 
     Class attributes:
         kind: what it is called in configuration files and checkpoints.
@@ -74,8 +78,12 @@ class Objective(ABC):
         """Say which networks can be exported to Hugging Face's classes, the one to take by default first."""
 
     def changed(self, changes: Mapping[str, object]) -> Objective:
-        """Give the objective with other hyper-parameters, as a user asks for them by flags."""
+        """Give the objective with other hyper-parameters, as a user asks for them by flags or in a file."""
         return replace(self, **changes)  # type: ignore[type-var]
+
+    def section(self) -> dict[str, Any]:
+        """Describe the objective by its kind and its hyper-parameters, as configuration files and checkpoints do."""
+        return {"kind": self.kind, **asdict(self)}  # type: ignore[call-overload]
 
     @property
     def num_extra_uniforms(self) -> int:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from peer_scale.samples.examples import Batch
+    from peer_scale.samples.examples import Batch
 
 RTD_SUMS = ("replaced", "rtd_predicted", "rtd_correct", "rtd_pairs", "rtd_pairs_in_order")
 

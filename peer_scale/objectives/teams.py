@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from pydantic import NonNegativeFloat, PositiveInt
 
+from peer_scale.configuration import configuration, option
 from peer_scale.errors import UserError
 from peer_scale.models.config import EncoderShape, ModelConfig
-from peer_scale.models.generator_head import GeneratorOutput
-from peer_scale.models.heads import MaskedLMHead
-from peer_scale.models.multi_word_selection import DetectionBranch, SelectionBranch, candidate_scores
-from peer_scale.models.networks import HeadBuilder, PretrainingModel
 from peer_scale.models.paper_costs import paper_generator_flops, paper_ranker_flops
 from peer_scale.objectives.exports import Export
 from peer_scale.objectives.graph import Cost, Graph, Value, Work, embedding_costs
@@ -25,10 +20,17 @@ from peer_scale.objectives.statistics import RTD_SUMS, rtd_metrics, rtd_sums
 from peer_scale.objectives.tqr import corrupted_ids, rtd_head_entries, scatter_labels, score_head_cost, token_losses
 from peer_scale.objectives.works import Outcome, WorkContext
 
+# torch and what needs it are imported where they are used: `--help` reads the fields below and shall not wait for them
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from peer_scale.models.generator_head import GeneratorOutput
+    from peer_scale.models.networks import HeadBuilder, PretrainingModel
+
 _REPLACED, _ORIGINAL = 1.0, 2.0  # rank labels of two levels
 
 
-@dataclass(frozen=True)
+@configuration
 class Teams(Objective):
     """TEAMS's hyper-parameters; the weights are those of its released code, 1 : 5 : 2.
 
@@ -45,18 +47,20 @@ class Teams(Objective):
         "mws_accuracy": "MWS accuracy",
     }
 
-    rtd_weight: float = 5.0
-    mws_weight: float = 2.0
-    num_negatives: int = 4
-    num_separate_layers: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("rtd_weight", "mws_weight"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"{name} is {getattr(self, name)}; it must not be negative")
-        for name in ("num_negatives", "num_separate_layers"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+    rtd_weight: NonNegativeFloat = option(
+        default=5.0, help="Weight of replaced-token detection in the loss, the generator's being 1.", metavar="X"
+    )
+    mws_weight: NonNegativeFloat = option(
+        default=2.0, help="Weight of multi-word selection in the loss, the generator's being 1.", metavar="X"
+    )
+    num_negatives: PositiveInt = option(
+        default=4,
+        help="Wrong candidates per position, among which multi-word selection finds the original.",
+        metavar="N",
+    )
+    num_separate_layers: PositiveInt = option(
+        default=1, help="Top layers of the ranker that detection and selection each have of their own.", metavar="N"
+    )
 
     def check_model(self, model: ModelConfig) -> None:
         if model.ranker is None:
@@ -94,6 +98,7 @@ class Teams(Objective):
                 heads=("rtd_branch", "mws_branch"),
                 has_loss=True,
                 end_layers=2 * self.num_separate_layers,
+                end_joins=2,
                 begin_costs=embedding_costs(model, trunk),
                 end_costs=(
                     score_head_cost(trunk),
@@ -120,6 +125,9 @@ class Teams(Objective):
         return Graph(tuple(networks.items()), model.num_shared_layers, works)
 
     def heads(self, model: ModelConfig) -> Mapping[str, HeadBuilder]:
+        from peer_scale.models.heads import MaskedLMHead
+        from peer_scale.models.multi_word_selection import DetectionBranch, SelectionBranch
+
         trunk, count = self._trunk(model), self.num_separate_layers
         return {
             "mlm_head": lambda ranks: MaskedLMHead(model, ranks),
@@ -190,6 +198,8 @@ class Teams(Objective):
 
 def _after_sampling(context: WorkContext, generated: GeneratorOutput) -> dict[str, Tensor]:
     """Make what the other works need of the generator's draws: replacements, labels [n] and candidates [n, c]."""
+    import torch
+
     assert generated.negatives is not None, "the head was asked for negatives"
     originals = context.batch.input_ids.gather(1, context.batch.positions).flatten()
     # slots that only fill up point at position 0 and write back what is there
@@ -200,6 +210,8 @@ def _after_sampling(context: WorkContext, generated: GeneratorOutput) -> dict[st
 
 def _detect(context: WorkContext, hidden: Tensor | None) -> Outcome:
     """Run both branches on the trunk's states: the loss of detection, and the states to select candidates with."""
+    import torch
+
     assert hidden is not None, "a network ends in hidden states"
     model, batch = context.model, context.batch
     scores_SB, thresholds = model.head("rtd_branch")(hidden, batch.attention_mask)
@@ -214,6 +226,11 @@ def _detect(context: WorkContext, hidden: Tensor | None) -> Outcome:
 
 def _choose(context: WorkContext, _: Tensor | None) -> Outcome:
     """Score the candidates, of which the first is the original."""
+    import torch
+    import torch.nn.functional as F
+
+    from peer_scale.models.multi_word_selection import candidate_scores
+
     model, is_selected = context.model, context.batch.is_selected.flatten()
     scores = candidate_scores(
         context.values["selection_states"],

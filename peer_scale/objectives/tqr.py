@@ -5,19 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
+from peer_scale.configuration import configuration, option
 from peer_scale.errors import UserError
 from peer_scale.models.config import EncoderShape, ModelConfig
 from peer_scale.models.costs import score_head_matmul_flops
-from peer_scale.models.generator_head import GeneratorOutput
-from peer_scale.models.heads import MaskedLMHead, RankingHead
-from peer_scale.models.networks import HeadBuilder, PretrainingModel
 from peer_scale.models.paper_costs import paper_generator_flops, paper_ranker_flops
 from peer_scale.objectives.exports import Entry, Export, dense_entries, first
 from peer_scale.objectives.graph import Cost, Graph, Value, Work, embedding_costs
@@ -25,7 +20,14 @@ from peer_scale.objectives.masked_lm import MLM_LOSS, MLM_SUMS, generator_export
 from peer_scale.objectives.objective import Loss, Objective
 from peer_scale.objectives.statistics import RTD_SUMS, rtd_metrics, rtd_sums, share
 from peer_scale.objectives.works import Outcome, WorkContext
-from peer_scale.samples.examples import Batch
+
+# torch and what needs it are imported where they are used: `--help` reads the fields below and shall not wait for them
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from peer_scale.models.generator_head import GeneratorOutput
+    from peer_scale.models.networks import HeadBuilder, PretrainingModel
+    from peer_scale.samples.examples import Batch
 
 UNKNOWN_LABEL = -1.0
 BUFFER_OFFSET = 0.1
@@ -60,9 +62,11 @@ def rank_labels(
         fp32: K for originals, -1, levels 1..K-1, or k + buffer_offset in the buffer above level k.
 
     Raises:
-        UserError: K < 2, a wrong number of taus, or tau_k (1 + delta) > tau_{k+1}.
+        UserError: the settings are none of `TokenQualityRanking`: K < 2, a wrong number of taus, and so on.
     """
-    check_levels(num_levels, tuple(taus), delta)
+    import torch
+
+    TokenQualityRanking(num_levels=num_levels, taus=tuple(taus), top_t=top_t, delta=delta)  # checks them
     difference = sampled_logit.float() - original_logit.float()
     labels = torch.ones_like(difference)
     for level in range(1, num_levels - 1):
@@ -105,6 +109,9 @@ def token_losses(
     warmup: bool = False,
 ) -> Tensor:
     """Give the summands of `tqr_loss`, one per token, shaped as scores."""
+    import torch
+    import torch.nn.functional as F
+
     dtype = torch.promote_types(scores.dtype, torch.float32)
     scores, thresholds = scores.to(dtype), thresholds.to(dtype)
     num_levels = len(thresholds) + 1
@@ -123,7 +130,7 @@ def token_losses(
     return losses
 
 
-@dataclass(frozen=True)
+@configuration
 class TokenQualityRanking(Objective):
     """PEER's hyper-parameters (Section 3; Appendix A); two levels make ELECTRA's replaced-token detection.
 
@@ -135,25 +142,49 @@ class TokenQualityRanking(Objective):
     validation_metrics: ClassVar[tuple[str, ...]] = ("mlm_accuracy", "rtd_recall", "rtd_auc", "rank_concordance")
     progress_metrics: ClassVar[Mapping[str, str]] = {"mlm_accuracy": "MLM accuracy", "rtd_auc": "RTD AUC"}
 
-    num_levels: int = 3
-    taus: tuple[float, ...] = (1.0,)
-    top_t: int = 3
-    delta: float = 3.0
-    gammas: tuple[float, ...] = (0.5,)
-    tqr_weight: float = 50.0
-    warmup_epochs: float = 0.8
+    num_levels: Annotated[int, Field(ge=2)] = option(
+        default=3,
+        help="Levels of quality that tokens are ranked into (K): the original is in the best one; 2 is ELECTRA's "
+        "replaced-token detection.",
+        metavar="K",
+    )
+    taus: tuple[PositiveFloat, ...] = option(
+        default=(1.0,),
+        help="Borders between the levels of replaced tokens: how many times as likely as the replacement the generator "
+        "finds the original there. K - 2 ratios, ascending.",
+        metavar="TAU",
+    )
+    top_t: PositiveInt = option(
+        default=3,
+        help="A replaced token's level counts as known where the original is among the generator's T best guesses.",
+        metavar="T",
+    )
+    delta: NonNegativeFloat = option(
+        default=3.0,
+        help="Width of the buffer at each border: from tau to tau x (1 + delta) a token counts for neither side of it; "
+        "0 for none.",
+        metavar="X",
+    )
+    gammas: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = option(
+        default=(0.5,),
+        help="Weights of the loss's ranking terms: one for all, or K - 2.",
+        metavar="GAMMA",
+    )
+    tqr_weight: NonNegativeFloat = option(
+        default=50.0, help="Weight of the ranker's loss in the total, the generator's being 1.", metavar="LAMBDA"
+    )
+    warmup_epochs: NonNegativeFloat = option(
+        default=0.8,
+        help="Epochs in which only replaced tokens are told from original ones, before the ranking terms begin.",
+        metavar="EPOCHS",
+    )
 
     def __post_init__(self) -> None:
-        check_levels(self.num_levels, self.taus, self.delta)
-        if len(self.gammas) not in (1, self.num_levels - 2) or min(self.gammas) <= 0:
-            wanted = f"one positive weight, or {self.num_levels - 2}"
-            raise UserError(f"gammas {list(self.gammas)}: {self.num_levels} levels take {wanted}")
-        if self.top_t < 1:
-            raise UserError(f"top_t is {self.top_t}; it must be at least 1")
-        if self.tqr_weight < 0:
-            raise UserError(f"tqr_weight is {self.tqr_weight}; it must not be negative")
-        if self.warmup_epochs < 0:
-            raise UserError(f"warmup_epochs is {self.warmup_epochs}; it must not be negative")
+        _check_levels(self.num_levels, self.taus, self.delta)
+        if len(self.gammas) not in (1, self.num_levels - 2):
+            raise UserError(
+                f"gammas {list(self.gammas)}: {self.num_levels} levels take one weight, or {self.num_levels - 2}"
+            )
 
     def changed(self, changes: Mapping[str, object]) -> Objective:
         """Take the taus away with the levels: K = 2 has none."""
@@ -184,6 +215,8 @@ class TokenQualityRanking(Objective):
         return Graph(tuple(model.networks.items()), model.num_shared_layers, works)
 
     def heads(self, model: ModelConfig) -> Mapping[str, HeadBuilder]:
+        from peer_scale.models.heads import MaskedLMHead, RankingHead
+
         return {
             "mlm_head": lambda tensor_parallel: MaskedLMHead(model, tensor_parallel),
             "ranking_head": lambda _: RankingHead(_ranker(model).hidden_size, self.num_levels),
@@ -244,6 +277,8 @@ class TokenQualityRanking(Objective):
 
     def _label(self, context: WorkContext, generated: GeneratorOutput) -> dict[str, Tensor]:
         """Make what the ranker needs of the sampled tokens: ids and rank labels, [n] each."""
+        import torch
+
         originals = context.batch.input_ids.gather(1, context.batch.positions).flatten()
         # slots that only fill up point at position 0 and write back what is there
         sampled = torch.where(context.batch.is_selected.flatten(), generated.sampled_ids, originals)
@@ -261,6 +296,8 @@ class TokenQualityRanking(Objective):
 
     def _rank(self, context: WorkContext, hidden: Tensor | None) -> Outcome:
         """TQR head on the ranker's hidden states."""
+        import torch
+
         assert hidden is not None, "a network ends in hidden states"
         batch = context.batch
         scores_SB, thresholds = context.model.head("ranking_head")(context.model.whole_sequence(hidden))
@@ -280,6 +317,8 @@ def corrupted_ids(context: WorkContext) -> Tensor:
 
 def scatter_labels(batch: Batch, labels: Tensor, num_levels: int) -> Tensor:
     """Give all tokens labels [B, S]: those of the selected positions, [n], and K for all others."""
+    import torch
+
     everywhere = torch.full(batch.input_ids.shape, float(num_levels), device=labels.device)
     return everywhere.scatter(1, batch.positions, labels.view_as(batch.positions))
 
@@ -303,9 +342,15 @@ def rtd_head_entries(head: str) -> tuple[Entry, ...]:
             (f"{theirs}.dense_prediction.bias",),
             lambda xi: (xi[-1:],),
             first,
-            lambda xi, last: torch.cat([xi[:-1], last]),
+            _with_last,
         ),
     )
+
+
+def _with_last(thresholds: Tensor, last: Tensor) -> Tensor:
+    import torch
+
+    return torch.cat([thresholds[:-1], last])
 
 
 def _replaced_logits(model: PretrainingModel, hidden: Tensor) -> Tensor:
@@ -318,16 +363,10 @@ def _ranker(model: ModelConfig) -> EncoderShape:
     return model.ranker
 
 
-def check_levels(num_levels: int, taus: tuple[float, ...], delta: float) -> None:
-    """Raise UserError unless K >= 2 and tau_k (1 + delta) <= tau_{k+1} for k = 1..K-3 (footnote 4)."""
-    if num_levels < 2:
-        raise UserError(f"num_levels (K) is {num_levels}; a ranker needs at least 2")
+def _check_levels(num_levels: int, taus: tuple[float, ...], delta: float) -> None:
+    """Raise UserError unless there are K-2 taus and tau_k (1 + delta) <= tau_{k+1} for k = 1..K-3 (footnote 4)."""
     if len(taus) != num_levels - 2:
         raise UserError(f"taus {list(taus)}: K = {num_levels} levels take {num_levels - 2} values")
-    if any(not math.isfinite(tau) or tau <= 0 for tau in taus):
-        raise UserError(f"taus {list(taus)}: each must be positive")
-    if not math.isfinite(delta) or delta < 0:
-        raise UserError(f"delta is {delta}; it must not be negative")
     for index, (tau, following) in enumerate(itertools.pairwise(taus), start=1):
         if tau >= following or tau * (1 + delta) > following:
             raise UserError(
@@ -353,6 +392,8 @@ def ranking_sums(scores: Tensor, thresholds: Tensor, labels: Tensor, batch: Batc
     A pair of ranks is two replaced tokens of one sequence whose levels are known and differ, in order where the better
     one has the greater score. All arguments are [B, S] but for the thresholds [K-1].
     """
+    import torch
+
     num_levels = len(thresholds) + 1
     sums = rtd_sums(scores, thresholds[-1], labels != num_levels, batch)
     scores_BP = scores.gather(1, batch.positions)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from peer_scale.models.networks import PretrainingModel
-from peer_scale.samples.examples import Batch
+    from peer_scale.models.networks import PretrainingModel
+    from peer_scale.samples.examples import Batch
 
 
 class GlobalCounts(NamedTuple):

@@ -10,7 +10,7 @@
    earlier calls reach other parameters: all are handed over before the update, by the function that DeepSpeed has for
    users who say themselves where a step ends.
 
-`Adaptation` names what a DeepSpeed version lacks; tests/test_parity.py and tests/test_pipeline.py fail where the
+`Adaptation` names what a DeepSpeed version lacks; tests/parity/test_parity.py and tests/unit/pipeline/ fail where the
 numbers go wrong.
 """
 

@@ -64,7 +64,7 @@ def _work_traffic(part: StageWork, workload: Workload, layout: ParallelLayout) -
     if layout.sequence_parallel:
         # the whole sequence at the top, its gradient at the bottom; gradients of biases and LayerNorms
         states = part.shape.hidden_size * workload.number_bytes
-        total += (part.ends + part.begins * has_backward) * scatter(tokens * states, ranks)
+        total += (part.ends * part.work.end_joins + part.begins * has_backward) * scatter(tokens * states, ranks)
         total += has_backward * part.num_layers * 2 * all_reduce(3 * states, ranks)
     return total
 

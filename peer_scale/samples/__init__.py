@@ -1,0 +1,1 @@
+"""From tokens to micro-batches: windows, examples, masking, the loader."""

@@ -1,11 +1,13 @@
 """Which positions of a sample are selected for prediction, and how many of them show [MASK]."""
 
-from dataclasses import dataclass
+from typing import Annotated
 
-from peer_scale.errors import UserError
+from pydantic import Field
+
+from peer_scale.configuration import configuration, option
 
 
-@dataclass(frozen=True)
+@configuration
 class MaskingConfig:
     """Corruption of the generator's input.
 
@@ -13,14 +15,12 @@ class MaskingConfig:
     stay as they are (PEER masks all, Section 3.1; google-research/electra 85 %).
     """
 
-    mask_fraction: float = 0.15
-    mask_probability: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.mask_fraction < 1:
-            raise UserError(f"mask_fraction is {self.mask_fraction}; it must lie between 0 and 1")
-        if not 0 <= self.mask_probability <= 1:
-            raise UserError(f"mask_probability is {self.mask_probability}; it must lie between 0 and 1")
+    mask_fraction: Annotated[float, Field(gt=0, lt=1)] = option(
+        default=0.15, help="Share of a sequence's tokens that are selected for prediction.", metavar="SHARE"
+    )
+    mask_probability: Annotated[float, Field(ge=0, le=1)] = option(
+        default=1.0, help="Share of the selected tokens that show [MASK]; the rest stay as they are.", metavar="SHARE"
+    )
 
     def num_predictions(self, num_tokens: int) -> int:
         """Count the positions selected of a sequence of `num_tokens` non-pad tokens."""

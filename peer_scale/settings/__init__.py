@@ -1,0 +1,1 @@
+"""From flags, YAML, ds_config and preset to one frozen RunConfig."""

@@ -1,14 +1,32 @@
-"""The trainer's command line. Names are Megatron-LM's and DeepSpeed's; None means: not said."""
+"""The trainer's command line, made of the configurations' fields; names are Megatron-LM's and DeepSpeed's.
+
+A flag that is not given is None in the namespace, whatever its default: `resolve` puts presets, files and flags
+together.
+"""
 
 import argparse
-from pathlib import Path
-from typing import NoReturn
+import functools
+from collections.abc import Collection, Sequence
+from typing import Any, NoReturn
 
+from peer_scale.configuration import Given, Setting, settings
 from peer_scale.errors import UserError
+from peer_scale.models.config import EncoderShape, ModelConfig
+from peer_scale.objectives.objective import Objective
+from peer_scale.objectives.registry import OBJECTIVES
+from peer_scale.samples.masking import MaskingConfig
+from peer_scale.settings.presets import find_preset, preset_names
+from peer_scale.settings.run import DataConfig, LaunchConfig, OutputConfig, RunConfig, TrainingConfig
 
+GENERATOR = "generator-"
+"""What the generator's flags begin with; those of the main network have no prefix."""
+
+_NETWORKS = {"": "the main network (the ranker; of BERT the only one)", GENERATOR: "the generator"}
 _EXAMPLE = """example:
   deepspeed peer_scale/pretrain.py --deepspeed_config ds_configs/zero2.json --model peer-small \\
       --data-path wiki.jsonl --tokenizer bert-vocab/ --save runs/small --save-interval 1000 --log-dir runs/small/logs
+
+presets:
 """
 
 
@@ -17,110 +35,164 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """All flags, grouped as `--help` shows them."""
+class _Store(argparse.Action):
+    """Stores a value in its field's type, or raises UserError naming the flag, the value and what it must be."""
+
+    def __init__(self, *args: Any, setting: Setting, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._setting = setting
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, self._setting.checked(values, str(option_string)))
+
+
+def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """Make the parser of all flags, grouped as `--help` shows them."""
     parser = _Parser(
-        prog="pretrain.py",
-        description="Pre-train a text encoder with PEER, ELECTRA or BERT objectives.",
-        epilog=_EXAMPLE,
+        prog=prog,
+        usage="%(prog)s [flags]",
+        description="Pre-train a text encoder with PEER, ELECTRA, BERT or TEAMS objectives.",
+        epilog=_EXAMPLE + "\n".join(_families()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add_model_flags(parser.add_argument_group("model"))
     add_objective_flags(parser.add_argument_group("objective"))
-    _add_training_flags(parser.add_argument_group("training"))
-    _add_parallel_flags(parser.add_argument_group("parallelism"))
-    _add_data_flags(parser.add_argument_group("data"))
-    _add_output_flags(parser.add_argument_group("output"))
+    training = parser.add_argument_group("training")
+    _add(training, LaunchConfig, ("deepspeed_config", "deepspeed"))
+    _add(training, TrainingConfig)
+    _add(training, RunConfig, ("seed",))
+    parallel = parser.add_argument_group("parallelism")
+    _add(parallel, RunConfig, ("tensor_parallel", "pipeline_parallel", "sequence_parallel", "num_threads"))
+    _add(parallel, LaunchConfig, ("local_rank",))
+    data = parser.add_argument_group("data")
+    _add(data, DataConfig)
+    _add(data, ModelConfig, ("vocab_size",))
+    output = parser.add_argument_group("output")
+    _add(output, OutputConfig)
+    _add(output, LaunchConfig, ("verbose",))
     return parser
 
 
-def add_model_flags(model: argparse._ArgumentGroup, default: str | None = "peer-tiny") -> None:
-    """Those that say what is trained."""
-    model.add_argument("--model", default=default, metavar="NAME", help="preset (default: %(default)s)")
-    model.add_argument("--config", type=Path, metavar="YAML", help="own sizes: sections model, objective, training")
-    for name in ("num-layers", "hidden-size", "ffn-hidden-size", "num-attention-heads"):
-        model.add_argument(f"--{name}", type=int, help="of the ranker (BERT: of the encoder)")
-        model.add_argument(f"--generator-{name}", type=int)
-    model.add_argument("--num-shared-layers", type=int, help="bottom layers that generator and ranker share")
-    model.add_argument("--embedding-size", type=int)
-    model.add_argument("--max-position-embeddings", type=int)
-    model.add_argument("--hidden-dropout", type=float)
-    model.add_argument("--attention-dropout", type=float)
+def add_model_flags(group: argparse._ArgumentGroup) -> None:
+    """Add the flags that say what is trained, but for the vocabulary's size, which a tokenizer may have."""
+    _add(group, RunConfig, ("name",))
+    _add(group, LaunchConfig, ("config",))
+    for setting in settings(EncoderShape).values():
+        for prefix in _NETWORKS:
+            _add_flag(group, setting, [EncoderShape], prefix)
+    _add(group, ModelConfig, settings(ModelConfig).keys() - {"vocab_size"})
 
 
-def add_objective_flags(objective: argparse._ArgumentGroup) -> None:
-    """Those that say what it learns."""
-    objective.add_argument("--num-levels", type=int, metavar="K", help="levels of the ranker; 2 is ELECTRA")
-    objective.add_argument("--taus", type=float, nargs="*", help="K-2 partitioning ratios, ascending")
-    objective.add_argument("--top-t", type=int, metavar="T")
-    objective.add_argument("--delta", type=float, help="width of the buffers between levels; 0 for none")
-    objective.add_argument("--gammas", type=float, nargs="+", help="weights of the level terms (one, or K-2)")
-    objective.add_argument("--tqr-weight", type=float, metavar="LAMBDA")
-    objective.add_argument("--warmup-epochs", type=float, help="epochs with the first term of the ranking loss only")
-    objective.add_argument("--mask-fraction", type=float, help="share of the tokens selected for corruption")
-    objective.add_argument("--mask-probability", type=float, help="share of the selected that show [MASK]")
+def add_objective_flags(group: argparse._ArgumentGroup) -> None:
+    """Add the flags that say what is learned: the fields of all objectives, and the masking."""
+    _add(group, MaskingConfig)
+    added: set[str] = set()
+    for objective in OBJECTIVES.values():
+        for setting in settings(objective).values():
+            if setting.flag not in added:
+                _add_flag(group, setting, _objectives_with(setting.name))
+                added.add(setting.flag)
 
 
-def _add_training_flags(training: argparse._ArgumentGroup) -> None:
-    training.add_argument("--deepspeed_config", type=Path, metavar="JSON", help="default: ZeRO-2, everything auto")
-    training.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
-    for name in ("seq-length", "train-iters", "micro-batch-size", "global-batch-size", "lr-warmup-iters"):
-        training.add_argument(f"--{name}", type=int)
-    for name in ("lr", "weight-decay", "clip-grad", "adam-beta1", "adam-beta2", "adam-eps"):
-        training.add_argument(f"--{name}", type=float)
-    training.add_argument("--seed", type=int, default=1234)
-    training.add_argument("--no-adam-bias-correction", dest="adam_bias_correction", action="store_false", default=None)
-    training.add_argument("--max-skipped-steps", type=int, help="fp16 overflows in a row before giving up")
-    training.add_argument("--activation-checkpointing", action="store_true", default=None)
-    precision = training.add_mutually_exclusive_group()
-    for name in ("fp32", "bf16", "fp16"):
-        precision.add_argument(f"--{name}", dest="precision", action="store_const", const=name)
+def given(args: argparse.Namespace, cls: type, prefix: str = "") -> dict[str, Given]:
+    """Find the values of a configuration's fields that were given by flags, by the fields' names."""
+    found = {}
+    for name, setting in settings(cls).items():
+        value = getattr(args, _destination(setting, prefix), None)
+        if value is not None and setting.option.no_flag is None:
+            flag = value if setting.choices and not isinstance(setting.option.help, str) else prefix + setting.flag
+            found[name] = Given(value, f"--{flag}")
+    return found
 
 
-def _add_parallel_flags(parallel: argparse._ArgumentGroup) -> None:
-    parallel.add_argument("--tensor-model-parallel-size", type=int, default=1)
-    parallel.add_argument("--pipeline-model-parallel-size", type=int, default=1)
-    parallel.add_argument(
-        "--sequence-parallel", action="store_true", help="split activations between tensor-parallel products as well"
+def given_to_objective(args: argparse.Namespace, objective: Objective, model: str) -> dict[str, Given]:
+    """Find the hyper-parameters of `objective` that were given by flags; `model` is the preset's name.
+
+    Raises:
+        UserError: a flag belongs to other objectives.
+    """
+    for other in OBJECTIVES.values():
+        for name, value in given(args, other).items():
+            if name not in settings(type(objective)):
+                owners = " and ".join(each.kind for each in _objectives_with(name))
+                raise UserError(
+                    f"{value.source} belongs to the objective {owners}, but {model} is trained with {objective.kind}"
+                )
+    return given(args, type(objective))
+
+
+def _add(group: argparse._ArgumentGroup, cls: type, names: Collection[str] | None = None) -> None:
+    for name, setting in settings(cls).items():
+        if names is None or name in names:
+            _add_flag(group, setting, [cls])
+
+
+def _add_flag(group: argparse._ArgumentGroup, setting: Setting, classes: Sequence[type], prefix: str = "") -> None:
+    """Add the flag of a field that `classes` have."""
+    told = setting.option
+    if told.no_flag is not None:
+        return
+    if not isinstance(told.help, str):
+        choices = group.add_mutually_exclusive_group()
+        for value, sentence in told.help.items():
+            text = _help(sentence, setting, classes)
+            choices.add_argument(f"--{value}", dest=_destination(setting), action="store_const", const=value, help=text)
+        return
+    names = [f"--{prefix}{name}" for name in (setting.flag, *told.aliases)]
+    sentence = told.help.replace("{network}", _NETWORKS[prefix])
+    text = _help(sentence, setting, classes) if sentence else argparse.SUPPRESS
+    destination = _destination(setting, prefix)
+    if setting.is_switch:
+        group.add_argument(*names, dest=destination, action=argparse.BooleanOptionalAction, help=text)
+        return
+    nargs = {"array": "+" if setting.schema.get("minItems") else "*"}.get(setting.schema["type"])
+    group.add_argument(
+        *names, dest=destination, action=_Store, setting=setting, nargs=nargs, metavar=told.metavar, help=text
     )
-    parallel.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    parallel.add_argument("--num-threads", type=int, help="CPU threads of a rank (default: cores / ranks on the node)")
 
 
-def _add_data_flags(data: argparse._ArgumentGroup) -> None:
-    data.add_argument(
-        "--data-path",
-        nargs="+",
-        default=["builtin"],
-        metavar="P",
-        help="text, JSONL or parquet files or folders, a Hugging Face dataset id, Megatron .bin/.idx prefixes; "
-        "default: the documentation that installed packages carry",
+def _destination(setting: Setting, prefix: str = "") -> str:
+    return f"{prefix}{setting.flag}".replace("-", "_")
+
+
+def _help(sentence: str, setting: Setting, classes: Sequence[type]) -> str:
+    """Complete a sentence by the objectives that have the setting, the default and the bounds."""
+    kinds = [cls.kind for cls in classes if issubclass(cls, Objective)]
+    bounds = [setting.bounds] if setting.bounds else []
+    notes = [*kinds, f"default: {default_text(setting, classes)}", *bounds]
+    return f"{sentence} [{'; '.join(notes)}]".replace("%", "%%")
+
+
+def default_text(setting: Setting, classes: Sequence[type]) -> str:
+    """Say what holds where the flag is not given: the default of `classes`, unless a preset has another value."""
+    if setting.option.default_text is not None:
+        return setting.option.default_text
+    defaults = [settings(cls)[setting.name].default for cls in classes]
+    of_presets = [getattr(part, setting.name) for part in _parts_of_presets() if type(part) in classes]
+    if setting.is_required or any(value != setting.default for value in (*defaults, *of_presets)):
+        return "the preset's"
+    if setting.is_switch:
+        return "on" if setting.default else "off"
+    parts = setting.default if isinstance(setting.default, tuple) else (setting.default,)
+    return " ".join(f"{part:g}" if isinstance(part, float) else str(part) for part in parts)
+
+
+def _objectives_with(name: str) -> list[type[Objective]]:
+    return [objective for objective in OBJECTIVES.values() if name in settings(objective)]
+
+
+@functools.cache
+def _parts_of_presets() -> tuple[Any, ...]:
+    presets = map(find_preset, preset_names())
+    return tuple(
+        part for preset in presets for part in (preset.model, preset.objective, preset.masking, preset.training)
     )
-    data.add_argument("--tokenizer", metavar="P", help="WordPiece folder, file or Hugging Face id; default: trained")
-    data.add_argument("--vocab-size", type=int, help="of a tokenizer to be trained")
-    data.add_argument("--text-key", default="text", help="field of JSONL and parquet (default: %(default)s)")
-    data.add_argument("--cache-dir", type=Path, help="where tokenised text is kept (default: ~/.cache/peer_scale)")
-    data.add_argument("--num-workers", type=int, default=1, help="data-loading processes a rank")
-    data.add_argument("--validation-fraction", type=float, default=0.01, help="share of the documents held out")
 
 
-def _add_output_flags(output: argparse._ArgumentGroup) -> None:
-    output.add_argument("--save", type=Path, metavar="DIR", help="checkpoints; the last step is always saved")
-    output.add_argument("--save-interval", type=int, metavar="N")
-    output.add_argument("--keep-last", type=int, default=3, metavar="N", help="checkpoints kept (default: 3)")
-    output.add_argument("--keep-every", type=int, metavar="M", help="keep those of every Mth step besides")
-    output.add_argument(
-        "--async-save",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="write while training goes on, from a copy in host memory of 12 bytes a parameter of a rank's share",
-    )
-    output.add_argument("--load", type=Path, metavar="DIR", help="go on from the newest checkpoint in DIR")
-    output.add_argument("--log-dir", type=Path, metavar="DIR", help="metrics.jsonl, TensorBoard, run.yaml")
-    output.add_argument("--log-interval", type=int, default=10, metavar="N", help="steps a printed line")
-    output.add_argument("--eval-interval", type=int, metavar="N", help="steps between validations")
-    output.add_argument("--eval-iters", type=int, default=8, metavar="N", help="global batches a validation")
-    output.add_argument("--exit-duration-in-mins", type=float, help="save and stop after so long")
-    output.add_argument("--exit-signal-handler", action="store_true", help="save and stop on SIGTERM")
-    output.add_argument("--verbose", action="store_true", help="let DeepSpeed, Megatron and torch speak")
+def _families() -> list[str]:
+    """List the presets, a line per family."""
+    families: dict[str, list[str]] = {}
+    for name in preset_names():
+        families.setdefault(name.split("-")[0], []).append(name)
+    return [f"  {', '.join(names)}" for names in families.values()]

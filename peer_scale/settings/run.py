@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from peer_scale.configuration import configuration, option
 from peer_scale.errors import UserError
 from peer_scale.models.config import ModelConfig
 from peer_scale.objectives.graph import SampleSize
@@ -16,109 +18,245 @@ if TYPE_CHECKING:
     import torch
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-PRECISIONS = tuple(_DTYPES)
+_AdamBeta = Annotated[float, Field(ge=0, lt=1)]
 
 
-@dataclass(frozen=True)
+@configuration
 class TrainingConfig:
     """The optimizer and its schedule (Table 8): Adam with decoupled weight decay, linear warm-up, linear decay to 0."""
 
-    seq_length: int
-    train_iters: int
-    micro_batch_size: int
-    global_batch_size: int
-    lr: float
-    lr_warmup_iters: int = 10_000
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_eps: float = 1e-6
-    adam_bias_correction: bool = True
-    weight_decay: float = 0.01
-    clip_grad: float = 1.0
-    precision: str = "bf16"
-    activation_checkpointing: bool = False
-    max_skipped_steps: int = 100
+    seq_length: Annotated[int, Field(ge=8)] = option(help="Tokens per sequence.", metavar="N")
+    train_iters: PositiveInt = option(
+        help="Optimizer steps of the whole run.", metavar="N", ds_config=("scheduler.params.total_num_steps",)
+    )
+    micro_batch_size: PositiveInt = option(
+        help="Sequences that a rank passes through the model at once. Where neither this flag nor the ds_config gives "
+        "it, it is lowered to what divides the rank's share of the global batch.",
+        metavar="N",
+        ds_config=("train_micro_batch_size_per_gpu",),
+    )
+    global_batch_size: PositiveInt = option(
+        help="Sequences per optimizer step, of all ranks together.", metavar="N", ds_config=("train_batch_size",)
+    )
+    lr: PositiveFloat = option(
+        help="Learning rate at the end of the warm-up; it falls linearly to 0 from there.",
+        metavar="X",
+        ds_config=("optimizer.params.lr", "scheduler.params.warmup_max_lr"),
+    )
+    lr_warmup_iters: NonNegativeInt = option(
+        default=10_000,
+        help="Steps in which the learning rate rises linearly from 0. Where --train-iters is given alone, the warm-up "
+        "takes the same share of the steps as before.",
+        metavar="N",
+        ds_config=("scheduler.params.warmup_num_steps",),
+    )
+    adam_beta1: _AdamBeta = option(
+        default=0.9, help="Decay of Adam's mean of the gradients.", metavar="X", ds_config=("optimizer.params.betas.0",)
+    )
+    adam_beta2: _AdamBeta = option(
+        default=0.999,
+        help="Decay of Adam's mean of the squared gradients.",
+        metavar="X",
+        ds_config=("optimizer.params.betas.1",),
+    )
+    adam_eps: PositiveFloat = option(
+        default=1e-6,
+        help="What Adam adds to the root of the squared gradients' mean.",
+        metavar="X",
+        ds_config=("optimizer.params.eps",),
+    )
+    adam_bias_correction: bool = option(
+        default=True,
+        help="Let Adam correct its means for having begun at 0.",
+        ds_config=("optimizer.params.bias_correction",),
+    )
+    weight_decay: NonNegativeFloat = option(
+        default=0.01,
+        help="Decoupled weight decay of matrices and tables; biases and LayerNorms have none.",
+        metavar="X",
+        ds_config=("optimizer.params.weight_decay",),
+    )
+    clip_grad: NonNegativeFloat = option(
+        default=1.0,
+        help="Norm that gradients are scaled down to where theirs is greater; 0 for no limit.",
+        metavar="X",
+        ds_config=("gradient_clipping",),
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = option(
+        default="bf16",
+        help={
+            "fp32": "Compute in 32-bit floats.",
+            "bf16": "Compute in bfloat16, with fp32 master weights.",
+            "fp16": "Compute in 16-bit floats with dynamic loss scaling, with fp32 master weights.",
+        },
+    )
+    activation_checkpointing: bool = option(
+        default=False, help="Keep only each layer's input for the backward pass and compute the rest again."
+    )
+    max_skipped_steps: PositiveInt = option(
+        default=100, help="Steps in a row that may overflow in fp16 before the run gives up.", metavar="N"
+    )
 
-    def __post_init__(self) -> None:
-        for name in ("train_iters", "micro_batch_size", "global_batch_size", "max_skipped_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("lr", "adam_eps"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be positive")
-        for name in ("lr_warmup_iters", "weight_decay", "clip_grad"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} is {getattr(self, name)}; it must not be negative")
-        for name in ("adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
-        if self.precision not in PRECISIONS:
-            raise UserError(f"precision is {self.precision!r}; it must be one of {', '.join(PRECISIONS)}")
-        if self.seq_length < 8:
-            raise UserError(f"seq_length is {self.seq_length}; it must be at least 8")
 
-
-@dataclass(frozen=True)
+@configuration
 class DataConfig:
     """Where the text comes from and how it is fed."""
 
-    data_path: tuple[str, ...] = ("builtin",)
-    tokenizer: str | None = None
-    text_key: str = "text"
-    cache_dir: Path = Path.home() / ".cache" / "peer_scale"
-    num_workers: int = 1
-    validation_fraction: float = 0.01
+    data_path: Annotated[tuple[str, ...], Field(min_length=1)] = option(
+        default=("builtin",),
+        help="Text, JSONL or parquet files or folders of them, a Hugging Face dataset's id, or prefixes of Megatron's "
+        ".bin/.idx files.",
+        metavar="P",
+        default_text="builtin, the documentation that the installed packages carry",
+    )
+    tokenizer: str | None = option(
+        default=None,
+        help="WordPiece tokenizer: a folder, a vocab.txt or a tokenizer.json, or a Hugging Face id.",
+        metavar="P",
+        default_text="one is trained on the text",
+    )
+    text_key: str = option(default="text", help="Field with the text in JSONL and parquet files.", metavar="KEY")
+    cache_dir: Path = option(
+        default=Path.home() / ".cache" / "peer_scale",
+        help="Where the tokenised text is kept for later runs.",
+        metavar="DIR",
+        default_text="~/.cache/peer_scale, or peer_scale in $XDG_CACHE_HOME",
+    )
+    num_workers: NonNegativeInt = option(
+        default=1, help="Processes per rank that prepare batches; 0 prepares them in the training process.", metavar="N"
+    )
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = option(
+        default=0.01, help="Share of the documents that is held out for validation.", metavar="SHARE"
+    )
 
-    def __post_init__(self) -> None:
-        if self.num_workers < 0:
-            raise UserError(f"--num-workers is {self.num_workers}; it must not be negative")
-        if not 0 <= self.validation_fraction < 1:
-            raise UserError(f"--validation-fraction is {self.validation_fraction}; it must be at least 0 and below 1")
 
-
-@dataclass(frozen=True)
+@configuration
 class OutputConfig:
     """What a run writes, how often, and when it stops early."""
 
-    save: Path | None = None
-    save_interval: int | None = None
-    keep_last: int = 3
-    keep_every: int | None = None
-    async_save: bool = True
-    load: Path | None = None
-    log_dir: Path | None = None
-    log_interval: int = 10
-    eval_interval: int | None = None
-    eval_iters: int = 8
-    exit_duration_in_mins: float | None = None
-    exit_signal_handler: bool = False
-    verbose: bool = False
+    save: Path | None = option(
+        default=None,
+        help="Folder for checkpoints; the last step is always saved.",
+        metavar="DIR",
+        default_text="none are written",
+    )
+    save_interval: PositiveInt | None = option(
+        default=None, help="Steps between checkpoints.", metavar="N", default_text="only the last step is saved"
+    )
+    keep_last: PositiveInt = option(default=3, help="Newest checkpoints to keep.", metavar="N")
+    keep_every: PositiveInt | None = option(
+        default=None,
+        help="Keep besides them the checkpoint of every Mth step.",
+        metavar="M",
+        default_text="none besides them",
+    )
+    async_save: bool = option(
+        default=True,
+        help="Write checkpoints while training goes on, from a copy in host memory: 12 bytes per parameter of the "
+        "rank's share.",
+    )
+    load: Path | None = option(
+        default=None,
+        help="Go on from the newest checkpoint in DIR; start afresh where there is none yet.",
+        metavar="DIR",
+        default_text="start afresh",
+    )
+    log_dir: Path | None = option(
+        default=None,
+        help="Folder for metrics.jsonl, TensorBoard's events and run.yaml.",
+        metavar="DIR",
+        default_text="none are written",
+    )
+    log_interval: PositiveInt = option(default=10, help="Steps between printed lines.", metavar="N")
+    eval_interval: PositiveInt | None = option(
+        default=None,
+        help="Steps between validations on the documents held out.",
+        metavar="N",
+        default_text="no validation",
+    )
+    eval_iters: PositiveInt = option(default=8, help="Global batches per validation.", metavar="N")
+    exit_duration_in_mins: PositiveFloat | None = option(
+        default=None,
+        help="Save and stop once the run has trained for so many minutes.",
+        metavar="MINUTES",
+        default_text="no limit",
+    )
+    exit_signal_handler: bool = option(default=False, help="Save and stop on SIGTERM.")
 
     def __post_init__(self) -> None:
-        for name in ("save_interval", "keep_last", "keep_every", "log_interval", "eval_interval", "eval_iters"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
         if self.save_interval is not None and self.save is None:
             raise UserError(f"--save-interval {self.save_interval} needs --save DIR")
 
 
-@dataclass(frozen=True)
+@configuration
+class LaunchConfig:
+    """What a process is told that is no part of the run: where the run's settings stand, how loud libraries may be."""
+
+    config: Path | None = option(
+        default=None,
+        help="YAML file with settings: the run.yaml of another run, or some of its sections and keys. Flags win over "
+        "it, and it wins over the preset.",
+        metavar="YAML",
+        default_text="none",
+    )
+    deepspeed_config: Path | None = option(
+        default=None,
+        help="DeepSpeed's configuration: a file, or the name of one that comes with the package, such as zero2. "
+        'A value "auto" in it stands for that of flag, YAML file or preset.',
+        metavar="JSON",
+        flag="deepspeed_config",
+        default_text='the YAML file\'s, or ZeRO stage 2 with everything "auto"',
+    )
+    verbose: bool = option(default=False, help="Let DeepSpeed, Megatron and torch print what they have to say.")
+    deepspeed: bool = option(default=False)
+    local_rank: NonNegativeInt | None = option(default=None, flag="local_rank", aliases=("local-rank",))
+
+
+@configuration
 class RunConfig:
     """One training run. `deepspeed` is the resolved ds_config as DeepSpeed will see it."""
 
-    name: str
+    name: str = option(
+        default="peer-tiny",
+        kw_only=True,
+        help="Preset: a model with its objective and the hyper-parameters to train it.",
+        metavar="NAME",
+        flag="model",
+    )
     model: ModelConfig
     objective: Objective
     masking: MaskingConfig
     training: TrainingConfig
     data: DataConfig
     output: OutputConfig
-    deepspeed: dict[str, Any]
-    seed: int = 1234
-    tensor_parallel: int = 1
-    pipeline_parallel: int = 1
-    sequence_parallel: bool = False
+    deepspeed: dict[str, Any] = option(no_flag="--deepspeed_config names the file that it comes from")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = option(
+        default=1234,
+        help="What initial weights, order of the data, masking, sampling and dropout follow from.",
+        metavar="N",
+    )
+    tensor_parallel: PositiveInt = option(
+        default=1,
+        help="Ranks that share the matrices of every layer (tensor parallelism).",
+        metavar="N",
+        flag="tensor-model-parallel-size",
+    )
+    pipeline_parallel: PositiveInt = option(
+        default=1,
+        help="Stages that the layers are divided into (pipeline parallelism); what ranks remain are data parallel.",
+        metavar="N",
+        flag="pipeline-model-parallel-size",
+    )
+    sequence_parallel: bool = option(
+        default=False,
+        help="Split activations along the sequence where tensor-parallel ranks would hold the same ones.",
+    )
+    num_threads: PositiveInt | None = option(
+        default=None,
+        help="CPU threads per rank.",
+        metavar="N",
+        default_text="$OMP_NUM_THREADS, or the rank's share of the node's cores",
+    )
 
     def __post_init__(self) -> None:
         if self.training.seq_length > self.model.max_position_embeddings:
@@ -126,8 +264,6 @@ class RunConfig:
                 f"--seq-length {self.training.seq_length} is beyond the model's "
                 f"{self.model.max_position_embeddings} positions (max_position_embeddings)"
             )
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"--seed is {self.seed}; it must be between 0 and 2^32 - 1")
         self.objective.check_model(self.model)
         self._check_tensor_parallel()
 
@@ -161,7 +297,7 @@ class RunConfig:
 
     @property
     def num_micro_batches(self) -> int:
-        """Micro-batches of a rank in one step."""
+        """Micro-batches per rank and step."""
         return self.deepspeed["gradient_accumulation_steps"]
 
     @property

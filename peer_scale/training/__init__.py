@@ -1,0 +1,1 @@
+"""The engine, the loop and its callbacks."""

@@ -23,11 +23,12 @@ from peer_scale.objectives.task import PretrainingTask
 from peer_scale.parallel.agreement import Agreement
 from peer_scale.parallel.environment import ProcessEnvironment, default_num_threads
 from peer_scale.parallel.initialization import count_parameters, initialize_weights
-from peer_scale.parallel.topology import Topology, build_topology, check_parallel_sizes, init_process_group
+from peer_scale.parallel.topology import Topology, build_topology, init_process_group
 from peer_scale.pipeline.runner import PipelineRunner, num_backward_calls
 from peer_scale.pipeline.schedule import Schedule, build_schedule
 from peer_scale.pipeline.search import choose_placement
 from peer_scale.samples.loader import BatchPlan, micro_batches
+from peer_scale.settings.config_file import run_yaml
 from peer_scale.settings.resolve import resolve
 from peer_scale.settings.run import RunConfig
 from peer_scale.storage import require_writable_folder, write_atomically
@@ -41,19 +42,18 @@ from peer_scale.training.data import Corpus, open_data
 from peer_scale.training.engine import build_engine, check_precision
 from peer_scale.training.metering import Meter, device_peak
 from peer_scale.training.runner import Runner, WholeModelRunner
-from peer_scale.training.summary import resolved_configuration, startup_summary
+from peer_scale.training.summary import startup_summary
 from peer_scale.training.trainer import Callback, Trainer
 
 
 def run_job(args: argparse.Namespace, environment: ProcessEnvironment) -> None:
     """Train as the flags say; raises UserError (on all ranks alike) for bad input."""
-    data_parallel = check_parallel_sizes(
-        environment.world_size, args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    )
-    run = resolve(args, data_parallel)
+    run = resolve(args, environment.world_size)
     check_precision(run.training.precision)
-    num_threads = args.num_threads or default_num_threads(environment, os.environ)
-    if num_threads:
+    num_threads = run.num_threads
+    if num_threads is None:
+        num_threads = default_num_threads(environment, os.environ)
+    if num_threads is not None:
         torch.set_num_threads(num_threads)
     device = init_process_group(environment)
     if device.type == "cpu":
@@ -169,7 +169,7 @@ def _callbacks(
         callbacks.append(MonitorEvents(output.log_dir, run.deepspeed))
         if output.log_dir is not None:
             callbacks.append(MetricsFile(output.log_dir / "metrics.jsonl", progress.step))
-            write_atomically(output.log_dir / "run.yaml", resolved_configuration(run).encode())
+            write_atomically(output.log_dir / "run.yaml", run_yaml(run).encode())
     if output.exit_duration_in_mins is not None:
         callbacks.append(StopAfter(output.exit_duration_in_mins))
     if output.exit_signal_handler:

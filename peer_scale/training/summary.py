@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from typing import Any
 
 import torch
-import yaml
 
 from peer_scale.kernels.availability import fused_kernels
 from peer_scale.models.config import EncoderShape
@@ -19,7 +16,6 @@ from peer_scale.training.data import Corpus
 def startup_summary(run: RunConfig, topology: Topology, corpus: Corpus, num_parameters: int, peak: float | None) -> str:
     """A few aligned lines: model, objective, data, batch, layout, device, kernels."""
     training, model, data_parallel = run.training, run.model, topology.size("dp")
-    accumulation = training.global_batch_size // (training.micro_batch_size * data_parallel)
     optimizer_offload = run.deepspeed["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
     lines = {
         "model": f"{run.name}, {num_parameters / 1e6:.2f} M parameters: {_networks(run)}",
@@ -27,7 +23,7 @@ def startup_summary(run: RunConfig, topology: Topology, corpus: Corpus, num_para
         "data": f"{corpus.store.num_documents:,} documents, {corpus.store.num_tokens:,} tokens, "
         f"{len(corpus.training):,} samples an epoch; vocabulary {model.vocab_size:,}",
         "batch": f"{training.global_batch_size} x {training.seq_length} tokens "
-        f"({training.micro_batch_size} a micro-batch, {accumulation} accumulated, {data_parallel} ranks); "
+        f"({training.micro_batch_size} a micro-batch, {run.num_micro_batches} accumulated, {data_parallel} ranks); "
         f"{training.train_iters:,} steps, lr {training.lr:g}",
         "layout": f"data parallel {data_parallel}, tensor parallel {run.tensor_parallel}"
         f"{' with sequence parallelism' if run.sequence_parallel else ''}, "
@@ -38,11 +34,6 @@ def startup_summary(run: RunConfig, topology: Topology, corpus: Corpus, num_para
     }
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
-
-
-def resolved_configuration(run: RunConfig) -> str:
-    """The whole RunConfig as YAML."""
-    return yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(run), default=str)), sort_keys=False)
 
 
 def _networks(run: RunConfig) -> str:

@@ -257,3 +257,25 @@ def processes_of(cluster: SlurmCluster) -> list[str]:
             if str(cluster.folder).encode() in text:
                 found.append(entry.name)
     return found
+
+
+def test_the_examples_jobs_run_one_after_the_other(submitter: Submitter) -> None:
+    (submitter.checkout / "examples").mkdir()
+    script = shutil.copy(PROJECT / "examples" / "slurm_job.sh", submitter.checkout / "examples")
+    slurm, options = submitter.cluster, {"cwd": submitter.folder}
+    before = slurm.run(
+        "sbatch", "--parsable", "--job-name", "runs/base", "--output", "/dev/null", "--wrap", "sleep 60", **options
+    )
+    sizes = {"NODES": "2", "GPUS": "1", "CPUS": "1", "JOBS": "2", "TIME": "5"}
+    done = slurm.run("bash", script, "runs/base", "--lr", "1e-4", env=slurm.environ | sizes, **options)
+    assert done.returncode == 0, done.stderr
+    numbers = re.findall(r"Submitted batch job (\d+)", done.stdout)
+    assert len(numbers) == 2
+    for number in numbers:  # they wait, though there is room beside the one of their name that runs
+        assert "Reason=Dependency" in slurm.run("scontrol", "show", "job", number).stdout
+    slurm.run("scancel", before.stdout.strip())
+    for number in numbers:
+        job = submitter.job(submitter.folder / f"runs/base/{number}.out", submitter.wait(number))
+        assert job.exit_code == "0:0", job.output
+        assert len(job.ranks) == 2
+        assert job.ranks[0]["arguments"][-2:] == ["--lr", "1e-4"]

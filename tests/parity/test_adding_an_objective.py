@@ -55,7 +55,7 @@ def run(checkout: Path, *command: object) -> str:
 
 
 def test_the_page_trains_plans_and_goes_on(checkout, tmp_path, text_file):
-    """One process, a pipeline of two stages that saves, and the planner know the objective without a change of theirs."""
+    """One process, two stages that save, and the planner know the objective without a change of their own."""
     shared = ("--model", "electra-tiny", "--config", "smoothed.yaml", *SIZES, *STEPS, *corpus(text_file))
     shared += ("--attention-dropout", "0", "--deepspeed_config", ds_config(tmp_path, 1))
     out = run(checkout, "-m", "peer_scale.pretrain", *shared, "--log-dir", tmp_path / "one")
@@ -72,6 +72,6 @@ def test_the_page_trains_plans_and_goes_on(checkout, tmp_path, text_file):
     assert len(os.listdir(tmp_path / "saved")) == 2, "a checkpoint and `latest`"
     (latest,) = (tmp_path / "saved").glob("step_*")
     assert '"kind": "smoothed_rtd", "smoothing": 0.05' in (latest / "peer_scale.json").read_text()
-    layout = ("--nodes", 1, "--gpus-per-node", 4, "--pipeline-model-parallel-size", 2)
+    layout = ("--nodes", 1, "--gpus-per-node", 2, "--pipeline-model-parallel-size", 2)
     planned = run(checkout, "tools/plan.py", "--model", "electra-tiny", "--config", "smoothed.yaml", *layout)
     assert "tokens/s" in planned

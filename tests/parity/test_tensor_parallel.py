@@ -79,7 +79,7 @@ def test_random_streams(two_ranks):
 )
 def test_sizes_that_do_not_divide(flags, message):
     with pytest.raises(UserError, match=message):
-        resolve(build_parser().parse_args(flags), 1)
+        resolve(build_parser().parse_args(flags), world_size=4)
 
 
 def test_ranks_that_cannot_be_shared_out():

@@ -29,14 +29,14 @@ class Watched(NamedTuple):
 
 def train_watched(flags: list[str], *, measure_margin: bool = False) -> Watched:
     """Run by every rank of a pool; the margin is measured where the rank has the whole vocabulary."""
-    from peer_scale.objectives import masked_lm
+    from peer_scale.models import generator_head as head
     from peer_scale.objectives.task import PretrainingTask
     from peer_scale.training import job
 
     drawn: set[str] = set()
     margins = [1.0]
     engines: list = []
-    forward, build_engine, generator_head = PretrainingTask.forward, job.build_engine, masked_lm.generator_head
+    forward, build_engine, generator_head = PretrainingTask.forward, job.build_engine, head.generator_head
 
     def watched(self, works, batch, *more):
         loss, sums, given = forward(self, works, batch, *more)
@@ -57,11 +57,11 @@ def train_watched(flags: list[str], *, measure_margin: bool = False) -> Watched:
 
     PretrainingTask.forward, job.build_engine = watched, kept
     if measure_margin:
-        masked_lm.generator_head = measured
+        head.generator_head = measured
     try:
         metrics = train_in_pool(flags)
     finally:
-        PretrainingTask.forward, job.build_engine, masked_lm.generator_head = forward, build_engine, generator_head
+        PretrainingTask.forward, job.build_engine, head.generator_head = forward, build_engine, generator_head
     parameters = engines[0].module.named_parameters()
     replicated = {name: digest(one) for name, one in parameters if not getattr(one, "tensor_model_parallel", False)}
     return Watched(metrics, drawn, replicated, min(margins))

@@ -8,8 +8,19 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[2] / "peer_scale"
 # each may import what stands before it
 LAYERS = (
-    *("errors", "seeds", "storage", "quiet", "host_memory", "kernels", "corpus", "samples", "parallel", "models"),
-    *("objectives", "flops", "settings", "pipeline", "planning", "checkpoints", "conversion", "training"),
+    *("errors", "configuration", "seeds", "storage", "quiet", "host_memory", "kernels", "corpus", "samples"),
+    *(
+        "parallel",
+        "models",
+        "objectives",
+        "flops",
+        "settings",
+        "pipeline",
+        "planning",
+        "checkpoints",
+        "conversion",
+        "training",
+    ),
     *("commands", "pretrain", "cli"),
 )
 

@@ -5,43 +5,15 @@ from dataclasses import replace
 
 import pytest
 
-from peer_scale.checkpoints.progress import Progress
-from peer_scale.checkpoints.sections import (
-    TIES,
-    LossScale,
-    OptimizerState,
-    Provenance,
-    RandomStreams,
-    Reshaped,
-    SavedLayout,
-    Sections,
-    TokenizerIdentity,
-    TrainingData,
-    parse_sections,
-)
+from checkpoint_runs import SHAPE, WHOLE
+from peer_scale.checkpoints.sections import parse_sections
 from peer_scale.checkpoints.upgrade import from_format_2
 from peer_scale.errors import UserError
-from peer_scale.models.config import EncoderShape, ModelConfig
+from peer_scale.models.config import ModelConfig
 from peer_scale.objectives.masked_lm import MaskedLanguageModel
 from peer_scale.objectives.tqr import TokenQualityRanking
 from peer_scale.samples.masking import MaskingConfig
 
-SHAPE = EncoderShape(num_layers=2, hidden_size=8, ffn_hidden_size=16, num_attention_heads=2)
-WHOLE = Sections(
-    progress=Progress(3, 24, 700),
-    optimizer=OptimizerState(2, 1, LossScale(1024.0, 3, -1, 2)),
-    model=ModelConfig(SHAPE, SHAPE, num_shared_layers=1),
-    objective=TokenQualityRanking(num_levels=4, taus=(1.0, 5.0), gammas=(0.5, 0.25)),
-    masking=MaskingConfig(0.2, 0.85),
-    tokenizer=TokenizerIdentity("abc"),
-    data=TrainingData("def", 1234, 0.01, 64, 8),
-    layout=SavedLayout(2, 1, 1, 3, "bf16"),
-    provenance=Provenance("peer-tiny", ("a.txt", "b.txt")),
-    training={"lr": 0.001, "precision": "bf16"},
-    random=RandomStreams(1234),
-    ties=TIES,
-    reshaped=Reshaped(2, 4),
-)
 IMPORTED = replace(
     WHOLE,
     objective=MaskedLanguageModel(),
@@ -90,8 +62,13 @@ def test_what_is_wrong_is_named():
     assert refused(layout=None) == "peer_scale.json: layout: missing"
     wrong = {**content["model"], "generator": {**content["model"]["generator"], "num_layers": "two"}}
     assert refused(model=wrong).startswith("peer_scale.json: model.generator.num_layers: ")
-    assert "delta is -1.0" in refused(objective={**content["objective"], "delta": -1.0})
-    assert refused(objective={"kind": "mlm", "delta": 1.0}) == "peer_scale.json: objective.delta: unknown to this version"
+    line = refused(objective={**content["objective"], "delta": -1.0})
+    assert line.startswith("peer_scale.json: objective.delta: ") and "-1.0" in line
+    line = refused(objective={**content["objective"], "taus": []})
+    assert line == "peer_scale.json: objective: taus []: K = 4 levels take 2 values"
+    assert (
+        refused(objective={"kind": "mlm", "delta": 1.0}) == "peer_scale.json: objective.delta: unknown to this version"
+    )
     assert "known: mlm, tqr" in refused(objective={"kind": "xyz"})
     assert refused(objective=None) == "peer_scale.json: objective.kind: missing"
     assert refused(stray={}) == "peer_scale.json: stray: unknown to this version"
@@ -104,9 +81,7 @@ def as_format_2(sections):
     return {**content, "objective": FORMAT_2}
 
 
-@pytest.mark.parametrize(
-    ("sections", "objective"), [(WHOLE, TokenQualityRanking()), (IMPORTED, MaskedLanguageModel())]
-)
+@pytest.mark.parametrize(("sections", "objective"), [(WHOLE, TokenQualityRanking()), (IMPORTED, MaskedLanguageModel())])
 def test_format_2_becomes_the_present_one(sections, objective):
     found = parse_sections(from_format_2(as_format_2(sections)), "peer_scale.json")
     assert found == replace(sections, objective=objective, masking=MaskingConfig(0.15, 0.85))

@@ -313,10 +313,10 @@ def test_bf16_is_near():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"rtd_weight": -1.0}, "rtd_weight is -1.0; it must not be negative"),
-        ({"mws_weight": math.nan}, "mws_weight is nan; it must not be negative"),
-        ({"num_negatives": 0}, "num_negatives is 0; it must be at least 1"),
-        ({"num_separate_layers": 0}, "num_separate_layers is 0; it must be at least 1"),
+        ({"rtd_weight": -1.0}, "rtd_weight is -1.0; it must be a number of at least 0"),
+        ({"mws_weight": math.nan}, "mws_weight is nan; it must be a number of at least 0"),
+        ({"num_negatives": 0}, "num_negatives is 0; it must be a whole number of at least 1"),
+        ({"num_separate_layers": 0}, "num_separate_layers is 0; it must be a whole number of at least 1"),
         (
             {"num_separate_layers": 4},
             "num_separate_layers is 4; of the ranker's 4 layers at most 3 can be above the trunk",

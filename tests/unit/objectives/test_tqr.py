@@ -144,8 +144,8 @@ def test_two_levels_are_replaced_token_detection():
         ({"num_levels": 4, "taus": (1.0,)}, "take 2 values"),
         ({"num_levels": 4, "taus": (1.0, 3.0), "delta": 3.0}, "tau_1 (1 + delta)"),
         ({"num_levels": 4, "taus": (2.0, 1.0), "delta": 0.0}, "tau_1 (1 + delta)"),
-        ({"num_levels": 3, "taus": (0.0,)}, "positive"),
-        ({"delta": -1.0}, "negative"),
+        ({"num_levels": 3, "taus": (0.0,)}, "above 0"),
+        ({"delta": -1.0}, "at least 0"),
     ],
 )
 def test_impossible_levels_are_refused(settings, said):

@@ -11,6 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from peer_scale.errors import UserError
 from peer_scale.flops import actual_train_flops, measure_peak_flops, paper_flops, paper_train_flops, peak_flops
 from peer_scale.models.config import EncoderShape, ModelConfig
+from peer_scale.objectives.graph import SampleSize
+from peer_scale.objectives.masked_lm import MaskedLanguageModel
+from peer_scale.objectives.objective import Objective
+from peer_scale.objectives.tqr import TokenQualityRanking
 
 # Tables 3 and 4 as printed. The paper prints 6.43e19 for ELECTRA-Base; its accounting gives 6.42e19.
 PRINTED = {
@@ -39,6 +43,14 @@ def encoder(layers: int, hidden: int) -> EncoderShape:
     return EncoderShape(layers, hidden, 4 * hidden, max(hidden // 64, 1))
 
 
+def objective_of(model: ModelConfig) -> Objective:
+    return TokenQualityRanking() if model.ranker else MaskedLanguageModel()
+
+
+def train_flops(model: ModelConfig, seq_length: int, samples: float) -> float:
+    return paper_train_flops(model, objective_of(model), seq_length=seq_length, samples=samples)
+
+
 @pytest.mark.parametrize(
     ("model", "seq_length", "samples", "released"),
     [
@@ -53,17 +65,17 @@ def encoder(layers: int, hidden: int) -> EncoderShape:
 def test_paper_accounting_equals_what_electras_own_script_prints(
     model: ModelConfig, seq_length: int, samples: float, released: float
 ) -> None:
-    assert paper_train_flops(model, seq_length=seq_length, samples=samples) == pytest.approx(released, rel=1e-12)
+    assert train_flops(model, seq_length, samples) == pytest.approx(released, rel=1e-12)
 
 
 def test_shared_layers_count_half_in_the_generator_and_samples_count_linearly() -> None:
     shared = ModelConfig(encoder(6, 128), encoder(12, 128), num_shared_layers=4)
     apart = ModelConfig(encoder(6, 128), encoder(12, 128))
     two_layers_fewer = ModelConfig(encoder(4, 128), encoder(12, 128))
-    one = paper_train_flops(shared, seq_length=64, samples=1)
-    assert one == pytest.approx(paper_train_flops(two_layers_fewer, seq_length=64, samples=1), rel=1e-12)
-    assert one < paper_train_flops(apart, seq_length=64, samples=1)
-    assert paper_train_flops(shared, seq_length=64, samples=1000) == pytest.approx(1000 * one, rel=1e-12)
+    one = train_flops(shared, 64, 1)
+    assert one == pytest.approx(train_flops(two_layers_fewer, 64, 1), rel=1e-12)
+    assert one < train_flops(apart, 64, 1)
+    assert train_flops(shared, 64, 1000) == pytest.approx(1000 * one, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -148,9 +160,10 @@ def counted_flops(model: ModelConfig, seq_length: int, num_predictions: int, sam
     ],
 )
 def test_actual_accounting_equals_torchs_counter(model: ModelConfig, checkpointing: bool) -> None:
-    sizes = {"seq_length": 20, "num_predictions": 3, "samples": 2}
-    expected = counted_flops(model, **sizes, checkpointing=checkpointing)
-    assert actual_train_flops(model, **sizes, activation_checkpointing=checkpointing) == expected
+    expected = counted_flops(model, seq_length=20, num_predictions=3, samples=2, checkpointing=checkpointing)
+    objective, size = objective_of(model), SampleSize(seq_length=20, num_predictions=3)
+    found = actual_train_flops(model, objective, size, samples=2, activation_checkpointing=checkpointing)
+    assert found == expected
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from peer_scale.errors import UserError
-from peer_scale.pipeline.instructions import Backward, Forward, HeadBackward, HeadForward
+from peer_scale.pipeline.instructions import Backward, Forward
 from peer_scale.pipeline.simulator import simulate
 from peer_scale.pipeline.zero import Adaptation
 from peer_scale.settings.flags import build_parser
@@ -18,7 +18,7 @@ from peer_scale.settings.resolve import resolve
 from peer_scale.training.job import plan_pipeline
 from runs import PROJECT, SMALL, corpus, ds_config, outside_of_ranks, torchrun, train_in_fp16, train_in_pool
 
-COMPUTE = (Forward, Backward, HeadForward, HeadBackward)
+COMPUTE = (Forward, Backward)
 
 
 def flags_for(tmp_path, text_file, *more, stage=2, name="log", **blocks):
@@ -30,26 +30,26 @@ def flags_for(tmp_path, text_file, *more, stage=2, name="log", **blocks):
 
 
 def train_and_note_the_order(flags) -> list:
-    from peer_scale.pipeline import executor
+    from peer_scale.pipeline.runner import PipelineRunner
 
-    done, original = [], executor.PipelineStage._do
+    done, original = [], PipelineRunner._do
 
-    def noting(self, instruction, step):
-        original(self, instruction, step)
+    def noting(self, instruction, state):
+        original(self, instruction, state)
         done.append(instruction)
 
-    executor.PipelineStage._do = noting
+    PipelineRunner._do = noting
     try:
         train_in_pool(flags)
     finally:
-        executor.PipelineStage._do = original
+        PipelineRunner._do = original
     return done
 
 
 def test_stages_run_what_the_simulator_runs(two_ranks, tmp_path, text_file):
     flags = flags_for(tmp_path, text_file, "--train-iters", 2, "--fp32", "--pipeline-model-parallel-size", 2)
     executed = two_ranks.run(train_and_note_the_order, flags)
-    run = resolve(build_parser().parse_args([*SMALL, *flags]), 1)
+    run = resolve(build_parser().parse_args([*SMALL, *flags]), world_size=2)
     schedule = plan_pipeline(run)
     simulated = simulate(schedule)
     for stage, instructions in enumerate(executed):
@@ -137,7 +137,7 @@ def test_activation_checkpointing_and_dropout(two_ranks, tmp_path, text_file):
 def test_more_stages_than_work_are_refused():
     args = build_parser().parse_args(["--pipeline-model-parallel-size", "9"])
     with pytest.raises(UserError, match="stage"):
-        plan_pipeline(resolve(args, 1))
+        plan_pipeline(resolve(args, world_size=9))
 
 
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])

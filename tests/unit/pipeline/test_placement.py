@@ -7,11 +7,16 @@ import pytest
 from peer_scale.errors import UserError
 from peer_scale.flops import actual_train_flops
 from peer_scale.models.config import EncoderShape, ModelConfig
+from peer_scale.objectives.graph import Graph, SampleSize
+from peer_scale.objectives.masked_lm import MaskedLanguageModel
+from peer_scale.objectives.objective import Objective
+from peer_scale.objectives.tqr import TokenQualityRanking
 from peer_scale.pipeline.placement import Placement, place, tied_placements
 from peer_scale.pipeline.search import choose_placement
 from peer_scale.settings.presets import find_preset
 
 SEQ_LENGTH, NUM_PREDICTIONS = 64, 10
+SIZE, LONG = SampleSize(SEQ_LENGTH, NUM_PREDICTIONS), SampleSize(512, 77)
 
 
 def encoder(layers: int, hidden: int) -> EncoderShape:
@@ -33,8 +38,16 @@ MODELS = {
 }
 
 
-def train_flops(model: ModelConfig, seq_length: int = SEQ_LENGTH, predictions: int = NUM_PREDICTIONS) -> float:
-    return actual_train_flops(model, seq_length=seq_length, num_predictions=predictions, samples=1)
+def objective_of(model: ModelConfig) -> Objective:
+    return TokenQualityRanking() if model.ranker else MaskedLanguageModel()
+
+
+def graph_of(model: ModelConfig) -> Graph:
+    return objective_of(model).graph(model)
+
+
+def train_flops(model: ModelConfig, size: SampleSize = SIZE, **more: bool) -> float:
+    return actual_train_flops(model, objective_of(model), size, samples=1, **more)
 
 
 def layer_flops(model: ModelConfig, hidden: int) -> float:
@@ -84,7 +97,8 @@ def brute_force(model: ModelConfig, num_stages: int) -> tuple[float, float, int]
 
 def figures(placement: Placement) -> tuple[int, int, int]:
     costs = placement.costs.stage_times()
-    visits = sum(bool(stage.num_layers(network)) for stage in placement.stages for network in ("generator", "ranker"))
+    networks = [name for name, _ in placement.graph.networks]
+    visits = sum(bool(stage.num_layers(network)) for stage in placement.stages for network in networks)
     return max(costs), sum(cost * cost for cost in costs), visits
 
 
@@ -94,7 +108,7 @@ def figures(placement: Placement) -> tuple[int, int, int]:
 )
 def test_best_of_all_placements(name: str, num_stages: int) -> None:
     model = MODELS[name]
-    placement = place(model, num_stages, seq_length=SEQ_LENGTH, num_predictions=NUM_PREDICTIONS)
+    placement = place(graph_of(model), num_stages, size=SIZE)
     expected = brute_force(model, num_stages)
     assert figures(placement)[0] == pytest.approx(expected[0], rel=1e-12)
     assert figures(placement)[1] == pytest.approx(expected[1], rel=1e-12)
@@ -105,38 +119,36 @@ def test_best_of_all_placements(name: str, num_stages: int) -> None:
 @pytest.mark.parametrize("name", ["peer-base", "peer-large", "electra-base", "electra-small", "bert-base"])
 def test_stages_together_are_the_model(name: str, num_stages: int) -> None:
     model = find_preset(name).model
-    for placement in tied_placements(model, num_stages, seq_length=512, num_predictions=77, limit=5):
-        stages, own = placement.stages, model.num_shared_layers
-        counts = {
-            "shared_layers": model.num_shared_layers,
-            "generator_layers": model.generator.num_layers - own,
-            "ranker_layers": model.ranker.num_layers - own if model.ranker else 0,
-        }
-        for kind, count in counts.items():
-            assert [index for stage in stages for index in getattr(stage, kind)] == list(range(count))
-        last_shared = max((i for i, stage in enumerate(stages) if stage.shared_layers), default=0)
-        assert not any(stage.generator_layers or stage.ranker_layers for stage in stages[:last_shared])
-        assert [stage.has_embeddings for stage in stages] == [True] + [False] * (num_stages - 1)
-        assert [stage.has_mlm_head for stage in stages] == [True] + [False] * (num_stages - 1)
+    for placement in tied_placements(graph_of(model), num_stages, size=LONG, limit=5):
+        stages, shared = placement.stages, model.num_shared_layers
+        counts = {"generator": model.generator.num_layers - shared}
         if model.ranker:
-            assert [i for i, stage in enumerate(stages) if stage.has_ranking_head] == [placement.path("ranker")[-1]]
-        else:
-            assert placement.networks == ("generator",)
-            assert not any(stage.has_ranking_head for stage in stages)
-        assert sum(placement.costs.stage_times()) == train_flops(model, 512, 77)
+            counts["ranker"] = model.ranker.num_layers - shared
+        assert [index for stage in stages for index in stage.shared_layers] == list(range(shared))
+        for network, count in counts.items():
+            assert [index for stage in stages for index in stage.layers(network)] == list(range(count))
+        last_shared = max((i for i, stage in enumerate(stages) if stage.shared_layers), default=0)
+        assert not any(stage.layers(network) for stage in stages[:last_shared] for network in counts)
+        assert [stage.has_embeddings for stage in stages] == [True] + [False] * (num_stages - 1)
+        assert placement.path("mlm_head") == (0,)
+        assert [network for network, _ in placement.graph.networks] == list(counts)
+        for network in counts:  # where a network ends its head is
+            assert [i for i, stage in enumerate(stages) if network in stage.ends] == [placement.path(network)[-1]]
+        assert {network for stage in stages for network in stage.ends} == set(counts)
+        assert sum(placement.costs.stage_times()) == train_flops(model, LONG)
 
 
 def test_activation_checkpointing_counts_the_layers_once_more() -> None:
     model = find_preset("electra-base").model
-    placement = place(model, 3, seq_length=512, num_predictions=77, activation_checkpointing=True)
-    expected = actual_train_flops(model, seq_length=512, num_predictions=77, samples=1, activation_checkpointing=True)
+    placement = place(graph_of(model), 3, size=LONG, activation_checkpointing=True)
+    expected = train_flops(model, LONG, activation_checkpointing=True)
     assert sum(placement.costs.stage_times()) == expected
 
 
 def test_a_pass_skips_stages_without_its_layers() -> None:
     # the MLM head is so costly that the first stage has nothing else
     model = ModelConfig(encoder(2, 64), encoder(4, 64), num_shared_layers=2, vocab_size=80_000, embedding_size=64)
-    placement = place(model, 3, seq_length=SEQ_LENGTH, num_predictions=NUM_PREDICTIONS)
+    placement = place(graph_of(model), 3, size=SIZE)
     assert placement.stages[0].num_layers("ranker") == 0
     assert placement.path("generator") == (0, 1)
     assert placement.path("ranker") == (0, 1, 2)
@@ -145,26 +157,26 @@ def test_a_pass_skips_stages_without_its_layers() -> None:
 @pytest.mark.parametrize("num_stages", [0, -1, 8, 100])
 def test_number_of_stages_that_cannot_be_filled(num_stages: int) -> None:
     with pytest.raises(UserError, match=rf"^--pipeline-model-parallel-size {num_stages}: .* 6 layers can fill 1 to 7"):
-        place(peer(3, 5, 2), num_stages, seq_length=SEQ_LENGTH, num_predictions=NUM_PREDICTIONS)
+        place(graph_of(peer(3, 5, 2)), num_stages, size=SIZE)
 
 
 def test_most_stages_have_a_layer_each() -> None:
-    placement = place(peer(3, 5, 2), 7, seq_length=SEQ_LENGTH, num_predictions=NUM_PREDICTIONS)
-    layers = [(s.shared_layers, s.generator_layers, s.ranker_layers) for s in placement.stages]
+    placement = place(graph_of(peer(3, 5, 2)), 7, size=SIZE)
+    layers = [(s.shared_layers, s.layers("generator"), s.layers("ranker")) for s in placement.stages]
     assert [sum(map(len, kinds)) for kinds in layers] == [0, 1, 1, 1, 1, 1, 1]
 
 
 def test_chosen_placement_is_one_of_the_best_and_always_the_same() -> None:
-    model = find_preset("peer-base").model
-    sizes = {"seq_length": 512, "num_predictions": 77}
-    chosen = choose_placement(model, 4, **sizes)
-    assert chosen in tied_placements(model, 4, **sizes, limit=100)
-    assert max(chosen.costs.stage_times()) == max(place(model, 4, **sizes).costs.stage_times())
+    graph = graph_of(find_preset("peer-base").model)
+    chosen = choose_placement(graph, 4, size=LONG)
+    assert chosen in tied_placements(graph, 4, size=LONG, limit=100)
+    assert max(chosen.costs.stage_times()) == max(place(graph, 4, size=LONG).costs.stage_times())
     choose_placement.cache_clear()
-    assert choose_placement(model, 4, **sizes) == chosen
+    assert choose_placement(graph, 4, size=LONG) == chosen
 
 
 def test_24_and_12_layers_on_16_stages_take_less_than_a_second() -> None:
+    graph = graph_of(find_preset("peer-large").model)
     start = time.process_time()
-    place(find_preset("peer-large").model, 16, seq_length=512, num_predictions=77)
+    place(graph, 16, size=LONG)
     assert time.process_time() - start < 1

@@ -6,14 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-import plan as plan_tool
+from peer_scale.commands import plan as plan_command
 from peer_scale.errors import UserError
 from peer_scale.models.config import EncoderShape
+from peer_scale.objectives.graph import SampleSize
 from peer_scale.pipeline.search import choose_placement
 from peer_scale.planning.estimate import make_plan, search_plans
 from peer_scale.planning.inventory import take_inventory
-from peer_scale.planning.layout import GIB, Cluster, Layout, Workload
-from peer_scale.planning.memory import layer_activations, pass_activations, state_memory
+from peer_scale.planning.layout import GIB, Cluster, ParallelLayout, Workload
+from peer_scale.planning.memory import layer_activations, state_memory, work_activations
+from peer_scale.planning.stage_works import stage_works
 from peer_scale.planning.traffic import pipeline_traffic, tensor_traffic, zero_traffic
 from peer_scale.settings.presets import find_preset
 from runs import corpus, ds_config, train_in_pool
@@ -24,9 +26,8 @@ CLUSTER = Cluster(4, 8, 80 * GIB, 989.4e12, 300e9, 40e9)
 def workload(name, **changes):
     preset = find_preset(name)
     training = preset.training
-    return replace(
-        Workload(preset.model, preset.objective, training.seq_length, training.global_batch_size, 1e9), **changes
-    )
+    sizes = (training.seq_length, training.global_batch_size, 1e9)
+    return replace(Workload(preset.model, preset.objective, preset.masking, *sizes), **changes)
 
 
 # --- against runs
@@ -120,11 +121,11 @@ def test_state_is_predicted_to_the_byte(ranks, tensor, pipeline, stage, precisio
     found = pool.run(observed_run, flags)
     preset = find_preset("peer-tiny")
     model = replace(preset.model, vocab_size=2000, max_position_embeddings=128)
-    placement = choose_placement(model, pipeline, seq_length=64, num_predictions=10)
-    layout = Layout(ranks // tensor // pipeline, tensor, pipeline, stage)
+    placement = choose_placement(preset.objective.graph(model), pipeline, size=SampleSize(64, 10))
+    layout = ParallelLayout(ranks // tensor // pipeline, tensor, pipeline, stage)
     expected = [
         state_memory(inventory, layout, precision)
-        for inventory in take_inventory(model, preset.objective.num_levels, placement, tensor)
+        for inventory in take_inventory(model, preset.objective, placement, tensor)
     ]
     ranks_a_stage = ranks // pipeline
     for rank, held in enumerate(found):
@@ -138,10 +139,10 @@ def sent_in_a_step(flags):
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Counter(TorchDispatchMode):
-        def __init__(self, topology, num_figures):
+        def __init__(self, topology, num_sums):
             super().__init__()
             self.names = {topology.group(dim).group_name: dim for dim in ("tp", "dp")}
-            self.num_figures = num_figures
+            self.num_sums = num_sums
             self.sent = dict.fromkeys(("tensor", "pipeline", "gradients", "parameters", "small"), 0.0)
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -166,7 +167,7 @@ def sent_in_a_step(flags):
             if dim == "tp" and kind != "pipeline":
                 kind = "tensor"
             length = tensors_in(args)[0].numel()
-            if kind != "pipeline" and (dim is None or length <= 2 or length == self.num_figures):
+            if kind != "pipeline" and (dim is None or length <= 2 or length == self.num_sums):
                 kind = "small"  # losses, counts and norms
             self.sent[kind] += sent
 
@@ -180,7 +181,7 @@ def sent_in_a_step(flags):
     def train_step(plain_step, trainer, step, micro_batches):
         if step < 4:
             return plain_step(trainer, step, micro_batches)
-        with Counter(trainer.topology, len(trainer.engine.module.statistics) + 1) as counter:
+        with Counter(trainer.topology, len(trainer.engine.module.sums) + 1) as counter:
             record = plain_step(trainer, step, micro_batches)
         found.append(counter.sent)
         return record
@@ -211,7 +212,11 @@ TRAFFIC = [  # model, ranks, TP, PP, ZeRO stage, more flags
             ("peer-tiny", 4, 1, 2, 3, ()),
             ("peer-tiny", 4, 2, 2, 1, ()),
             ("peer-tiny", 4, 2, 1, 2, ()),
+            ("bert-tiny", 4, 1, 2, 2, ()),
             ("peer-tiny", 4, 4, 1, 2, ("--num-attention-heads", "4", "--generator-num-attention-heads", "4")),
+            ("teams-tiny", 2, 2, 1, 1, ("--sequence-parallel",)),
+            ("teams-tiny", 2, 1, 2, 1, ()),
+            ("teams-tiny", 4, 1, 2, 2, ()),
         )
     ),
 ]
@@ -227,8 +232,8 @@ def test_traffic_is_what_a_run_sends(name, ranks, tensor, pipeline, stage, more,
     found = pool.run(sent_in_a_step, flags)
     preset = find_preset(name)
     model = replace(preset.model, vocab_size=2000)
-    placement = choose_placement(model, pipeline, seq_length=64, num_predictions=10)
-    layout = Layout(
+    placement = choose_placement(preset.objective.graph(model), pipeline, size=SampleSize(64, 10))
+    layout = ParallelLayout(
         ranks // tensor // pipeline,
         tensor,
         pipeline,
@@ -237,9 +242,10 @@ def test_traffic_is_what_a_run_sends(name, ranks, tensor, pipeline, stage, more,
         "--sequence-parallel" in more,
         "--activation-checkpointing" in more,
     )
-    work = Workload(model, preset.objective, 64, 8, 1e9, "bf16" if "--bf16" in more else "fp32")
+    precision = "bf16" if "--bf16" in more else "fp32"
+    work = Workload(model, preset.objective, preset.masking, 64, 8, 1e9, precision)
     num_micro = 4 // layout.data_parallel
-    inventories = take_inventory(model, preset.objective.num_levels, placement, tensor)
+    inventories = take_inventory(model, preset.objective, placement, tensor)
     for rank, sent in enumerate(found):
         at = rank // (ranks // pipeline)
         gradients, parameters = zero_traffic(inventories[at], layout, work, num_micro)
@@ -259,28 +265,33 @@ def test_traffic_is_what_a_run_sends(name, ranks, tensor, pipeline, stage, more,
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("name", ["peer-tiny", "electra-small", "bert-tiny"])
+@pytest.mark.parametrize("name", ["peer-tiny", "electra-small", "bert-tiny", "teams-tiny"])
 def test_a_whole_models_activations(name, dropout, checkpointing):
     """Against what autograd really keeps of one micro-batch, both passes and heads, on the CPU."""
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
     from peer_scale.models.layers import TransformerLayer
-    from peer_scale.objectives.tasks import GlobalCounts, PretrainingTask
+    from peer_scale.objectives.task import PretrainingTask
+    from peer_scale.objectives.works import GlobalCounts, StepInfo
     from peer_scale.parallel.topology import single_process_topology
     from peer_scale.samples.examples import Batch
 
     size, length = 8, 128
     work = workload(name, precision="fp32", seq_length=length)
     work = replace(work, model=replace(work.model, hidden_dropout=dropout, attention_dropout=dropout, vocab_size=2000))
-    task = PretrainingTask(work.model, work.objective, single_process_topology())
+    task = PretrainingTask(work.model, work.objective, single_process_topology().tensor_parallel)
     if checkpointing:
         apply_activation_checkpointing(task, check_fn=lambda module: isinstance(module, TransformerLayer))
     parameters = {p.untyped_storage().data_ptr() for p in task.parameters()}
     ids = torch.randint(5, 2000, (size, length))
-    positions = torch.stack([torch.randperm(length)[: work.num_predictions] for _ in range(size)]).sort(1).values
+    positions = torch.stack([torch.randperm(length)[: work.size.num_predictions] for _ in range(size)]).sort(1).values
     every = torch.ones_like(positions, dtype=torch.bool)
     uniforms = torch.rand(positions.shape)
-    batch = Batch(ids, ids, torch.zeros_like(ids), torch.ones_like(ids, dtype=torch.bool), positions, every, uniforms)
+    mask, extra = (
+        torch.ones_like(ids, dtype=torch.bool),
+        torch.rand(*positions.shape, work.objective.num_extra_uniforms),
+    )
+    batch = Batch(ids, ids, torch.zeros_like(ids), mask, positions, every, uniforms, extra)
     outside = {t.untyped_storage().data_ptr() for t in batch}
     kept: dict[int, torch.Tensor] = {}
 
@@ -290,12 +301,13 @@ def test_a_whole_models_activations(name, dropout, checkpointing):
             kept[pointer] = tensor
         return tensor
 
-    one = GlobalCounts(torch.ones(()), torch.ones(()))
+    one = StepInfo(GlobalCounts(torch.ones(()), torch.ones(())))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        task(batch, one)
-    layout = Layout(1, micro_batch_size=8, activation_checkpointing=checkpointing)
-    placement = choose_placement(work.model, 1, seq_length=128, num_predictions=work.num_predictions)
-    expected = sum(pass_activations(placement, 0, n, work, layout, on_cpu=True) for n in placement.networks)
+        task([one_work.name for one_work in work.graph.works], batch, one)
+    layout = ParallelLayout(1, micro_batch_size=8, activation_checkpointing=checkpointing)
+    placement = choose_placement(work.graph, 1, size=work.size)
+    along_networks = [part for part in stage_works(placement, 0) if part.work.network is not None]
+    expected = sum(work_activations(part, work, layout, on_cpu=True) for part in along_networks)
     assert storage_bytes(kept.values()) == pytest.approx(expected, rel=0.15)
 
 
@@ -308,7 +320,7 @@ def test_a_layers_activations(dropout):
     shape = EncoderShape(num_layers=1, hidden_size=128, ffn_hidden_size=512, num_attention_heads=2)
     work = workload("peer-tiny", precision="fp32")
     work = replace(work, model=replace(work.model, hidden_dropout=dropout, attention_dropout=dropout))
-    layer = TransformerLayer(shape, work.model, single_process_topology())
+    layer = TransformerLayer(shape, work.model, single_process_topology().tensor_parallel)
     parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -321,7 +333,7 @@ def test_a_layers_activations(dropout):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = layer(hidden, torch.ones(4, work.seq_length, dtype=torch.bool))
     kept.pop(output.untyped_storage().data_ptr(), None)
-    expected = layer_activations(shape, work, Layout(1, micro_batch_size=4), on_cpu=True)
+    expected = layer_activations(shape, work, ParallelLayout(1, micro_batch_size=4), on_cpu=True)
     assert storage_bytes(kept.values()) == pytest.approx(expected, rel=0.15)
 
 
@@ -331,7 +343,7 @@ def test_a_layers_activations(dropout):
 def test_checkpointing_and_sequence_parallelism_save_activations():
     work = workload("peer-base")
     whole, split, again = (
-        make_plan(work, CLUSTER, Layout(8, 4, 1, 2, 8, sequence_parallel=sp, activation_checkpointing=ck))
+        make_plan(work, CLUSTER, ParallelLayout(8, 4, 1, 2, 8, sequence_parallel=sp, activation_checkpointing=ck))
         for sp, ck in ((False, False), (True, False), (False, True))
     )
     assert split.stages[0].activations < whole.stages[0].activations
@@ -341,7 +353,7 @@ def test_checkpointing_and_sequence_parallelism_save_activations():
 
 def test_zero_stages_trade_memory_for_traffic():
     plans = [
-        make_plan(workload("peer-large"), CLUSTER, Layout(32, zero_stage=stage, micro_batch_size=8))
+        make_plan(workload("peer-large"), CLUSTER, ParallelLayout(32, zero_stage=stage, micro_batch_size=8))
         for stage in (1, 2, 3)
     ]
     assert [p.stages[0].state.total for p in plans] == sorted((p.stages[0].state.total for p in plans), reverse=True)
@@ -351,8 +363,8 @@ def test_zero_stages_trade_memory_for_traffic():
 
 def test_traffic_by_hand():
     work = workload("bert-base")
-    placement = choose_placement(work.model, 2, seq_length=512, num_predictions=77)
-    layout = Layout(1, 2, 2, 2, 4)
+    placement = choose_placement(work.graph, 2, size=SampleSize(512, 77))
+    layout = ParallelLayout(1, 2, 2, 2, 4)
     states = 4 * 512 * 768 * 2
     layers = placement.stages[1].num_layers("generator")
     # two all-reduces of a layer forward, two backward; a ring of two sends each tensor once
@@ -363,7 +375,7 @@ def test_traffic_by_hand():
 
 def test_more_bandwidth_or_overlap_is_never_slower_and_search_finds_the_fastest():
     work = workload("peer-tiny")
-    layout = Layout(4, 2, 4, 2, 4)
+    layout = ParallelLayout(4, 2, 4, 2, 4)
     slow = make_plan(work, CLUSTER, layout)
     assert make_plan(work, replace(CLUSTER, inter_bandwidth=80e9), layout).step_time <= slow.step_time
     assert make_plan(work, replace(CLUSTER, overlap=1.0), layout).step_time < slow.step_time
@@ -378,18 +390,20 @@ def test_a_layout_that_does_not_fit_says_why():
     from peer_scale.planning.report import verdict
 
     small = replace(CLUSTER, memory=10 * GIB)
-    assert "activations" in verdict(make_plan(workload("peer-large"), small, Layout(32, micro_batch_size=64)), small)
+    assert "activations" in verdict(
+        make_plan(workload("peer-large"), small, ParallelLayout(32, micro_batch_size=64)), small
+    )
     tiny = replace(CLUSTER, memory=5 * GIB)
-    plan = make_plan(workload("peer-large"), tiny, Layout(32, zero_stage=1, micro_batch_size=1))
+    plan = make_plan(workload("peer-large"), tiny, ParallelLayout(32, zero_stage=1, micro_batch_size=1))
     assert "does not fit: stage 0" in verdict(plan, tiny)
 
 
 @pytest.mark.parametrize(
     ("layout", "named"),
     [
-        (Layout(8, 5), "num_attention_heads"),
-        (Layout(32, micro_batch_size=3), "--global-batch-size"),
-        (Layout(1, 1, 64), "--pipeline-model-parallel-size"),
+        (ParallelLayout(8, 5), "num_attention_heads"),
+        (ParallelLayout(32, micro_batch_size=3), "--global-batch-size"),
+        (ParallelLayout(1, 1, 64), "--pipeline-model-parallel-size"),
     ],
 )
 def test_what_cannot_be_cut_is_named(layout, named):
@@ -399,11 +413,11 @@ def test_what_cannot_be_cut_is_named(layout, named):
 
 def test_the_command(capsys):
     flags = ["--model", "peer-base", "--nodes", "256", "--gpus-per-node", "8", "--global-batch-size", "4096"]
-    assert plan_tool.main([*flags, "--micro-batch-size", "2"]) == 0
+    assert plan_command.main([*flags, "--micro-batch-size", "2"]) == 0
     assert "fits" in capsys.readouterr().out
-    assert plan_tool.main([*flags, "--micro-batch-size", "2", "--json"]) == 0
+    assert plan_command.main([*flags, "--micro-batch-size", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["layout"]["data_parallel"] == 2048
-    assert plan_tool.main([*flags, "--micro-batch-size", "3"]) == 2
+    assert plan_command.main([*flags, "--micro-batch-size", "3"]) == 2
     assert "--global-batch-size 4096" in capsys.readouterr().err
-    assert plan_tool.main([*flags, "--gpu", "abacus"]) == 2
+    assert plan_command.main([*flags, "--gpu", "abacus"]) == 2
     assert "abacus" in capsys.readouterr().err

@@ -9,23 +9,22 @@ from dataclasses import replace
 
 import pytest
 
+from hand_made_pipelines import part, peer_costs, peer_graph
 from peer_scale.errors import UserError
-from peer_scale.pipeline.costs import Costs, PassCosts
+from peer_scale.objectives.graph import SampleSize
+from peer_scale.pipeline.costs import WorkCosts
 from peer_scale.pipeline.instructions import (
     Backward,
     Compute,
     Forward,
-    HeadBackward,
-    HeadForward,
     Instruction,
     Message,
     OptimizerStep,
-    Payload,
     Recv,
     Send,
 )
 from peer_scale.pipeline.list_scheduling import WORK_KINDS
-from peer_scale.pipeline.placement import Placement, Stage, place
+from peer_scale.pipeline.placement import Placement, place
 from peer_scale.pipeline.schedule import KINDS, Kind, Schedule, build_schedule
 from peer_scale.pipeline.simulator import ScheduleError, simulate, validate
 from peer_scale.settings.presets import find_preset
@@ -39,7 +38,8 @@ LAYOUTS = [
 
 
 def placed(name: str, num_stages: int) -> Placement:
-    return place(find_preset(name).model, num_stages, seq_length=128, num_predictions=19)
+    preset = find_preset(name)
+    return place(preset.objective.graph(preset.model), num_stages, size=SampleSize(128, 19))
 
 
 def counts_of_micro_batches(num_stages: int) -> list[int]:
@@ -47,17 +47,16 @@ def counts_of_micro_batches(num_stages: int) -> list[int]:
 
 
 # A placement whose generator ends on stage 1 and is absent from stage 2, which the ranker's pass uses.
-NOTHING = range(0)
 SKIPPING = Placement(
+    graph=peer_graph(),
     stages=(
-        Stage(range(1), NOTHING, NOTHING, True, True, False),
-        Stage(NOTHING, range(1), NOTHING, False, False, False),
-        Stage(NOTHING, NOTHING, range(2), False, False, True),
+        part(shared=range(1), first=True),
+        part(generator=range(1), ends="generator"),
+        part(ranker=range(2), ends="ranker"),
     ),
-    networks=("generator", "ranker"),
-    costs=Costs(
-        PassCosts((1, 1, 0), (2, 2, 0), (1, 1, 0)),
-        PassCosts((1, 0, 2), (2, 0, 4), (1, 0, 2)),
+    costs=peer_costs(
+        WorkCosts((1, 1, 0), (2, 2, 0), (1, 1, 0)),
+        WorkCosts((1, 0, 2), (2, 0, 4), (1, 0, 2)),
         head_forward=1,
         head_backward=2,
     ),
@@ -74,7 +73,7 @@ class Rank(threading.Thread):
         super().__init__(daemon=True)
         self.stage, self.placement, self.instructions = stage, schedule.placement, schedule.stages[stage]
         self.channels = channels
-        self.mail: dict[tuple[Payload, str, int], str] = {}
+        self.mail: dict[tuple[str, bool, int], str] = {}
         self.saved: dict[tuple[str, int], str] = {}
         self.results: dict[tuple[str, int], str] = {}
         self.steps = 0
@@ -92,12 +91,12 @@ class Rank(threading.Thread):
         match instruction:
             case Send(message):
                 assert message.source == self.stage
-                content = self.mail.pop((message.payload, message.network, message.micro))
-                self.channels[self.stage, message.destination].put((message.payload, content))
+                content = self.mail.pop((message.value, message.is_gradient, message.micro))
+                self.channels[self.stage, message.destination].put((message.value, message.is_gradient, content))
             case Recv(message):
-                payload, content = self.channels[message.source, self.stage].get(timeout=20)
-                assert payload is message.payload
-                self.mail[message.payload, message.network, message.micro] = content
+                *what, content = self.channels[message.source, self.stage].get(timeout=20)
+                assert what == [message.value, message.is_gradient]
+                self.mail[message.value, message.is_gradient, message.micro] = content
             case OptimizerStep():
                 self.steps += 1
             case work:
@@ -107,43 +106,43 @@ class Rank(threading.Thread):
         stage, mail = self.stage, self.mail
         match work:
             case Forward("generator", micro):
-                before = mail.pop((Payload.ACTIVATION, "generator", micro)) if stage else f"masked{micro}"
+                before = mail.pop(("generator", False, micro)) if stage else f"masked{micro}"
                 self.saved["generator", micro] = state = f"{before} g{stage}"
-                mail[self.after("generator", Payload.SELECTED_STATES), "generator", micro] = state
-            case HeadForward(micro):
-                self.saved["head", micro] = state = mail.pop((Payload.SELECTED_STATES, "generator", micro)) + " head"
-                if "ranker" in self.placement.networks:
-                    mail[Payload.LABELS, "ranker", micro] = state
+                mail["selected" if self.is_last("generator") else "generator", False, micro] = state
+            case Forward("mlm_head", micro):
+                self.saved["head", micro] = state = mail.pop(("selected", False, micro)) + " head"
+                if self.has_ranker:
+                    mail["labels", False, micro] = state
                     self.saved["corrupted", micro] = state
-            case HeadBackward(micro):
-                mail[Payload.SELECTED_GRADIENT, "generator", micro] = self.saved.pop(("head", micro)) + " -head"
+            case Backward("mlm_head", micro):
+                mail["selected", True, micro] = self.saved.pop(("head", micro)) + " -head"
             case Forward("ranker", micro):
-                before = (
-                    mail.pop((Payload.ACTIVATION, "ranker", micro)) if stage else self.saved.pop(("corrupted", micro))
-                )
+                before = mail.pop(("ranker", False, micro)) if stage else self.saved.pop(("corrupted", micro))
                 self.saved["ranker", micro] = state = f"{before} r{stage}"
-                if stage == self.placement.path("ranker")[-1]:
-                    mail[Payload.GRADIENT, "ranker", micro] = (
-                        f"{state} with {mail.pop((Payload.LABELS, 'ranker', micro))}"
-                    )
+                if self.is_last("ranker"):
+                    mail["ranker", True, micro] = f"{state} with {mail.pop(('labels', False, micro))}"
                 else:
-                    mail[Payload.ACTIVATION, "ranker", micro] = state
+                    mail["ranker", False, micro] = state
             case Backward(network, micro):
-                payload = self.before_backward(network)
-                gradient = mail.pop((payload, network, micro))
+                value = "selected" if network == "generator" and self.is_last(network) else network
+                gradient = mail.pop((value, True, micro))
                 assert self.saved.pop((network, micro)) in gradient, "activations of another forward"
                 gradient += f" -{network[0]}{stage}"
                 if stage:
-                    mail[Payload.GRADIENT, network, micro] = gradient
+                    mail[network, True, micro] = gradient
                 else:
                     self.results[network, micro] = gradient
 
-    def after(self, network: str, at_the_end: Payload) -> Payload:
-        return at_the_end if self.stage == self.placement.path(network)[-1] else Payload.ACTIVATION
+    @property
+    def has_ranker(self) -> bool:
+        return has_ranker(self.placement)
 
-    def before_backward(self, network: str) -> Payload:
-        is_last = self.stage == self.placement.path(network)[-1]
-        return Payload.SELECTED_GRADIENT if is_last and network == "generator" else Payload.GRADIENT
+    def is_last(self, network: str) -> bool:
+        return self.stage == self.placement.path(network)[-1]
+
+
+def has_ranker(placement: Placement) -> bool:
+    return "ranker" in dict(placement.graph.networks)
 
 
 def expected_results(placement: Placement, num_micro_batches: int) -> dict[tuple[str, int], str]:
@@ -159,7 +158,7 @@ def expected_results(placement: Placement, num_micro_batches: int) -> dict[tuple
     for micro in range(num_micro_batches):
         head = f"masked{micro}{there('generator')} head"
         results["generator", micro] = f"{head} -head{back('generator')}"
-        if "ranker" in placement.networks:
+        if has_ranker(placement):
             results["ranker", micro] = f"{head}{there('ranker')} with {head}{back('ranker')}"
     return results
 
@@ -194,13 +193,13 @@ def test_passes_that_skip_stages(kind: Kind) -> None:
     schedule = build_schedule(kind, SKIPPING, 5)
     validate(schedule)
     assert run_on_threads(schedule) == expected_results(SKIPPING, 5)
-    assert not any(isinstance(one, Forward) and one.network == "ranker" for one in schedule.stages[1])
+    assert not any(isinstance(one, Forward) and one.work == "ranker" for one in schedule.stages[1])
     messages = {one.message for one in schedule.stages[0] if isinstance(one, Send) and one.message.micro == 0}
     assert messages == {
-        Message(Payload.ACTIVATION, "generator", 0, 0, 1),
-        Message(Payload.SELECTED_GRADIENT, "generator", 0, 0, 1),
-        Message(Payload.LABELS, "ranker", 0, 0, 2),
-        Message(Payload.ACTIVATION, "ranker", 0, 0, 2),
+        Message("generator", 0, 0, 1),
+        Message("selected", 0, 0, 1, is_gradient=True),
+        Message("labels", 0, 0, 2),
+        Message("ranker", 0, 0, 2),
     }
 
 
@@ -216,15 +215,15 @@ def test_two_stages_see_their_messages_in_one_order(kind: Kind) -> None:
 
 def test_gpipe_runs_all_forwards_first() -> None:
     for stage in build_schedule("gpipe", placed("peer-base", 4), 6).stages:
-        works = [i for i in stage if isinstance(i, Forward | HeadForward | Backward | HeadBackward)]
-        is_backward = [isinstance(work, Backward | HeadBackward) for work in works]
+        works = [i for i in stage if isinstance(i, Forward | Backward)]
+        is_backward = [isinstance(work, Backward) for work in works]
         assert is_backward == sorted(is_backward)
 
 
 def test_phases_run_one_network_after_the_other() -> None:
     for stage in build_schedule("1f1b_phases", placed("peer-base", 4), 6).stages:
-        networks = [i.network for i in stage if isinstance(i, Forward | Backward)]
-        assert networks == sorted(networks)
+        is_second = [i.work == "ranker" for i in stage if isinstance(i, Forward | Backward)]
+        assert is_second == sorted(is_second)
 
 
 def most_in_flight(schedule: Schedule) -> int:
@@ -264,14 +263,40 @@ def test_search_is_no_worse_than_any_order_it_could_have_been_given() -> None:
     )
 
 
+# the works and sizes of peer-base, without the torch that its objective would import
 _PRINT_SCHEDULE = """
 import hashlib
+from peer_scale.models.config import EncoderShape
+from peer_scale.objectives.graph import Cost, Graph, SampleSize, Value, Work
 from peer_scale.pipeline.schedule import build_schedule
 from peer_scale.pipeline.search import choose_placement
-from peer_scale.settings.presets import find_preset
 
-placement = choose_placement(find_preset("peer-base").model, 4, seq_length=512, num_predictions=77)
-print(hashlib.sha256(repr(build_schedule("two_pass", placement, 24)).encode()).hexdigest())
+generator, ranker = EncoderShape(6, 768, 3072, 12), EncoderShape(12, 768, 3072, 12)
+works = (
+    Work("generator", print, "generator", begin=print, gives=(Value("selected", "compute", 768),)),
+    Work(
+        "mlm_head",
+        print,
+        end_takes=("selected",),
+        gives=(Value("sampled", "int64"), Value("labels", "float32")),
+        has_loss=True,
+        end_costs=(Cost("position", flops=2 * 768 * (768 + 30522)),),
+    ),
+    Work(
+        "ranker",
+        print,
+        "ranker",
+        begin=print,
+        begin_takes=("sampled",),
+        end_takes=("labels",),
+        has_loss=True,
+        end_costs=(Cost("token", flops=2 * 768 * 769),),
+    ),
+)
+graph = Graph((("generator", generator), ("ranker", ranker)), 3, works)
+placement = choose_placement(graph, 4, size=SampleSize(512, 77))
+schedule = build_schedule("two_pass", placement, 24)
+print(hashlib.sha256(repr((placement.stages, placement.costs, schedule.stages)).encode()).hexdigest())
 """
 
 
@@ -318,15 +343,11 @@ def drop_message(lists: Lists, message: Message) -> None:
     lists[message.destination].remove(Recv(message))
 
 
-def activation(network: str, micro: int, source: int, destination: int) -> Message:
-    return Message(Payload.ACTIVATION, network, micro, source, destination)
-
-
-LABELS = Message(Payload.LABELS, "ranker", 1, 0, 2)
-SELECTED = Message(Payload.SELECTED_STATES, "generator", 0, 1, 0)
+LABELS = Message("labels", 1, 0, 2)
+SELECTED = Message("selected", 0, 1, 0)
 CORRUPTIONS: dict[str, tuple[Callable[[Lists], object], str]] = {
     "missing backward": (lambda s: s[1].remove(Backward("generator", 2)), "stage 1: .*Backward.* is missing"),
-    "missing head": (lambda s: s[0].remove(HeadForward(1)), "stage 0: HeadForward.* is missing"),
+    "missing head": (lambda s: s[0].remove(Forward("mlm_head", 1)), "stage 0: Forward.*mlm_head.* is missing"),
     "twice": (lambda s: s[2].insert(-1, Backward("ranker", 0)), "stage 2.*done twice"),
     "another stage's work": (lambda s: s[1].insert(0, Forward("ranker", 0)), "stage 1: .* does not belong here"),
     "a micro-batch too many": (lambda s: s[2].insert(-1, Forward("ranker", 3)), "does not belong here"),
@@ -338,20 +359,20 @@ CORRUPTIONS: dict[str, tuple[Callable[[Lists], object], str]] = {
     "work after the optimizer step": (lambda s: s[0].insert(0, s[0].pop()), "stage 0: the optimizer step"),
     "never sent": (lambda s: s[0].remove(Send(LABELS)), "expects|deadlock"),
     "never received": (lambda s: s[2].remove(Recv(LABELS)), "begins without|expects"),
-    "neither sent nor received": (lambda s: drop_message(s, LABELS), "begins without .*LABELS"),
+    "neither sent nor received": (lambda s: drop_message(s, LABELS), "begins without .*labels"),
     "sent before it is made": (
         lambda s: move_before(s[1], Send(SELECTED), Forward("generator", 0)),
-        "stage 1.* has no .*SELECTED_STATES.* to send",
+        "stage 1.* has no .*selected.* to send",
     ),
     "sent twice": (lambda s: s[1].insert(-1, Send(SELECTED)), "has no .* to send"),
     "another order at one end": (
-        lambda s: swap(s[1], Recv(activation("generator", 1, 0, 1)), Recv(activation("generator", 2, 0, 1))),
+        lambda s: swap(s[1], Recv(Message("generator", 1, 0, 1)), Recv(Message("generator", 2, 0, 1))),
         "stage 1.* expects .*micro=2.* next from stage 0 is .*micro=1",
     ),
     "waiting in a circle": (lambda s: move_before(s[0], Recv(SELECTED), Forward("generator", 0)), "deadlock: stage 0"),
     "received too late": (
-        lambda s: swap(s[2], Recv(activation("ranker", 0, 0, 2)), Forward("ranker", 0)),
-        "stage 2.* begins without .*ACTIVATION",
+        lambda s: swap(s[2], Recv(Message("ranker", 0, 0, 2)), Forward("ranker", 0)),
+        "stage 2.* begins without Message.*ranker",
     ),
 }
 

@@ -1,44 +1,47 @@
 import itertools
 import re
 import time
-from pathlib import Path
+from dataclasses import replace
+from functools import lru_cache
 
 import pytest
 
-from peer_scale.pipeline.costs import Costs, PassCosts, peak_activations
-from peer_scale.pipeline.instructions import Backward, Forward, HeadBackward, HeadForward
+from hand_made_pipelines import part, peer_costs, peer_graph
+from peer_scale.objectives.graph import SampleSize
+from peer_scale.pipeline.costs import Costs, WorkCosts, peak_activations
+from peer_scale.pipeline.instructions import Backward, Forward
 from peer_scale.pipeline.list_scheduling import WORK_KINDS, list_schedule
-from peer_scale.pipeline.placement import Placement, Stage, place
+from peer_scale.pipeline.placement import Placement, place
 from peer_scale.pipeline.schedule import KINDS, Kind, build_schedule
 from peer_scale.pipeline.search import choose_placement
 from peer_scale.pipeline.simulator import simulate
 from peer_scale.settings.presets import find_preset
+from runs import PROJECT
 
-NOTHING = range(0)
-DOCS = Path(__file__).parents[1] / "docs" / "pipeline.md"
+DOCS = PROJECT / "docs" / "pipeline.md"
 
 
 def ranker_chain(num_stages: int, head_cost: int = 0) -> Placement:
     """A layer of the ranker on each stage (forward 1, backward 2) and a generator that costs nothing."""
     stages = [
-        Stage(NOTHING, NOTHING, range(index, index + 1), index == 0, index == 0, index == num_stages - 1)
+        part(ranker=range(index, index + 1), first=index == 0, ends="ranker" * (index == num_stages - 1))
         for index in range(num_stages)
     ]
     nothing, one, two = (0,) * num_stages, (1,) * num_stages, (2,) * num_stages
-    costs = Costs(PassCosts(nothing, nothing, nothing), PassCosts(one, two, one), head_cost, 2 * head_cost)
-    return Placement(tuple(stages), ("generator", "ranker"), costs)
+    costs = peer_costs(WorkCosts(nothing, nothing, nothing), WorkCosts(one, two, one), head_cost, 2 * head_cost)
+    return Placement(peer_graph(), tuple(stages), costs)
 
 
 # stage 0: the shared layer and the head; stage 1: a layer of each network
 TWO_STAGES = Placement(
+    peer_graph(),
     (
-        Stage(range(1), NOTHING, NOTHING, True, True, False),
-        Stage(NOTHING, range(1), range(1), False, False, True),
+        part(shared=range(1), first=True),
+        part(generator=range(1), ranker=range(1), ends="generator ranker"),
     ),
-    ("generator", "ranker"),
-    Costs(
-        PassCosts((10, 10), (20, 20), (3, 4)),
-        PassCosts((10, 15), (20, 30), (3, 5)),
+    peer_costs(
+        WorkCosts((10, 10), (20, 20), (3, 4)),
+        WorkCosts((10, 15), (20, 30), (3, 5)),
         head_forward=5,
         head_backward=10,
     ),
@@ -47,21 +50,21 @@ TWO_STAGES = Placement(
 
 def test_one_micro_batch_by_hand() -> None:
     order = (
-        "ranker_forward",
-        "ranker_backward",
-        "head_forward",
-        "head_backward",
-        "generator_forward",
-        "generator_backward",
+        "late_forward",
+        "late_backward",
+        "table_forward",
+        "table_backward",
+        "early_forward",
+        "early_backward",
     )
     result = simulate(build_schedule("two_pass", TWO_STAGES, 1, cap=1, order=order))
     timeline = [[(done.start, done.end, done.work) for done in stage] for stage in result.executed]
     assert timeline == [
         [
             (0, 10, Forward("generator", 0)),
-            (20, 25, HeadForward(0)),
+            (20, 25, Forward("mlm_head", 0)),
             (25, 35, Forward("ranker", 0)),
-            (35, 45, HeadBackward(0)),
+            (35, 45, Backward("mlm_head", 0)),
             (80, 100, Backward("ranker", 0)),
             (100, 120, Backward("generator", 0)),
         ],
@@ -80,7 +83,7 @@ def test_one_micro_batch_by_hand() -> None:
 
 
 def test_latency_is_on_the_way_of_every_message() -> None:
-    costs = Costs(TWO_STAGES.costs.generator, TWO_STAGES.costs.ranker, 5, 10, latency=100)
+    costs = replace(TWO_STAGES.costs, latency=100)
     slow = simulate(build_schedule("two_pass", TWO_STAGES, 1, cap=1), costs)
     # the longest way: generator forward, head, ranker forward and backward, then stage 1 has the generator's to do
     assert slow.makespan == 10 + 100 + 10 + 100 + 5 + 10 + 100 + 15 + 30 + 20 + 100 + 20
@@ -97,7 +100,7 @@ def test_textbook_figures_of_a_plain_chain(num_stages: int) -> None:
             assert result.bubble_share == pytest.approx((num_stages - 1) / rounds)
             assert result.peak_micro_batches[0] == (num_micro_batches if kind == "gpipe" else num_stages)
         work = [done.work for done in result.executed[0] if isinstance(done.work, Forward | Backward)]
-        work = [one for one in work if one.network == "ranker"]
+        work = [one for one in work if one.work == "ranker"]
         forwards = [Forward("ranker", micro) for micro in range(num_micro_batches)]
         backwards = [Backward("ranker", micro) for micro in range(num_micro_batches)]
         steady = [one for pair in zip(backwards, forwards[num_stages:], strict=False) for one in pair]
@@ -108,13 +111,13 @@ def test_activations_of_textbook_1f1b() -> None:
     costs = ranker_chain(5).costs
     assert [costs.one_f_one_b_peak(count) for count in (1, 3, 5, 100)] == [1, 3, 5, 5]
     # stage 1 is the fullest: two micro-batches of 9 against three of 3 and one of 12
-    three = PassCosts((1, 1, 1), (2, 2, 2), (1, 4, 6))
-    uneven = Costs(three, PassCosts((1, 1, 1), (2, 2, 2), (2, 5, 6)), 0, 0)
+    three = WorkCosts((1, 1, 1), (2, 2, 2), (1, 4, 6))
+    uneven = peer_costs(three, WorkCosts((1, 1, 1), (2, 2, 2), (2, 5, 6)), 0, 0)
     assert uneven.one_f_one_b_peak(8) == 18
 
 
 def test_imbalance() -> None:
-    costs = Costs(PassCosts((1, 2), (2, 4), (0, 0)), PassCosts((0, 1), (0, 2), (0, 0)), 1, 2)
+    costs = peer_costs(WorkCosts((1, 2), (2, 4), (0, 0)), WorkCosts((0, 1), (0, 2), (0, 0)), 1, 2)
     assert costs.stage_times() == (6, 9)
     assert costs.imbalance == pytest.approx(9 / 7.5 - 1)
 
@@ -124,10 +127,12 @@ def test_imbalance() -> None:
 def test_greedy_clock_is_the_simulators(seed: int, latency: int) -> None:
     """The scheduler keeps time by ready work, the simulator by instructions that wait: both come to the same."""
     order = list(itertools.permutations(WORK_KINDS))[seed * 119]
-    model = find_preset(("peer-base", "electra-small", "bert-base")[seed % 3]).model
-    placement = place(model, 3, seq_length=128, num_predictions=19)
-    unit = placement.costs.head_forward // 10
-    costs = Costs(placement.costs.generator, placement.costs.ranker, 10 * unit, 20 * unit, latency * unit)
+    preset = find_preset(("peer-base", "electra-small", "bert-base")[seed % 3])
+    placement = place(preset.objective.graph(preset.model), 3, size=SampleSize(128, 19))
+    unit = placement.costs.of("mlm_head").forward[0] // 10
+    head = WorkCosts((10 * unit, 0, 0), (20 * unit, 0, 0), (0, 0, 0))
+    works = dict(placement.costs.works) | {"mlm_head": head}
+    costs = Costs(tuple(works.items()), latency * unit)
     listed = list_schedule(placement, costs, 9, order, cap=4)
     result = simulate(build_schedule("two_pass", placement, 9, cap=4, order=order, costs=costs), costs)
     assert result.makespan == listed.makespan
@@ -157,8 +162,10 @@ def figures(num_stages: int, num_micro_batches: int, kind: Kind) -> tuple[float,
     return result.bubble_share, result.mean_idle_share, peak, max(result.peak_micro_batches)
 
 
+@lru_cache
 def peer_base(num_stages: int) -> Placement:
-    return choose_placement(find_preset("peer-base").model, num_stages, seq_length=512, num_predictions=77)
+    preset = find_preset("peer-base")
+    return choose_placement(preset.objective.graph(preset.model), num_stages, size=SampleSize(512, 77))
 
 
 @pytest.mark.parametrize("num_micro_batches", [8, 12, 16, 24, 32, 48, 64])

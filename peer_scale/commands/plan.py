@@ -1,0 +1,126 @@
+"""Memory, communication, bubble and time of a layout, before a job is queued; or all layouts, best first."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from peer_scale.commands.outcome import exit_code
+from peer_scale.errors import UserError
+from peer_scale.quiet import silence_libraries
+
+_EXAMPLE = """\
+examples:
+  peer-scale plan --model peer-base --nodes 1 --gpus-per-node 8 --micro-batch-size 32 --zero-stage 2
+  peer-scale plan --model peer-large --nodes 32 --gpus-per-node 8 --gpu H100 --search --top 10
+  peer-scale plan --model peer-large --config 3b.yaml --nodes 32 --gpus-per-node 8 --search
+"""
+_GPU_NAMES = {"A100": "A100", "H100": "H100 80GB HBM3", "H200": "H200", "B200": "B200", "L40S": "L40S"}
+
+
+def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """Make the parser of the command line; `prog` is what help and errors call the command."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, epilog=_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    model = parser.add_argument_group("model, as for training")
+    model.add_argument("--model", required=True, metavar="NAME", help="preset")
+    model.add_argument("--config", metavar="YAML", help="own sizes: sections model, objective, training")
+    for name in ("seq-length", "global-batch-size"):
+        model.add_argument(f"--{name}", type=int, metavar="N", help="default: the preset's")
+    model.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16")
+    model.add_argument("--tokens", type=float, metavar="N", help="token budget (default: the preset's train_iters)")
+    machines = parser.add_argument_group("machines")
+    machines.add_argument("--nodes", type=int, required=True, metavar="N")
+    machines.add_argument("--gpus-per-node", type=int, required=True, metavar="G")
+    machines.add_argument("--gpu", default="H100", help="sets the peak: a name that is known (default: %(default)s)")
+    machines.add_argument("--peak-tflops", type=float, metavar="T", help="per GPU, instead")
+    machines.add_argument("--memory", type=float, default=80, metavar="GIB", help="per GPU (default: %(default)s)")
+    machines.add_argument(
+        "--reserved", type=float, default=4, metavar="GIB", help="per GPU, not to be used (default: %(default)s)"
+    )
+    machines.add_argument(
+        "--intra-bandwidth", type=float, default=300, metavar="GB/S", help="per GPU in a node (default: %(default)s)"
+    )
+    machines.add_argument(
+        "--inter-bandwidth",
+        type=float,
+        default=40,
+        metavar="GB/S",
+        help="per GPU between nodes (default: %(default)s)",
+    )
+    machines.add_argument(
+        "--efficiency", type=float, default=0.5, metavar="SHARE", help="of the peak, in products (default: %(default)s)"
+    )
+    machines.add_argument(
+        "--overlap", type=float, default=0.5, metavar="SHARE", help="of ZeRO's traffic, hidden (default: %(default)s)"
+    )
+    layout = parser.add_argument_group("layout")
+    layout.add_argument("--search", action="store_true", help="plan all layouts of up to 16 stages, best first")
+    layout.add_argument("--top", type=int, default=10, metavar="N", help="of --search (default: %(default)s)")
+    layout.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="T")
+    layout.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="P")
+    layout.add_argument("--zero-stage", type=int, choices=(1, 2, 3), default=2)
+    layout.add_argument("--micro-batch-size", type=int, metavar="N", help="default: the preset's")
+    layout.add_argument("--sequence-parallel", action="store_true")
+    layout.add_argument("--activation-checkpointing", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print plans as JSON lines")
+    return parser
+
+
+def run(args: argparse.Namespace) -> str:
+    """Give the report; UserError for what cannot be planned."""
+    import torch
+
+    from peer_scale.flops import peak_flops
+    from peer_scale.parallel.topology import check_parallel_sizes
+    from peer_scale.planning.estimate import make_plan, search_plans
+    from peer_scale.planning.layout import GIB, Cluster, ParallelLayout, Workload
+    from peer_scale.planning.report import as_json, describe, table
+    from peer_scale.settings.presets import find_preset
+    from peer_scale.settings.resolve import with_yaml
+
+    preset = with_yaml(find_preset(args.model), Path(args.config) if args.config else None)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.precision]
+    peak = args.peak_tflops * 1e12 if args.peak_tflops else peak_flops(_GPU_NAMES.get(args.gpu, args.gpu), dtype)
+    if peak is None:
+        raise UserError(f"--gpu {args.gpu}: its peak is not known; give --peak-tflops")
+    cluster = Cluster(
+        nodes=args.nodes,
+        gpus_per_node=args.gpus_per_node,
+        memory=args.memory * GIB,
+        peak_flops=peak,
+        intra_bandwidth=args.intra_bandwidth * 1e9,
+        inter_bandwidth=args.inter_bandwidth * 1e9,
+        efficiency=args.efficiency,
+        overlap=args.overlap,
+        reserved=args.reserved * GIB,
+    )
+    seq_length = args.seq_length or preset.training.seq_length
+    batch = args.global_batch_size or preset.training.global_batch_size
+    tokens = args.tokens or float(preset.training.train_iters) * batch * seq_length
+    workload = Workload(
+        preset.model, preset.objective, preset.masking, seq_length, batch, tokens, precision=args.precision
+    )
+    if args.search:
+        plans = search_plans(workload, cluster)[: args.top]
+        if args.json:
+            return "\n".join(as_json(plan) for plan in plans)
+        return f"{table(plans)}\n\nthe first in full\n\n{describe(plans[0], workload, cluster)}"
+    sizes = (args.tensor_model_parallel_size, args.pipeline_model_parallel_size)
+    layout = ParallelLayout(
+        check_parallel_sizes(cluster.num_ranks, *sizes),
+        *sizes,
+        zero_stage=args.zero_stage,
+        micro_batch_size=args.micro_batch_size or preset.training.micro_batch_size,
+        sequence_parallel=args.sequence_parallel and sizes[0] > 1,
+        activation_checkpointing=args.activation_checkpointing,
+    )
+    plan = make_plan(workload, cluster, layout)
+    return as_json(plan) if args.json else describe(plan, workload, cluster)
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Print the report; give the exit code."""
+    args = build_parser(prog).parse_args(argv)
+    silence_libraries()
+    return exit_code(lambda: print(run(args)))

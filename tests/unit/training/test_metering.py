@@ -1,0 +1,134 @@
+"""From a step's sums to its line of metrics.jsonl, and what ends a run."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from peer_scale.checkpoints.progress import Progress
+from peer_scale.errors import TrainingError
+from peer_scale.flops import paper_train_flops
+from peer_scale.objectives.objective import SumsLayout
+from peer_scale.training.metering import Meter, StepRecord
+from small_runs import GLOBAL_BATCH, small_run
+
+ALWAYS = {
+    *("step", "samples", "tokens", "loss", "mlm_loss", "lr", "grad_norm", "loss_scale", "step_time_s", "data_wait_s"),
+    *("tokens_per_second", "train_flops", "tflops_per_device", "mfu", "mlm_accuracy", "varying_share"),
+}
+OF_RANKERS = {"replaced_fraction", "rtd_precision", "rtd_recall", "rtd_auc"}
+OF_RANKS = {"tqr_loss", "rank_label_fractions", "rank_concordance", "level_accuracy"}
+KEYS = {
+    "bert-tiny": ALWAYS,
+    "electra-tiny": ALWAYS | OF_RANKERS | OF_RANKS,
+    "peer-tiny": ALWAYS | OF_RANKERS | OF_RANKS,
+    "teams-tiny": ALWAYS | OF_RANKERS | {"rtd_loss", "mws_loss", "mws_accuracy"},
+}
+PEAK = 2e12
+
+
+def meter(run, *, num_devices=2, peak=PEAK):
+    return Meter(run, num_devices, peak)
+
+
+def record(step, **changes):
+    fields = {"lr": 0.01, "grad_norm": 0.5, "loss_scale": 1.0, "skipped_steps": 0, "step_time": 0.5, "data_wait": 0.1}
+    return StepRecord(step, torch.zeros(0), **(fields | changes))
+
+
+def sums_of(run, **named):
+    """Sums by name: 20 selected positions of 150 tokens, losses of 30, and what `named` changes."""
+    layout = SumsLayout(run.objective)
+    values = {loss.name: 30.0 for loss in run.objective.losses} | {"selected": 20.0, "tokens": 150.0} | named
+    return [values.get(name, 0.0) for name in layout.names]
+
+
+@pytest.mark.parametrize("preset", KEYS)
+def test_a_line_of_metrics(preset):
+    run = small_run(preset)
+    metrics = meter(run).metrics(sums_of(run, mlm_correct=5.0), record(3, extra={"own": 7}), Progress(3, 18, 450))
+    assert metrics.keys() == KEYS[preset] | {"own"}
+    assert list(metrics)[:4] == ["step", "samples", "tokens", "loss"]
+    assert (metrics["step"], metrics["samples"], metrics["tokens"], metrics["own"]) == (3, 18, 450, 7)
+    per_loss = {"mlm_loss": 30 / 20, "tqr_loss": 30 / 150, "rtd_loss": 30 / 150, "mws_loss": 30 / 20}
+    expected = {loss.name: per_loss[loss.name] for loss in run.objective.losses}
+    assert {name: metrics[name] for name in expected} == expected
+    assert metrics["loss"] == pytest.approx(sum(loss.weight * expected[loss.name] for loss in run.objective.losses))
+    assert metrics["mlm_accuracy"] == 0.25
+    assert metrics["tokens_per_second"] == 300
+    assert (metrics["step_time_s"], metrics["data_wait_s"], metrics["lr"]) == (0.5, 0.1, 0.01)
+    json.dumps(metrics, allow_nan=False)
+
+
+def test_flops_and_their_rates():
+    run = small_run()
+    slow = meter(run).metrics(sums_of(run), record(3), Progress(3, 18, 450))
+    fast = meter(run, num_devices=1).metrics(sums_of(run), record(4, step_time=0.25), Progress(4, 36, 600))
+    assert fast["train_flops"] == 2 * slow["train_flops"], "cumulative"
+    assert slow["train_flops"] == paper_train_flops(run.model, run.objective, seq_length=32, samples=18)
+    assert fast["tflops_per_device"] == pytest.approx(4 * slow["tflops_per_device"])
+    assert slow["mfu"] == pytest.approx(slow["tflops_per_device"] * 1e12 / PEAK)
+    # two passes' layers: 6 FLOPs per parameter and token; heads and attention come on top
+    layer = 4 * 128**2 + 2 * 128 * 512
+    least = 6 * (2 + 4) * layer * 32 * GLOBAL_BATCH / 0.25 / 1e12
+    assert least < fast["tflops_per_device"] < 2 * least
+    assert meter(run, peak=None).metrics(sums_of(run), record(1), Progress(1, 6, 150))["mfu"] is None
+
+
+def test_progress_adds_up():
+    run = small_run()
+    after = meter(run).advance(Progress(4, 24, 1000), sums_of(run), record(5))
+    assert after == Progress(5, 24 + GLOBAL_BATCH, 1150)
+    assert isinstance(after.tokens, int)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("named", "changes", "said"),
+    [
+        ({"mlm_loss": math.nan}, {}, "step 7: mlm_loss is nan; a lower --lr may help"),
+        ({"tqr_loss": math.inf}, {}, "step 7: tqr_loss is inf; a lower --lr may help"),
+        ({}, {"grad_norm": math.inf}, "step 7: the gradient norm is inf; a lower --lr may help"),
+        ({}, {"grad_norm": torch.tensor(math.nan)}, "step 7: the gradient norm is nan; a lower --lr may help"),
+    ],
+)
+def test_what_is_not_finite_ends_the_run(precision, named, changes, said):
+    run = small_run(precision=precision)
+    with pytest.raises(TrainingError) as error:
+        meter(run).metrics(sums_of(run, **named), record(7, **changes), Progress(7, 42, 1000))
+    assert str(error.value) == said
+
+
+def test_a_step_without_a_gradient_norm():
+    run = small_run()
+    assert meter(run).metrics(sums_of(run), record(1, grad_norm=None), Progress(1, 6, 150))["grad_norm"] is None
+    assert meter(run).metrics(sums_of(run), record(1, grad_norm=torch.tensor(0.5)), Progress())["grad_norm"] == 0.5
+
+
+def test_fp16_overflows_are_skipped_until_there_are_too_many_in_a_row():
+    run = small_run(precision="fp16", max_skipped_steps=3)
+    one = meter(run)
+
+    def step(number, skipped, **changes):
+        changes = {"grad_norm": math.inf, "loss_scale": 1024.0, "skipped_steps": skipped} | changes
+        return one.metrics(sums_of(run), record(number, **changes), Progress(number))
+
+    assert step(1, 1)["grad_norm"] is None
+    step(2, 2)
+    assert step(3, 2, grad_norm=0.5)["grad_norm"] == 0.5  # an update between them: the count begins anew
+    step(4, 3)
+    assert step(5, 4)["loss_scale"] == 1024
+    with pytest.raises(TrainingError) as error:
+        step(6, 5)
+    assert str(error.value) == (
+        "step 6: fp16 gradients overflowed 3 steps in a row (loss scale 1024); use bf16, or a lower --lr"
+    )
+
+
+def test_a_loss_that_fp16_cannot_say_is_no_end():
+    run = small_run(precision="fp16")
+    metrics = meter(run).metrics(
+        sums_of(run, mlm_loss=math.inf), record(1, grad_norm=math.nan, skipped_steps=1), Progress(1, 6, 150)
+    )
+    assert metrics["mlm_loss"] == math.inf and metrics["grad_norm"] is None
