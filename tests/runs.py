@@ -34,7 +34,7 @@ def train_in_pool(flags: list[str]) -> list[dict]:
     """Run by every rank of a pool: what `pretrain.py` does after it has joined its group; gives the metrics."""
     import torch
 
-    from peer_scale.parallel.agreement import Agreement
+    from peer_scale.parallel.coordination import RankCoordinator
     from peer_scale.settings.flags import build_parser
     from peer_scale.settings.resolve import resolve
     from peer_scale.training.job import arrange_ranks, train
@@ -42,7 +42,7 @@ def train_in_pool(flags: list[str]) -> list[dict]:
     _number_modules_afresh()
     args = build_parser().parse_args([*SMALL, "--num-workers", "0", *flags])
     run = resolve(args, dist.get_world_size())
-    train(run, arrange_ranks(run, torch.device("cpu")), Agreement())
+    train(run, arrange_ranks(run, torch.device("cpu")), RankCoordinator())
     return read_metrics(args.log_dir)
 
 

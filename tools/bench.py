@@ -53,7 +53,7 @@ from peer_scale.host_memory import keep_freed_memory  # noqa: E402
 from peer_scale.kernels.gelu import bias_gelu  # noqa: E402
 from peer_scale.kernels.norm import bias_dropout_residual_norm  # noqa: E402
 from peer_scale.models.generator_head import generator_head  # noqa: E402
-from peer_scale.parallel.agreement import Agreement  # noqa: E402
+from peer_scale.parallel.coordination import RankCoordinator  # noqa: E402
 from peer_scale.parallel.environment import ProcessEnvironment  # noqa: E402
 from peer_scale.parallel.topology import build_topology, init_process_group  # noqa: E402
 from peer_scale.samples.examples import Batch  # noqa: E402
@@ -137,7 +137,7 @@ def saving_pair(setting: Setting, folder: Path, *, copy_alone: bool) -> tuple[Ac
     state = TrainingState(engine, setting.topology, setting.run.model.vocab_size)
     kept = CheckpointFolder(folder, keep_last=1)
     sections = sections_of(setting.run, setting.topology, data_fingerprint="", tokenizer_digest=tokenizer.digest)
-    writer = CheckpointWriter(folder, kept, state, Agreement(), sections, tokenizer, in_background=True)
+    writer = CheckpointWriter(folder, kept, state, RankCoordinator(), sections, tokenizer, in_background=True)
     numbers = itertools.count(1)
 
     def save() -> None:

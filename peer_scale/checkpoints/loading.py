@@ -8,10 +8,10 @@ from peer_scale.checkpoints.manifest import Manifest
 from peer_scale.checkpoints.pieces import TensorReader, check_file
 from peer_scale.checkpoints.progress import Progress
 from peer_scale.checkpoints.state import TrainingState
-from peer_scale.parallel.agreement import Agreement
+from peer_scale.parallel.coordination import RankCoordinator
 
 
-def load_checkpoint(state: TrainingState, agreement: Agreement, folder: Path, manifest: Manifest) -> Progress:
+def load_checkpoint(state: TrainingState, coordinator: RankCoordinator, folder: Path, manifest: Manifest) -> Progress:
     """Put weights and optimizer state in place; give how far the run had come.
 
     The ranks share the files out among them and verify each checksum before anything is changed.
@@ -19,10 +19,10 @@ def load_checkpoint(state: TrainingState, agreement: Agreement, folder: Path, ma
     Raises:
         UserError: on all ranks, where a file is damaged or a parameter is missing.
     """
-    agreement.everyone(lambda: _check_files(folder, manifest))
+    coordinator.everyone(lambda: _check_files(folder, manifest))
     progress = manifest.sections.progress
     reader = TensorReader(folder, manifest.tensors)
-    agreement.everyone(lambda: state.fill(reader, manifest.sections.optimizer, progress))
+    coordinator.everyone(lambda: state.fill(reader, manifest.sections.optimizer, progress))
     state.publish()
     return progress
 

@@ -33,7 +33,7 @@ from peer_scale.checkpoints.sections import Sections
 from peer_scale.checkpoints.state import OwnedPiece, TrainingState
 from peer_scale.corpus.wordpiece import WordPiece
 from peer_scale.errors import UserError
-from peer_scale.parallel.agreement import Agreement
+from peer_scale.parallel.coordination import RankCoordinator
 
 
 @dataclass(frozen=True)
@@ -62,19 +62,19 @@ class CheckpointWriter:
         path: Path,
         folder: CheckpointFolder,
         state: TrainingState,
-        agreement: Agreement,
+        coordinator: RankCoordinator,
         sections: Sections,
         tokenizer: WordPiece,
         *,
         in_background: bool,
     ) -> None:
-        self._path, self._folder, self._state, self._agreement = path, folder, state, agreement
+        self._path, self._folder, self._state, self._agreement = path, folder, state, coordinator
         self._sections, self._tokenizer = sections, tokenizer
         self._host = _HostCopy() if in_background else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=_yield_to_training)
         self._pending: _Pending | None = None
         self._rank = dist.get_rank()
-        agreement.first_rank(folder.remove_unfinished)
+        coordinator.first_rank(folder.remove_unfinished)
 
     def save(self, progress: Progress) -> None:
         """Begin to save the state of this moment; waits for an earlier save first."""

@@ -20,7 +20,7 @@ def add_up_chunk(
         bias: fp32 [rows].
         offset: fp32 [n].
         threshold: fp32 [n]; counted is where (product + bias - offset) log2 e is greater.
-        logits: Room for fp32 [n, rows]; may be `product` itself.
+        logits: Buffer for fp32 [n, rows]; may be `product` itself.
         flags: The same, and not `logits`. Both are used on the CPU only.
 
     Returns:

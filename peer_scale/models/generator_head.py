@@ -194,7 +194,7 @@ class _Remaining:
 
 
 class _Chunk(NamedTuple):
-    """Some rows of a shard: their matrix, their bias in fp32, and room for [n, rows] logits."""
+    """Some rows of a shard: their matrix, their bias in fp32, and buffers for [n, rows] logits."""
 
     first: int
     weight: Tensor
@@ -227,8 +227,8 @@ class _Shard:
         for first in range(0, self.num_rows, self.chunk_size):
             rows = slice(first, min(first + self.chunk_size, self.num_rows))
             shape = (self.hidden.shape[0], rows.stop - first)
-            rooms = (_view(room, shape) for room in (self._product, self._logits, self._flags))
-            chunk = _Chunk(first, self.weight[rows], self.bias[rows], *rooms)
+            buffers = (_view(buffer, shape) for buffer in (self._product, self._logits, self._flags))
+            chunk = _Chunk(first, self.weight[rows], self.bias[rows], *buffers)
             torch.mm(self.hidden, chunk.weight.t(), out=chunk.product)
             yield chunk
 
@@ -380,9 +380,9 @@ class _Shard:
         grad_hidden = torch.zeros_like(self.hidden, dtype=torch.float32)
         grad_weight, grad_bias = torch.empty_like(self.weight), torch.empty_like(self.bias)
         rows, is_own = self._localise(targets)
-        low_room = torch.empty_like(self._product)
+        low_buffer = torch.empty_like(self._product)
         for chunk in self.chunks():
-            low = _view(low_room, chunk.product.shape)
+            low = _view(low_buffer, chunk.product.shape)
             stop = chunk.first + low.shape[1]
             column = torch.where(is_own & (rows >= chunk.first) & (rows < stop), rows - chunk.first, -1)
             grad_bias[chunk.first : stop] = chunk_gradient(
@@ -442,6 +442,6 @@ def _below(numbers: Tensor, limit: Tensor) -> Tensor:
     return torch.minimum(numbers, torch.nextafter(limit, limit.new_tensor(-math.inf)))
 
 
-def _view(room: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The beginning of `room` in that shape; all of it where it is too small to be meant for use."""
-    return room[: math.prod(shape)].view(shape) if len(room) >= math.prod(shape) else room
+def _view(buffer: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The beginning of `buffer` in that shape; all of it where it is too small to be meant for use."""
+    return buffer[: math.prod(shape)].view(shape) if len(buffer) >= math.prod(shape) else buffer

@@ -22,9 +22,9 @@ from peer_scale.parallel.megatron import (
     mark_sharded,
 )
 from peer_scale.parallel.sequence import (
-    add_up_and_split,
-    join_sequence_for_split_weights,
+    gather_along_sequence_for_split_weights,
     own_random_stream,
+    reduce_scatter_along_sequence,
     whole_gradients,
 )
 from peer_scale.parallel.tensor_parallel import TensorParallel
@@ -51,7 +51,7 @@ class ColumnLinear(ColumnParallelLinear):
         mark_sharded(self.weight, dim=0)
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        return super().forward(join_sequence_for_split_weights(hidden, self.tensor_parallel))
+        return super().forward(gather_along_sequence_for_split_weights(hidden, self.tensor_parallel))
 
 
 class RowLinear(RowParallelLinear):
@@ -77,7 +77,7 @@ class RowLinear(RowParallelLinear):
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         if not self.tensor_parallel.sequence_parallel:
             return super().forward(hidden)
-        return add_up_and_split(F.linear(hidden, self.weight), self.tensor_parallel), self.bias
+        return reduce_scatter_along_sequence(F.linear(hidden, self.weight), self.tensor_parallel), self.bias
 
 
 class Embeddings(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from peer_scale.models.config import EncoderShape, ModelConfig
 from peer_scale.models.heads import RankingHead
 from peer_scale.models.networks import layer_stack, select
-from peer_scale.parallel.sequence import join_sequence
+from peer_scale.parallel.sequence import gather_along_sequence
 from peer_scale.parallel.tensor_parallel import TensorParallel
 
 
@@ -30,7 +30,7 @@ class DetectionBranch(nn.Module):
     def forward(self, hidden_SBH: Tensor, mask_BS: Tensor) -> tuple[Tensor, Tensor]:
         for layer in self.layers.values():
             hidden_SBH = layer(hidden_SBH, mask_BS)
-        return self.head(join_sequence(hidden_SBH, self.tensor_parallel))
+        return self.head(gather_along_sequence(hidden_SBH, self.tensor_parallel))
 
 
 class SelectionBranch(nn.Module):
@@ -51,7 +51,7 @@ class SelectionBranch(nn.Module):
     def forward(self, hidden_SBH: Tensor, mask_BS: Tensor, positions_BP: Tensor) -> Tensor:
         for layer in self.layers.values():
             hidden_SBH = layer(hidden_SBH, mask_BS)
-        selected = select(join_sequence(hidden_SBH, self.tensor_parallel), positions_BP)
+        selected = select(gather_along_sequence(hidden_SBH, self.tensor_parallel), positions_BP)
         return self.norm(F.gelu(self.dense(selected)))
 
 

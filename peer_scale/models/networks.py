@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from peer_scale.models.config import EncoderShape, ModelConfig, ModelPart
 from peer_scale.models.layers import Embeddings, TransformerLayer
-from peer_scale.parallel.sequence import join_sequence, split_sequence
+from peer_scale.parallel.sequence import gather_along_sequence, scatter_along_sequence
 from peer_scale.parallel.tensor_parallel import TensorParallel
 
 HeadBuilder: TypeAlias = Callable[[TensorParallel], nn.Module]
@@ -79,7 +79,7 @@ class PretrainingModel(nn.Module):
     def embed(self, network: str, ids_BS: Tensor, token_types_BS: Tensor) -> Tensor:
         """Make what goes into the first layer: [S, B, H], this rank's slice of it under sequence parallelism."""
         projection = self._encoder(network).projection
-        return split_sequence(projection(self.embeddings(ids_BS, token_types_BS)), self.tensor_parallel)
+        return scatter_along_sequence(projection(self.embeddings(ids_BS, token_types_BS)), self.tensor_parallel)
 
     def run_layers(self, network: str, hidden_SBH: Tensor, mask_BS: Tensor | None) -> Tensor:
         """Run the shared layers and those of the network that are here: [S, B, H] -> [S, B, H]."""
@@ -89,7 +89,7 @@ class PretrainingModel(nn.Module):
 
     def whole_sequence(self, hidden: Tensor) -> Tensor:
         """Give the hidden states of all positions where sequence parallelism left a slice of them."""
-        return join_sequence(hidden, self.tensor_parallel)
+        return gather_along_sequence(hidden, self.tensor_parallel)
 
     def head(self, name: str) -> nn.Module:
         """Give the head of that name."""

@@ -19,22 +19,22 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def split_sequence(hidden: Tensor, tensor_parallel: TensorParallel) -> Tensor:
+def scatter_along_sequence(hidden: Tensor, tensor_parallel: TensorParallel) -> Tensor:
     """Keep a slice [S/tp, ...] of what every rank has whole; backward joins the slices' gradients."""
     return _Split.apply(hidden, tensor_parallel) if tensor_parallel.sequence_parallel else hidden
 
 
-def join_sequence(hidden: Tensor, tensor_parallel: TensorParallel) -> Tensor:
+def gather_along_sequence(hidden: Tensor, tensor_parallel: TensorParallel) -> Tensor:
     """The whole sequence [S, ...] for what every rank then computes alike; backward keeps this rank's slice."""
     return _Join.apply(hidden, tensor_parallel) if tensor_parallel.sequence_parallel else hidden
 
 
-def join_sequence_for_split_weights(hidden: Tensor, tensor_parallel: TensorParallel) -> Tensor:
+def gather_along_sequence_for_split_weights(hidden: Tensor, tensor_parallel: TensorParallel) -> Tensor:
     """The whole sequence as input of a column-parallel layer; backward adds up the ranks' gradients, and slices."""
     return _JoinForSplitWeights.apply(hidden, tensor_parallel) if tensor_parallel.sequence_parallel else hidden
 
 
-def add_up_and_split(partial: Tensor, tensor_parallel: TensorParallel) -> Tensor:
+def reduce_scatter_along_sequence(partial: Tensor, tensor_parallel: TensorParallel) -> Tensor:
     """A slice of the sum of all ranks' [S, ...]; backward joins the gradients."""
     return _AddUpAndSplit.apply(partial, tensor_parallel)
 

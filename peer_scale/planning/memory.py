@@ -73,16 +73,16 @@ def layer_activations(shape: EncoderShape, workload: Workload, layout: ParallelL
     """
     tokens = layout.micro_batch_size * workload.seq_length
     hidden, size = shape.hidden_size, layout.tensor_parallel
-    split_sequence = size if layout.sequence_parallel else 1
+    scatter_along_sequence = size if layout.sequence_parallel else 1
     if layout.activation_checkpointing:
-        return tokens * hidden * workload.number_bytes // split_sequence
+        return tokens * hidden * workload.number_bytes // scatter_along_sequence
     sums = 2.0
     probabilities = 0.0
     if on_cpu:
         sums += 2 * (workload.model.hidden_dropout > 0)
         per_token = shape.num_attention_heads * workload.seq_length / size
         probabilities = per_token * (1 + (workload.model.attention_dropout > 0))
-    numbers = 2 * hidden + sums * hidden / split_sequence + (4 * hidden + 2 * shape.ffn_hidden_size) / size
+    numbers = 2 * hidden + sums * hidden / scatter_along_sequence + (4 * hidden + 2 * shape.ffn_hidden_size) / size
     return int(tokens * (numbers + probabilities) * workload.number_bytes)
 
 

@@ -20,7 +20,7 @@ from peer_scale.checkpoints.writer import CheckpointWriter
 from peer_scale.host_memory import keep_freed_memory
 from peer_scale.objectives.engine import Engine
 from peer_scale.objectives.task import PretrainingTask
-from peer_scale.parallel.agreement import Agreement
+from peer_scale.parallel.coordination import RankCoordinator
 from peer_scale.parallel.environment import ProcessEnvironment, default_num_threads
 from peer_scale.parallel.initialization import count_parameters, initialize_weights
 from peer_scale.parallel.topology import Topology, build_topology, init_process_group
@@ -59,7 +59,7 @@ def run_job(args: argparse.Namespace, environment: ProcessEnvironment) -> None:
     if device.type == "cpu":
         keep_freed_memory()
     try:
-        train(run, arrange_ranks(run, device), Agreement())
+        train(run, arrange_ranks(run, device), RankCoordinator())
     finally:
         dist.destroy_process_group()
 
@@ -74,16 +74,16 @@ def arrange_ranks(run: RunConfig, device: torch.device) -> Topology:
     )
 
 
-def train(run: RunConfig, topology: Topology, agreement: Agreement) -> None:
+def train(run: RunConfig, topology: Topology, coordinator: RankCoordinator) -> None:
     """Train in the process groups that are there; UserError and TrainingError come on all ranks alike."""
     say: Callable[[str], None] = print if topology.is_first_rank else _say_nothing
-    agreement.first_rank(lambda: _check_folders(run))
-    corpus = agreement.one_by_one(lambda: open_data(run, show_progress=topology.is_first_rank))
+    coordinator.first_rank(lambda: _check_folders(run))
+    corpus = coordinator.one_by_one(lambda: open_data(run, show_progress=topology.is_first_rank))
     run = replace(run, model=replace(run.model, vocab_size=corpus.tokenizer.vocab_size))
     sections = sections_of(
         run, topology, data_fingerprint=corpus.store.fingerprint, tokenizer_digest=corpus.tokenizer.digest
     )
-    found = agreement.first_rank(lambda: _find_checkpoint(run, topology, sections, say))
+    found = coordinator.first_rank(lambda: _find_checkpoint(run, topology, sections, say))
 
     pipeline = plan_pipeline(run) if topology.size("pp") > 1 else None
     part = pipeline.placement.stages[topology.rank("pp")] if pipeline else None
@@ -99,7 +99,7 @@ def train(run: RunConfig, topology: Topology, agreement: Agreement) -> None:
     num_parameters = count_parameters(task, tensor_parallel, topology.group("pp"))
     engine, runner = _engine_and_runner(task, run, topology, pipeline)
     state = TrainingState(engine, topology, run.model.vocab_size)
-    progress = load_checkpoint(state, agreement, *found) if found else Progress()
+    progress = load_checkpoint(state, coordinator, *found) if found else Progress()
     peak = device_peak(topology.device, run.compute_dtype)
     say(startup_summary(run, topology, corpus, num_parameters, peak))
 
@@ -113,7 +113,7 @@ def train(run: RunConfig, topology: Topology, agreement: Agreement) -> None:
         engine,
         runner,
         Meter(run, dist.get_world_size(), peak),
-        _callbacks(run, topology, agreement, corpus, plan, sections, state, progress, warmup_steps),
+        _callbacks(run, topology, coordinator, corpus, plan, sections, state, progress, warmup_steps),
         progress=progress,
         warmup_steps=warmup_steps,
     )
@@ -152,7 +152,7 @@ def plan_pipeline(run: RunConfig) -> Schedule:
 def _callbacks(
     run: RunConfig,
     topology: Topology,
-    agreement: Agreement,
+    coordinator: RankCoordinator,
     corpus: Corpus,
     plan: BatchPlan,
     sections: Sections,
@@ -177,7 +177,7 @@ def _callbacks(
     if output.save is not None:
         kept = folder.CheckpointFolder(output.save, output.keep_last, output.keep_every)
         writer = CheckpointWriter(
-            output.save, kept, state, agreement, sections, corpus.tokenizer, in_background=output.async_save
+            output.save, kept, state, coordinator, sections, corpus.tokenizer, in_background=output.async_save
         )
         callbacks.append(Checkpointing(writer, output.save_interval))
     if topology.is_first_rank:

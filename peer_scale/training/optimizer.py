@@ -27,7 +27,7 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
     return config.lr * remaining / (config.train_iters - max(config.lr_warmup_iters, 1) + 1)
 
 
-def set_step(optimizer: Any, config: TrainingConfig, step: int, num_updates: int) -> float:
+def set_hyperparameters(optimizer: Any, config: TrainingConfig, step: int, num_updates: int) -> float:
     """Set the groups' hyper-parameters for `step`; gives the learning rate.
 
     `num_updates` counts the updates including this one (steps that fp16 skipped are none). Without bias correction the

@@ -20,7 +20,7 @@ from peer_scale.seeds import stream_seed
 from peer_scale.settings.run import RunConfig
 from peer_scale.training.engine import loss_scale
 from peer_scale.training.metering import Meter, StepRecord
-from peer_scale.training.optimizer import set_step
+from peer_scale.training.optimizer import set_hyperparameters
 from peer_scale.training.runner import Runner
 
 
@@ -85,7 +85,7 @@ class Trainer:
     def train_step(self, step: int, micro_batches: Sequence[Batch]) -> StepRecord:
         """One optimizer step: forward and backward of each micro-batch, then the update."""
         engine, device = self.engine, self.topology.device
-        lr = set_step(engine.optimizer, self.run.training, step, num_updates=step - engine.skipped_steps)
+        lr = set_hyperparameters(engine.optimizer, self.run.training, step, num_updates=step - engine.skipped_steps)
         batches = [batch.to(device) for batch in micro_batches]
         seed_dropout = partial(self._seed_dropout, step)
         sums = self.runner.train(batches, self.step_info(step, batches), seed_dropout)

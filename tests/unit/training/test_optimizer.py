@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from peer_scale.settings.run import TrainingConfig
-from peer_scale.training.optimizer import build_optimizer, learning_rate, set_step
+from peer_scale.training.optimizer import build_optimizer, learning_rate, set_hyperparameters
 
 
 def config(**changes):
@@ -37,7 +37,7 @@ def test_adam(bias_correction):
     gradients = [[rng.normal(size=p.shape) for p in start] for _ in range(30)]
     rates = []
     for step, pair in enumerate(gradients, start=1):
-        rates.append(set_step(optimizer, settings, step, num_updates=step))
+        rates.append(set_hyperparameters(optimizer, settings, step, num_updates=step))
         for parameter, gradient in zip((layer.weight, layer.bias), pair, strict=True):
             parameter.grad = torch.from_numpy(gradient.copy())
         optimizer.step()

@@ -12,8 +12,8 @@ from peer_scale.errors import UserError
 T = TypeVar("T")
 
 
-class Agreement:
-    """Talks over a gloo group of its own with a patient timeout: the first rank may tokenise a corpus for hours."""
+class RankCoordinator:
+    """Talk over a gloo group of its own with a patient timeout: the first rank may tokenise a corpus for hours."""
 
     def __init__(self) -> None:
         self._group = dist.new_group(backend="gloo", timeout=timedelta(days=2))
