@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 from peer_scale.configuration import Given, settings, values
 from peer_scale.errors import UserError
 from peer_scale.models.config import EncoderShape, ModelConfig
-from peer_scale.objectives.objective import Objective
 from peer_scale.parallel.topology import check_parallel_sizes
 from peer_scale.samples.loader import BatchPlan
+from peer_scale.samples.masking import MaskingConfig
 from peer_scale.settings.config_file import ConfigFile, read_config_file
 from peer_scale.settings.ds_config import given_by, look_up, precision_of, read_ds_config, resolved_ds_config
 from peer_scale.settings.flags import GENERATOR, given, given_to_objective
@@ -66,9 +66,10 @@ def with_yaml(preset: Preset, path: Path | None) -> Preset:
 
 
 def _changed_by_file(preset: Preset, file: ConfigFile) -> Preset:
+    objective = file.objective(preset.objective)
     return Preset(
         file.changed(preset.model, "model"),
-        _objective(preset.objective, file),
+        objective.changed(values(file.given_to_objective(objective))),
         file.changed(preset.masking, "masking"),
         file.changed(preset.training, "training"),
     )
@@ -76,19 +77,13 @@ def _changed_by_file(preset: Preset, file: ConfigFile) -> Preset:
 
 def _preset(args: argparse.Namespace, file: ConfigFile) -> Preset:
     name = _name(args, file)
-    preset = find_preset(name)
-    objective = _objective(preset.objective, file)
-    return Preset(
-        _model(file.changed(preset.model, "model"), args),
-        objective.changed(values(given_to_objective(args, objective, name))),
-        _flat(preset.masking, "masking", args, file),
-        file.changed(preset.training, "training"),
+    preset = _changed_by_file(find_preset(name), file)
+    return replace(
+        preset,
+        model=_model(preset.model, args),
+        objective=preset.objective.changed(values(given_to_objective(args, preset.objective, name))),
+        masking=replace(preset.masking, **values(given(args, MaskingConfig))),
     )
-
-
-def _objective(preset: Objective, file: ConfigFile) -> Objective:
-    objective = file.objective(preset)
-    return objective.changed(values(file.given_to_objective(objective)))
 
 
 def _name(args: argparse.Namespace, file: ConfigFile) -> str:
