@@ -175,7 +175,7 @@ class OutputConfig:
         default_text="no validation",
     )
     eval_iters: PositiveInt = option(default=8, help="Global batches per validation.", metavar="N")
-    exit_duration_in_mins: PositiveFloat | None = option(
+    exit_duration_in_mins: NonNegativeFloat | None = option(
         default=None,
         help="Save and stop once the run has trained for so many minutes.",
         metavar="MINUTES",

@@ -229,10 +229,10 @@ def test_a_resumed_run_goes_on_as_the_one_that_was_not_stopped(layout, reference
         assert without_times(found) == without_times(expected)
 
 
-@pytest.mark.parametrize("model", ["peer", "bert", "teams"])
-def test_the_curve_goes_down(model, references):
+@pytest.mark.parametrize(("model", "share"), [("peer", 0.9), ("bert", 0.95), ("teams", 0.9)])
+def test_the_curve_goes_down(model, share, references):
     metrics = references(Layout(model)).metrics
-    assert metrics[-1]["loss"] < 0.9 * metrics[0]["loss"]
+    assert metrics[-1]["loss"] < share * metrics[0]["loss"]
 
 
 def test_the_curve_depends_on_the_seed(references, rank_pools, tmp_path, text_file):
