@@ -177,7 +177,7 @@ class OutputConfig:
     eval_iters: PositiveInt = option(default=8, help="Global batches per validation.", metavar="N")
     exit_duration_in_mins: NonNegativeFloat | None = option(
         default=None,
-        help="Save and stop once the run has trained for so many minutes.",
+        help="Save and stop once the run has trained for so many minutes; 0 stops after one step.",
         metavar="MINUTES",
         default_text="no limit",
     )

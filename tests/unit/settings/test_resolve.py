@@ -64,6 +64,8 @@ PRECEDENCE = [
     ("data.num_workers", 1, "data: {num_workers: 2}", 2, ("--num-workers", 0), 0),
     ("data.validation_fraction", 0.01, "data: {validation_fraction: 0.5}", 0.5, ("--validation-fraction", 0), 0.0),
     ("output.keep_last", 3, "output: {keep_last: 5}", 5, ("--keep-last", 7), 7),
+    ("output.exit_duration_in_mins", None, "output: {exit_duration_in_mins: 5}", 5.0,
+     ("--exit-duration-in-mins", 0), 0.0),
     ("output.async_save", True, "output: {async_save: false}", False, ("--async-save",), True),
     ("seed", 1234, "seed: 5", 5, ("--seed", 0), 0),
     ("name", "peer-tiny", "name: electra-tiny", "electra-tiny", ("--model", "teams-tiny"), "teams-tiny"),
