@@ -12,8 +12,8 @@ cd "$(dirname "$0")/.."
 versions=("$@")
 ((${#versions[@]})) || versions=(3.10 3.11 3.12 3.13)
 work=$(mktemp -d)
-installing=
-trap '[ -z "$installing" ] || { kill "$installing"; wait "$installing"; } || true; rm -rf "$work"' EXIT
+installing='' training=''
+trap 'kill $installing $training 2>/dev/null || true; wait; rm -rf "$work"' EXIT
 
 # Prints the path of a Python that runs, is of this version and can make virtual environments; fails where there is none.
 find_python() {
@@ -30,13 +30,17 @@ find_python() {
 # Runs in the background, where exec lets a signal reach pip itself.
 make_environment() {
     "$2" -m venv "$work/$1"
-    exec "$work/$1/bin/pip" install --quiet --no-compile -e .
+    exec "$work/$1/bin/pip" install -qq --no-compile -e .
 }
 
 job() {
-    local version=$1 name=$2 launcher=$3
+    local version=$1 name=$2 launcher=$3 code=0
     shift 3
-    timeout --foreground 600 "$work/$version/bin/$launcher" "$@" --train-iters 5 --log-dir "$work/$name" --cache-dir "$work/cache"
+    timeout 900 "$work/$version/bin/$launcher" "$@" --train-iters 5 --log-dir "$work/$name" --cache-dir "$work/cache" &
+    training=$!
+    wait "$training" || code=$?
+    training=''
+    return "$code"
 }
 
 train() {
@@ -69,7 +73,7 @@ done
 for ((i = 0; i <= ${#found[@]}; i++)); do
     is_installed=true
     [ -z "$installing" ] || wait "$installing" || is_installed=false
-    installing=
+    installing=''
     if ((i < ${#found[@]})); then
         make_environment "${found[i]}" "${pythons[i]}" >"$work/install_${found[i]}.log" 2>&1 &
         installing=$!

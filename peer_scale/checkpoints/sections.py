@@ -176,11 +176,6 @@ def sections_of(run: RunConfig, topology: Topology, *, data_fingerprint: str, to
     )
 
 
-def objective_section(objective: Objective) -> dict[str, Any]:
-    """Describe an objective by its kind and its hyper-parameters."""
-    return objective.section()
-
-
 def parse_sections(content: Mapping[str, Any], where: str) -> Sections:
     """Make sections of their JSON form.
 
@@ -236,7 +231,7 @@ def _problem(error: Mapping[str, Any]) -> str:
 
 
 def _as_json(value: Any) -> Any:
-    return objective_section(value) if isinstance(value, Objective) else _plain(value)
+    return value.section() if isinstance(value, Objective) else _plain(value)
 
 
 def _plain(value: Any) -> Any:

@@ -283,7 +283,7 @@ def _verify(checkpoint: Checkpoint, sources: list[Source], taken: _Weights) -> N
 
 def _model_file(preset: Preset) -> str:
     """Write the model and what it learns for the trainer's --config."""
-    sections = {key: dataclasses.asdict(getattr(preset, key)) for key in ("model", "objective", "masking")}
-    content = json.loads(json.dumps(sections))
+    sections = {key: dataclasses.asdict(getattr(preset, key)) for key in ("model", "masking")}
+    content = json.loads(json.dumps({**sections, "objective": preset.objective.section()}))
     content["model"] = {key: value for key, value in content["model"].items() if value is not None}
     return yaml.safe_dump(content, sort_keys=False)

@@ -5,7 +5,6 @@ from dataclasses import asdict
 from typing import Any
 
 from peer_scale.checkpoints.reader import Checkpoint
-from peer_scale.checkpoints.sections import objective_section
 from peer_scale.flops import paper_train_flops
 from peer_scale.objectives.exports import Export
 
@@ -72,5 +71,5 @@ def _training(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _objective(checkpoint: Checkpoint) -> str:
-    settings = objective_section(checkpoint.objective) | asdict(checkpoint.sections.masking)
+    settings = checkpoint.objective.section() | asdict(checkpoint.sections.masking)
     return f"{checkpoint.objective.describe()}, {json.dumps(settings)}"
