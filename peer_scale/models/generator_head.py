@@ -85,8 +85,8 @@ def generator_head(
         rounding of a product count as equal. `negatives` are k distinct tokens, none of them the target, drawn one
         after the other by their probabilities among those that are left (the law of Gumbel-top-k).
 
-    Products are in the format of `hidden`, everything else in fp32 and fp64. A rank sends 36 bytes a position forward
-    (each reduction counted once) and [n, h] backward.
+    Products are in the format of `hidden`, everything else in fp32 and fp64. A rank sends 36 bytes per position forward
+    (each reduction counted once), 8 + 16 k more for k negatives, and [n, h] backward.
     """
     size = CHUNK_SIZE if chunk_size is None else chunk_size
     *fields, negatives = _GeneratorHead.apply(hidden, weight, bias, targets, uniforms, negative_uniforms, group, size)

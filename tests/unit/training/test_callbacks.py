@@ -157,7 +157,7 @@ def test_a_resumed_run_leaves_no_gap_and_repeats_no_step(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
-@pytest.mark.parametrize("tail", ["", "\n", "7\n", '"text"\n', '{"loss": 1}\n', '{"step": 3, "loss": 0.'])
+@pytest.mark.parametrize("tail", ["", "\n", "7\n", '"text"\n', '{"loss": 1}\n{"step": 3}\n', '{"step": 3, "loss": 0.'])
 def test_what_is_no_line_of_metrics_is_dropped_with_all_after_it(tmp_path, tail):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n' + tail)
