@@ -14,9 +14,9 @@ from runs import corpus, ds_config, without_times
 from watched import Watched, train_watched
 
 STEPS, MIDDLE = 20, 10
-# A layout rounds otherwise, which moves the ends of the tokens' shares of a distribution by 5e-9 or so: a number that
+# A layout rounds otherwise, which moves the ends of the tokens' shares of a distribution by 1e-8 or so: a number that
 # falls that near picks another token, about once in 50,000 draws, and the curves part. A reference has no such draw.
-MARGIN = 2.5e-8
+MARGIN = 4e-8
 
 DEFAULT = """
 peer dp1 zero2 mb4
@@ -172,19 +172,19 @@ def references(rank_pools, tmp_path_factory, text_file):
     """Runs of one rank, each made when a layout first asks for its own."""
     found: dict[Layout, Reference] = {}
 
-    def make(layout):
-        for seed in range(1, 41):  # half of them will do, of those with twice the sequences per step a fourth
-            folder = tmp_path_factory.mktemp(f"{layout.model}-{seed}")
-            flags = ("--seed", seed, "--save", folder / "save", "--save-interval", MIDDLE)
-            (run,) = train(rank_pools, folder, text_file, layout, *flags, measure_margin=True)
-            if run.margin > MARGIN:
-                return Reference(seed, run.metrics, run.drawn, folder / "save")
-        raise AssertionError("no seed draws so far from the ends of the tokens' shares")
+    def make(layout, seed):
+        folder = tmp_path_factory.mktemp(f"{layout.model}-{seed}")
+        flags = ("--seed", seed, "--save", folder / "save", "--save-interval", MIDDLE)
+        (run,) = train(rank_pools, folder, text_file, layout, *flags, measure_margin=True)
+        return run, Reference(seed, run.metrics, run.drawn, folder / "save")
 
     def reference(layout):
         alone = layout.reference
-        if alone not in found:
-            found[alone] = make(alone)
+        for seed in () if alone in found else range(1, 21):
+            run, made = make(alone, seed)
+            if run.margin > MARGIN:
+                found[alone] = made
+                break
         return found[alone]
 
     return reference
