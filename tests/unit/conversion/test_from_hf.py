@@ -218,7 +218,7 @@ def flags(tmp_path, text_file, name, *more):
         ),
         *("--deepspeed_config", str(ds_config(tmp_path, 2)), "--seq-length", "32", "--fp32"),
         *("--train-iters", "10", "--global-batch-size", "8", "--lr-warmup-iters", "1"),
-        *(() if "bert-tiny" in more else ("--warmup-epochs", "0")),
+        *(() if {"bert-tiny", "bert-base"} & set(more) else ("--warmup-epochs", "0")),
         *("--hidden-dropout", "0", "--attention-dropout", "0", *map(str, more)),
     ]
 
