@@ -1,5 +1,6 @@
 """Micro-batches for one data-parallel rank, from any global sample number on."""
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -69,7 +70,14 @@ def micro_batches(
         num_workers=num_workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_leave_signals_to_the_rank,
     )
     batches = iter(loader)
     for _ in range(first_step, last_step):
         yield [next(batches) for _ in range(plan.num_micro_batches)]
+
+
+def _leave_signals_to_the_rank(_: int) -> None:
+    """Keep the worker alive where a signal goes to all processes: the rank still needs its batches to stop orderly."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
