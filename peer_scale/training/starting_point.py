@@ -93,7 +93,7 @@ def _in_save(
         told = differences_of_run(manifest, own)
     else:
         told = differences_of_weights(manifest, own, tensor_parallel)
-    if told and output.set_aside:
+    if told and output.set_aside and (load is None or save.resolve() not in load.resolve().parents):
         say(f"--save {save}: {_name(manifest)} is now in {folders.set_aside_save()}")
         return None
     if told:
