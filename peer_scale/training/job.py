@@ -1,6 +1,8 @@
 """One training run from its command line to its last step: everything around the loop."""
 
 import argparse
+import atexit
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,7 +27,7 @@ from peer_scale.parallel.topology import Topology, build_topology, init_process_
 from peer_scale.pipeline.runner import PipelineRunner, num_backward_calls
 from peer_scale.pipeline.schedule import Schedule, build_schedule
 from peer_scale.pipeline.search import choose_placement
-from peer_scale.samples.loader import BatchPlan, micro_batches
+from peer_scale.samples.loader import BatchPlan, end_workers, micro_batches
 from peer_scale.settings.config_file import run_yaml
 from peer_scale.settings.resolve import resolve
 from peer_scale.settings.run import RunConfig
@@ -57,6 +59,7 @@ def run_job(args: argparse.Namespace, environment: ProcessEnvironment) -> None:
     device = init_process_group(environment)
     if device.type == "cpu":
         keep_freed_memory()
+    atexit.register(end_workers)
     try:
         train(run, arrange_ranks(run, device), RankCoordinator())
     finally:
@@ -140,7 +143,8 @@ def _train(run: RunConfig, topology: Topology, coordinator: RankCoordinator, fol
         last_step=run.training.train_iters,
         num_workers=run.data.num_workers,
     )
-    trainer.fit(steps)
+    with contextlib.closing(steps):  # ends the data workers
+        trainer.fit(steps)
 
 
 def _engine_and_runner(

@@ -18,7 +18,6 @@ from peer_scale.training.run_folders import DROPPED, TENSORBOARD
 from peer_scale.training.trainer import Callback, Trainer
 
 _SECONDS_BETWEEN_WARNINGS = 60.0
-_SECONDS_TO_NEXT_MONITOR = 30.0
 _MAX_EVENTS_KEPT = 10_000  # steps
 
 
@@ -151,11 +150,12 @@ def _without_nan(value: Any) -> Any:
 class MonitorEvents(Callback):
     """Sends every number to DeepSpeed's monitor: TensorBoard under the log folder, and what the ds_config enables.
 
-    Where a monitor fails, a new one is started half a minute later and gets what the failed one did not take.
+    Where a monitor fails, a new one is started `retry_after` seconds later and gets what the failed one did not take.
     """
 
-    def __init__(self, log_dir: Path | None, ds_config: dict[str, Any]) -> None:
+    def __init__(self, log_dir: Path | None, ds_config: dict[str, Any], retry_after: float = 30.0) -> None:
         """Start the monitors; UserError where one cannot be started."""
+        self._retry_after = retry_after
         self._blocks = dict(ds_config)
         if log_dir is not None:
             here = {"enabled": True, "output_path": str(log_dir), "job_name": TENSORBOARD}
@@ -181,7 +181,7 @@ class MonitorEvents(Callback):
                 self._monitor.write_events(self._waiting[0])
                 self._waiting.popleft()
         except Exception as error:  # whatever the library behind it raises
-            self._monitor, self._next_start = None, time.monotonic() + _SECONDS_TO_NEXT_MONITOR
+            self._monitor, self._next_start = None, time.monotonic() + self._retry_after
             why = f"{type(error).__name__}: {error}".splitlines()[0]
             self._warning.say(f"the monitor cannot be written to ({why}); training goes on")
 

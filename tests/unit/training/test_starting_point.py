@@ -99,8 +99,8 @@ def test_what_another_run_saved_is_refused_naming_both_or_set_aside_whole(tmp_pa
     with pytest.raises(UserError) as refused:
         run(output, OTHER)
     assert str(refused.value) == (
-        f"--save {tmp_path}: holds step 3 of peer-tiny {first.run}, saved by another run: data.seed 1234 there, 5 here; "
-        "give another folder, or --set-aside to move what is there into a folder beside it"
+        f"--save {tmp_path}: holds step 3 of peer-tiny {first.run}, saved by another run: data.seed 1234 there, 5 here"
+        "; give another folder, or --set-aside to move what is there into a folder beside it"
     )
     before = {path.relative_to(tmp_path) for path in tmp_path.rglob("*")}
     second = run(replace(output, set_aside=True), OTHER, steps=1, mark="b")
