@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from checkpoint_runs import SHAPE, WHOLE
-from peer_scale.checkpoints.identity import check_identity, layout_changes
+from peer_scale.checkpoints.identity import changes, check_identity
 from peer_scale.checkpoints.manifest import Manifest, TensorEntry
 from peer_scale.checkpoints.parameters import shardings
 from peer_scale.errors import UserError
@@ -84,7 +84,9 @@ def test_imported_weights_go_on_with_an_objective_of_the_same_parameters_alone(d
     assert difference(IMPORTED, electra) == "ranking_head.free_thresholds [2] there, [1] here"
 
 
-def test_the_changes_of_the_layout_are_told():
-    own = replace(RUN, layout=replace(RUN.layout, tensor_parallel=2, zero_stage=1))
-    assert layout_changes(Manifest(RUN, {}, {}), own) == "tensor_parallel 1 -> 2, zero_stage 3 -> 1"
-    assert layout_changes(Manifest(RUN, {}, {}), RUN) == ""
+def test_what_changed_of_layout_and_training_is_told():
+    own = replace(
+        RUN, layout=replace(RUN.layout, tensor_parallel=2, zero_stage=1), training={**RUN.training, "lr": 0.5}
+    )
+    assert changes(Manifest(RUN, {}, {}), own) == "tensor_parallel 1 -> 2, zero_stage 3 -> 1, lr 0.001 -> 0.5"
+    assert changes(Manifest(RUN, {}, {}), RUN) == ""
