@@ -15,7 +15,7 @@ lint:
 	$(PYTHON) -m ruff check .
 
 unit:
-	$(PYTHON) -m pytest tests/unit
+	$(PYTHON) -m pytest tests/unit -m 'not heavy and not slow and not slurm and not mpi'
 
 test:
 	$(PYTHON) -m pytest

@@ -22,6 +22,13 @@ _DOCUMENTED = (
 )
 
 
+def pytest_collection_modifyitems(items):
+    """Mark what needs ranks, so that `make fast` leaves it out."""
+    for item in items:
+        if "rank_pools" in item.fixturenames:
+            item.add_marker(pytest.mark.heavy)
+
+
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory) -> Path:
     """Real English: for each of some standard modules a document of its docstrings."""

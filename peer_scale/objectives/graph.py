@@ -7,7 +7,7 @@ simulator, pipeline executor, planner and FLOPs read the same graph, so none of 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -68,10 +68,10 @@ class SampleSize:
     seq_length: int
     num_predictions: int
 
-    def count(self, costs: tuple[Cost, ...], field: str) -> int:
-        """Sum of one field of `costs` over a sequence."""
+    def count(self, costs: tuple[Cost, ...], what: str) -> int:
+        """Sum the field `what` of `costs` over a sequence."""
         sizes = {"token": self.seq_length, "position": self.num_predictions}
-        return sum(sizes[cost.per] * getattr(cost, field) for cost in costs)
+        return sum(sizes[cost.per] * getattr(cost, what) for cost in costs)
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,10 @@ class Work:
     """
 
     name: str
-    end: Callable[[WorkContext, Tensor | None], Outcome]
+    # not compared: equal objectives make functions of their own, and schedules are kept by the graph they are of
+    end: Callable[[WorkContext, Tensor | None], Outcome] = field(compare=False)
     network: str | None = None
-    begin: Callable[[WorkContext], Tensor] | None = None
+    begin: Callable[[WorkContext], Tensor] | None = field(default=None, compare=False)
     begin_takes: tuple[str, ...] = ()
     end_takes: tuple[str, ...] = ()
     gives: tuple[Value, ...] = ()

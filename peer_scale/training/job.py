@@ -131,7 +131,7 @@ def _train(run: RunConfig, topology: Topology, coordinator: RankCoordinator, fol
         topology,
         engine,
         runner,
-        Meter(run, dist.get_world_size(), peak),
+        Meter(run, dist.get_world_size(), peak, skipped_steps=engine.skipped_steps),
         _callbacks(run, topology, coordinator, corpus, plan, sections, state, progress, warmup_steps, start),
         progress=progress,
         warmup_steps=warmup_steps,

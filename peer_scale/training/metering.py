@@ -34,7 +34,7 @@ class StepRecord:
 class Meter:
     """Knows the cost of a sample and the device's peak; `peak` in FLOP/s per device, None where it is not known."""
 
-    def __init__(self, run: RunConfig, num_devices: int, peak: float | None) -> None:
+    def __init__(self, run: RunConfig, num_devices: int, peak: float | None, *, skipped_steps: int = 0) -> None:
         self._run, self._num_devices, self._peak = run, num_devices, peak
         self._layout = SumsLayout(run.objective)
         size = run.sample_size
@@ -43,7 +43,7 @@ class Meter:
             run.model, run.objective, size, samples=1, activation_checkpointing=run.training.activation_checkpointing
         )
         self._skipped_in_a_row = 0
-        self._skipped_before = 0
+        self._skipped_before = skipped_steps
 
     def advance(self, progress: Progress, sums: list[float], record: StepRecord) -> Progress:
         """Give the progress after one more step."""

@@ -8,7 +8,18 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[2] / "peer_scale"
 # each may import what stands before it
 LAYERS = (
-    *("errors", "configuration", "seeds", "storage", "quiet", "host_memory", "kernels", "corpus", "samples"),
+    *(
+        "errors",
+        "configuration",
+        "seeds",
+        "storage",
+        "folder_lock",
+        "quiet",
+        "host_memory",
+        "kernels",
+        "corpus",
+        "samples",
+    ),
     *(
         "parallel",
         "models",

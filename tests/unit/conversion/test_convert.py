@@ -25,6 +25,8 @@ from peer_scale.samples.loader import ExampleDataset
 from peer_scale.samples.windows import Windows, split_documents
 from runs import PROJECT, corpus, ds_config, read_metrics, train_in_pool
 
+pytestmark = pytest.mark.heavy
+
 TOOL = PROJECT / "tools/convert_checkpoint.py"
 STEPS = 12
 TOLERANCE = 1e-5

@@ -27,6 +27,8 @@ from peer_scale.objectives.task import build_model
 from peer_scale.parallel.topology import single_process_topology
 from runs import ds_config, train_in_pool
 
+pytestmark = pytest.mark.heavy
+
 SIZES = {
     "num_hidden_layers": 3,
     "hidden_size": 32,

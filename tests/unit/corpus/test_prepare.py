@@ -22,6 +22,8 @@ from peer_scale.corpus.wordpiece import load_wordpiece, train_wordpiece
 from peer_scale.corpus.worker_pool import worker_pool
 from peer_scale.errors import UserError
 
+pytestmark = pytest.mark.heavy
+
 
 def digest(*texts: str) -> str:
     """What prepared corpora are known by: the sha256 of texts, each after its length in 8 bytes."""

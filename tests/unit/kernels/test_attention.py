@@ -47,6 +47,7 @@ def test_output_and_gradients(masked, dtype, tolerance):
         torch.testing.assert_close(ours.double(), theirs.double(), rtol=5 * tolerance, atol=5 * tolerance)
 
 
+@pytest.mark.heavy
 def test_gradients_under_dropout_belong_to_the_mask_that_was_drawn():
     torch.manual_seed(0)
     qkv, bias, mask = (t.double() if t.is_floating_point() else t for t in problem(torch.float32))

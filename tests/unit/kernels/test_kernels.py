@@ -14,6 +14,8 @@ from peer_scale.kernels.availability import apex_state, fused_kernels
 from peer_scale.kernels.gelu import bias_gelu
 from peer_scale.kernels.norm import bias_dropout_residual_norm
 
+pytestmark = pytest.mark.heavy
+
 SHAPES = [(1, 1), (3, 7), (5, 2, 100), (17, 257), (2, 3, 768)]
 
 

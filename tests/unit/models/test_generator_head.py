@@ -202,6 +202,7 @@ def test_tokens_of_little_weight_add_up():
     assert (output.sampled_ids - wanted).abs().max() < 3  # fp32 places a uniform near 1 to half of such a share
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("chunk_size", [None, 16])
 def test_sampled_frequencies_are_the_softmax(chunk_size):
     state, weight, bias, _, _ = problem(1)
@@ -285,6 +286,7 @@ def extra_memory(n, vocab, hidden):
     return forward, backward, working_memory(lambda: torch.ones(2**26), cpu)
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's account of memory")
 def test_extra_memory():
     n, vocab = 4096, 131072

@@ -15,6 +15,8 @@ from peer_scale.settings.flags import build_parser
 from peer_scale.settings.resolve import resolve
 from runs import PROJECT
 
+pytestmark = pytest.mark.heavy
+
 
 def small_run(*flags):
     sizes = ["--micro-batch-size", "2", "--global-batch-size", "2", "--seq-length", "32"]
