@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ _OF_TRAINING = ("hidden_dropout", "attention_dropout", "init_std")
 def check_identity(folder: Path, manifest: Manifest, own: Sections, tensor_parallel: TensorParallel) -> None:
     """Raise UserError naming every field in which the checkpoint and the run that `own` describes differ.
 
-    Imported weights may go on with any data, dropout and objective whose model has the same parameters.
+    Imported weights may go on with any data, dropout and objective whose model has the same parameters. The rule of the
+    split may differ: `with_split_of` takes over the checkpoint's.
     """
     saved, here = manifest.sections.as_json(), own.as_json()
     if manifest.sections.imported is None:
-        differences = _differences(_of(saved, _SECTIONS), _of(here, _SECTIONS))
+        found = _differences(_of(saved, _SECTIONS), _of(here, _SECTIONS))
+        differences = [difference for difference in found if difference[0] != "data.split"]
     else:
         for sections in (saved, here):
             sections["model"] = {key: value for key, value in sections["model"].items() if key not in _OF_TRAINING}
@@ -35,6 +38,16 @@ def check_identity(folder: Path, manifest: Manifest, own: Sections, tensor_paral
     if differences:
         told = "; ".join(f"{where} {saved} there, {here} here" for where, saved, here in differences)
         raise UserError(f"--load {folder}: saved by another run: {told}")
+
+
+def with_split_of(manifest: Manifest, own: Sections) -> Sections:
+    """Describe the run as `own` does, but with the split of the checkpoint that it goes on from, if that has seen data.
+
+    Otherwise it would train on text that the checkpoint's run held out, and be validated on what that one has learned.
+    """
+    if manifest.sections.data is None or own.data is None:
+        return own
+    return replace(own, data=replace(own.data, split=manifest.sections.data.split))
 
 
 def layout_changes(manifest: Manifest, own: Sections) -> str:

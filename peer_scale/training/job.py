@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 
 from peer_scale.checkpoints import folder
-from peer_scale.checkpoints.identity import check_identity, layout_changes
+from peer_scale.checkpoints.identity import check_identity, layout_changes, with_split_of
 from peer_scale.checkpoints.loading import load_checkpoint
 from peer_scale.checkpoints.manifest import Manifest
 from peer_scale.checkpoints.progress import Progress
-from peer_scale.checkpoints.sections import Sections, sections_of
+from peer_scale.checkpoints.sections import Sections, sections_of, split_of
 from peer_scale.checkpoints.state import TrainingState, require_supported_offload
 from peer_scale.checkpoints.writer import CheckpointWriter
 from peer_scale.host_memory import keep_freed_memory
@@ -38,7 +38,7 @@ from peer_scale.training.callbacks.console import ProgressLine
 from peer_scale.training.callbacks.reporting import MetricsFile, MonitorEvents
 from peer_scale.training.callbacks.stopping import StopAfter, StopOnSignal
 from peer_scale.training.callbacks.validation import Validation
-from peer_scale.training.data import Corpus, open_data
+from peer_scale.training.data import Corpus, cut_into_samples, open_text
 from peer_scale.training.engine import build_engine, check_precision
 from peer_scale.training.metering import Meter, device_peak
 from peer_scale.training.runner import Runner, WholeModelRunner
@@ -78,12 +78,13 @@ def train(run: RunConfig, topology: Topology, coordinator: RankCoordinator) -> N
     """Train in the process groups that are there; UserError and TrainingError come on all ranks alike."""
     say: Callable[[str], None] = print if topology.is_first_rank else _say_nothing
     coordinator.first_rank(lambda: _check_folders(run))
-    corpus = coordinator.one_by_one(lambda: open_data(run, show_progress=topology.is_first_rank))
-    run = replace(run, model=replace(run.model, vocab_size=corpus.tokenizer.vocab_size))
-    sections = sections_of(
-        run, topology, data_fingerprint=corpus.store.fingerprint, tokenizer_digest=corpus.tokenizer.digest
-    )
+    store, tokenizer = coordinator.one_by_one(lambda: open_text(run, show_progress=topology.is_first_rank))
+    run = replace(run, model=replace(run.model, vocab_size=tokenizer.vocab_size))
+    sections = sections_of(run, topology, data_fingerprint=store.fingerprint, tokenizer_digest=tokenizer.digest)
     found = coordinator.first_rank(lambda: _find_checkpoint(run, topology, sections, say))
+    if found is not None:
+        sections = with_split_of(found[1], sections)
+    corpus = coordinator.everyone(lambda: cut_into_samples(run, store, tokenizer, split_of(sections)))
 
     pipeline = plan_pipeline(run) if topology.size("pp") > 1 else None
     part = pipeline.placement.stages[topology.rank("pp")] if pipeline else None
@@ -110,6 +111,7 @@ def train(run: RunConfig, topology: Topology, coordinator: RankCoordinator) -> N
     trainer = Trainer(
         run,
         topology,
+        coordinator,
         engine,
         runner,
         Meter(run, dist.get_world_size(), peak),
@@ -210,6 +212,8 @@ def _find_checkpoint(
     changes = layout_changes(manifest, sections)
     step = manifest.sections.progress.step
     say(f"resuming from {path} after step {step}" + (f" under another layout ({changes})" if changes else ""))
+    if split_of(manifest.sections) == "documents":
+        say("text is held out by documents, not by tokens, as by the version that began this run")
     return found
 
 
