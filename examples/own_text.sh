@@ -13,7 +13,7 @@ text=$1 folder=$2
 shift 2
 
 peer-scale train --data-path "$text" \
-    --save "$folder/checkpoints" --load "$folder/checkpoints" --log-dir "$folder/logs" "$@"
+    --save "$folder/checkpoints" --log-dir "$folder/logs" "$@"
 
 if [[ ! -e $folder/hf ]]; then
     peer-scale convert to-hf --load "$folder/checkpoints" --output "$folder/hf"

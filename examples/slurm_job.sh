@@ -15,5 +15,5 @@ for ((job = 0; job < ${JOBS:-3}; job++)); do
     sbatch --job-name "$folder" --dependency singleton --requeue --signal TERM@300 --time "${TIME:-24:00:00}" \
         --nodes "${NODES:-2}" --gpus-per-node "${GPUS:-8}" --cpus-per-gpu "${CPUS:-8}" --output "$folder/%j.out" \
         "$(dirname "$0")/../slurm/base.sh" --model peer-base --log-dir "$folder/logs" --exit-signal-handler \
-        --save "$folder/checkpoints" --load "$folder/checkpoints" --save-interval 1000 "$@"
+        --save "$folder/checkpoints" --save-interval 1000 "$@"
 done

@@ -2,7 +2,9 @@
 
 import logging
 import os
+import threading
 import warnings
+from typing import Any
 
 _NOISY_MODULES = r"(torch|deepspeed|megatron|transformers|datasets|apex|multiprocessing)\b"
 _NOISY_LOGGERS = (
@@ -25,3 +27,14 @@ def silence_libraries() -> None:
     for name in _NOISY_LOGGERS:
         # a filter stays in force when the library sets its logger's level on import
         logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)
+    threading.excepthook = _told_once(threading.excepthook)
+
+
+def _told_once(report: Any) -> Any:
+    """Leave out TensorBoard's writing thread: it hands what ends it to the caller, who tells it in one line."""
+
+    def told(failure: threading.ExceptHookArgs) -> None:
+        if not type(failure.thread).__module__.startswith("tensorboard."):
+            report(failure)
+
+    return told

@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -198,6 +199,7 @@ def test_training_goes_on_while_the_state_of_one_moment_is_written(two_ranks, te
     for step in (2, 4, 6, 8):
         found = [newest(tmp_path / name / f"step_{step:08d}")[1] for name in ("behind", "at-once")]
         assert found[0].files == found[1].files
-        assert found[0].sections == found[1].sections
+        sections = [replace(manifest.sections, saving=None) for manifest in found]
+        assert sections[0] == sections[1]
     digests = [newest(tmp_path / "behind" / f"step_{step:08d}")[1].files["rank_00000.safetensors"] for step in (2, 4)]
     assert digests[0] != digests[1]

@@ -1,19 +1,24 @@
 """The folder of a run's checkpoints: what is committed, what is half-written, which are kept.
 
 SAVE/step_00000100/             a committed checkpoint: its name comes from a rename, after all its files are on disk
-SAVE/latest                     name of the newest committed one
+SAVE/latest                     name of the one that was saved last, for people
 SAVE/.writing_step_00000200/    one that was not finished: never loaded, removed by the next start
 SAVE/.removing_step_00000050/   one that is being deleted, likewise
+
+The newest checkpoint is the one that was saved last, whatever its step: manifests number them in the order of saving.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from peer_scale.checkpoints.manifest import MANIFEST, Manifest, read_manifest
 from peer_scale.checkpoints.pieces import check_size
+from peer_scale.checkpoints.sections import Saving
 from peer_scale.errors import UserError
 from peer_scale.storage import fsync_folder, write_atomically
 
@@ -24,11 +29,23 @@ _PREFIX, _WRITING, _REMOVING = "step_", ".writing_", ".removing_"
 class CheckpointFolder:
     """The folder in the hands of one process, the first rank; every method raises OSError where the disk does.
 
-    Kept are the newest `keep_last` checkpoints and those of steps that `keep_every` divides (None: no others).
+    Kept are the `keep_last` checkpoints that were saved last and those of steps that `keep_every` divides (None: no
+    others). What a run has left behind by going back to an earlier checkpoint gives way first.
     """
 
-    def __init__(self, path: Path, keep_last: int, keep_every: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        keep_last: int,
+        keep_every: int | None = None,
+        *,
+        run: str | None = None,
+        resumed: Saving | None = None,
+    ) -> None:
+        """Take the folder over for `run`, which goes on from the checkpoint that `resumed` is of."""
         self._path, self._keep_last, self._keep_every = path, keep_last, keep_every
+        self._run, self._last = run, None if resumed is None else resumed.number
+        self._savings: dict[Path, Saving | None] | None = None
 
     def remove_unfinished(self) -> None:
         """Delete what an earlier run left half-written or half-deleted."""
@@ -48,22 +65,27 @@ class CheckpointFolder:
 
     def commit(self, step: int, manifest: Manifest) -> list[Path]:
         """Make what was begun the newest checkpoint; give folders out of the way that are now to be deleted."""
+        if self._savings is None:
+            self._savings = {folder: _saving(folder) for folder in committed(self._path)}
         aside = self._aside(step)
+        saving = None
+        if self._run is not None:
+            saving = Saving(self._run, 1 + max(map(_number, self._savings.values()), default=0), self._last)
+            manifest = dataclasses.replace(manifest, sections=dataclasses.replace(manifest.sections, saving=saving))
         manifest.write(aside)
         final = self._path / f"{_PREFIX}{step:08d}"
         outdated = [self._put_away(final)] if final.exists() else []
         aside.replace(final)
         fsync_folder(self._path)
         write_atomically(self._path / LATEST, final.name.encode())
-        return outdated + [self._put_away(old) for old in self._superfluous()]
-
-    def _superfluous(self) -> list[Path]:
-        every = self._keep_every
-        older = committed(self._path)[: -self._keep_last]
-        return [folder for folder in older if every is None or step_of(folder) % every]
+        self._savings[final] = saving
+        self._last = _number(saving)
+        return outdated + [self._put_away(old) for old in superfluous(self._savings, self._keep_last, self._keep_every)]
 
     def _put_away(self, folder: Path) -> Path:
         """Take a checkpoint's name from it before any of its files go; `latest` must not name it then."""
+        assert self._savings is not None
+        self._savings.pop(folder, None)
         latest = self._path / LATEST
         if latest.is_file() and latest.read_text() == folder.name:
             latest.unlink()
@@ -75,37 +97,77 @@ class CheckpointFolder:
         return self._path / f"{_WRITING}{_PREFIX}{step:08d}"
 
 
+def superfluous(savings: Mapping[Path, Saving | None], keep_last: int, keep_every: int | None) -> list[Path]:
+    """List the checkpoints that are not kept; the one that was saved last always is."""
+    newest_first = sorted(savings, key=lambda folder: _age(folder, savings[folder]), reverse=True)
+    current = _lineage(savings)
+    ranked = [folder for folder in newest_first if folder in current]
+    ranked += [folder for folder in newest_first if folder not in current]
+    older = ranked[keep_last:]
+    return [f for f in older if keep_every is None or f not in current or step_of(f) % keep_every]
+
+
+def _lineage(savings: Mapping[Path, Saving | None]) -> set[Path]:
+    """Find the checkpoints that the newest one goes back to; the others are of ways that the run has left."""
+    by_number = {_number(saving): folder for folder, saving in savings.items() if saving is not None}
+    lineage = {folder for folder, saving in savings.items() if saving is None}
+    number = max(by_number, default=None)
+    while number in by_number:
+        folder = by_number[number]
+        lineage.add(folder)
+        saving = savings[folder]
+        number = None if saving is None else saving.after
+    if number is not None:  # that one is deleted; what it went back to is as old or older
+        lineage |= {folder for each, folder in by_number.items() if each < number}
+    return lineage
+
+
+def _number(saving: Saving | None) -> int:
+    return 0 if saving is None else saving.number
+
+
+def _age(folder: Path, saving: Saving | None) -> tuple[int, int]:
+    """Give what orders checkpoints by their saving; those of versions that did not number them are ordered by step."""
+    return _number(saving), step_of(folder)
+
+
+def _saving(folder: Path) -> Saving | None:
+    return read_manifest(folder).sections.saving
+
+
 def step_of(folder: Path) -> int:
     """Read the step in a checkpoint's name."""
     return int(folder.name.removeprefix(_PREFIX))
 
 
 def committed(path: Path) -> list[Path]:
-    """List the committed checkpoints in `path`, oldest first."""
+    """List the committed checkpoints in `path`, by their steps."""
     folders = (folder for folder in path.glob(f"{_PREFIX}*") if re.fullmatch(rf"{_PREFIX}\d+", folder.name))
     return sorted((folder for folder in folders if (folder / MANIFEST).is_file()), key=step_of)
 
 
 def newest(path: Path) -> tuple[Path, Manifest] | None:
-    """Find the newest committed checkpoint under `path` (or `path` itself) and its manifest; None where there is none.
+    """Find the checkpoint under `path` that was saved last (or `path` itself) and its manifest; None where none is.
 
     Raises UserError for a manifest that cannot be read, or a file that is missing or of another size than it says.
     """
     folders = [path] if (path / MANIFEST).is_file() else committed(path)
     if not folders:
         return None
-    folder = folders[-1]
-    manifest = read_manifest(folder)
+    found = [(folder, read_manifest(folder)) for folder in folders]
+    if len(found) > 1:
+        found.sort(key=lambda each: _age(each[0], each[1].sections.saving))
+    folder, manifest = found[-1]
     for name, entry in manifest.files.items():
         check_size(folder / name, entry)
     return folder, manifest
 
 
-def require_found(path: Path) -> tuple[Path, Manifest]:
+def require_found(path: Path, flag: str = "--load") -> tuple[Path, Manifest]:
     """Do as `newest` does, but raise UserError where there is none."""
     found = newest(path)
     if found is None:
         raise UserError(
-            f"--load {path}: no committed checkpoint there; give the trainer's --save folder or a step in it"
+            f"{flag} {path}: no committed checkpoint there; give the trainer's --save folder or a step in it"
         )
     return found

@@ -15,28 +15,35 @@ from peer_scale.parallel.tensor_parallel import TensorParallel
 
 _SECTIONS = ("model", "objective", "masking", "tokenizer", "data")
 _SECTIONS_OF_WEIGHTS = ("model", "tokenizer")
+_SPLIT = "data.split"  # is taken over by the run that goes on: `with_split_of`
 # what of the model does not change what its weights mean
 _OF_TRAINING = ("hidden_dropout", "attention_dropout", "init_std")
 
 
-def check_identity(folder: Path, manifest: Manifest, own: Sections, tensor_parallel: TensorParallel) -> None:
-    """Raise UserError naming every field in which the checkpoint and the run that `own` describes differ.
+def differences_of_run(manifest: Manifest, own: Sections) -> str:
+    """Say in which fields the run that saved the checkpoint and the one that `own` describes differ; empty: in none."""
+    return differences_of_identities(_of(manifest.sections.as_json(), _SECTIONS), own)
 
-    Imported weights may go on with any data, dropout and objective whose model has the same parameters. The rule of the
-    split may differ: `with_split_of` takes over the checkpoint's.
+
+def differences_of_weights(manifest: Manifest, own: Sections, tensor_parallel: TensorParallel) -> str:
+    """Say why the checkpoint's weights cannot begin the run that `own` describes; empty where they can.
+
+    It may have other data, dropout and objective, if its model has the same parameters.
     """
     saved, here = manifest.sections.as_json(), own.as_json()
+    for sections in (saved, here):
+        sections["model"] = {key: value for key, value in sections["model"].items() if key not in _OF_TRAINING}
+    differences = _differences(_of(saved, _SECTIONS_OF_WEIGHTS), _of(here, _SECTIONS_OF_WEIGHTS))
+    return _told(differences or _differences(_shapes(manifest), _model_shapes(own, tensor_parallel)))
+
+
+def check_identity(folder: Path, manifest: Manifest, own: Sections, tensor_parallel: TensorParallel) -> None:
+    """Raise UserError naming every field in which the checkpoint and the run that `own` describes differ."""
     if manifest.sections.imported is None:
-        found = _differences(_of(saved, _SECTIONS), _of(here, _SECTIONS))
-        differences = [difference for difference in found if difference[0] != "data.split"]
+        told = differences_of_run(manifest, own)
     else:
-        for sections in (saved, here):
-            sections["model"] = {key: value for key, value in sections["model"].items() if key not in _OF_TRAINING}
-        differences = _differences(_of(saved, _SECTIONS_OF_WEIGHTS), _of(here, _SECTIONS_OF_WEIGHTS))
-        if not differences:
-            differences = _differences(_shapes(manifest), _model_shapes(own, tensor_parallel))
-    if differences:
-        told = "; ".join(f"{where} {saved} there, {here} here" for where, saved, here in differences)
+        told = differences_of_weights(manifest, own, tensor_parallel)
+    if told:
         raise UserError(f"--load {folder}: saved by another run: {told}")
 
 
@@ -50,10 +57,27 @@ def with_split_of(manifest: Manifest, own: Sections) -> Sections:
     return replace(own, data=replace(own.data, split=manifest.sections.data.split))
 
 
-def layout_changes(manifest: Manifest, own: Sections) -> str:
-    """Say, for the user, in which parts of the layout the run differs from the one that saved; empty where in none."""
-    differences = _differences(manifest.sections.as_json().get("layout"), own.as_json()["layout"])
+def identity_of(own: Sections) -> dict[str, Any]:
+    """Give what makes a run itself, ready for JSON."""
+    return _of(own.as_json(), _SECTIONS)
+
+
+def differences_of_identities(saved: dict[str, Any], own: Sections) -> str:
+    """Say in which fields an `identity_of` and that of the run that `own` describes differ; empty where in none."""
+    found = _differences(saved, identity_of(own))
+    return _told([difference for difference in found if difference[0] != _SPLIT])
+
+
+def changes(manifest: Manifest, own: Sections) -> str:
+    """Say, for the user, what of layout and training differs from the run that saved; empty where nothing does."""
+    saved, here = manifest.sections.as_json(), own.as_json()
+    names = [name for name in ("layout", "training") if saved.get(name) is not None]
+    differences = [d for name in names for d in _differences(saved[name], here[name])]
     return ", ".join(f"{where} {saved} -> {here}" for where, saved, here in differences)
+
+
+def _told(differences: list[tuple[str, Any, Any]]) -> str:
+    return "; ".join(f"{where} {saved} there, {here} here" for where, saved, here in differences)
 
 
 def _of(sections: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

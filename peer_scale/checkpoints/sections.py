@@ -107,6 +107,15 @@ class Reshaped:
 
 
 @dataclass(frozen=True)
+class Saving:
+    """Which run saved the checkpoint, as the how-manieth of its folder, after which one of them (None: a first one)."""
+
+    run: str
+    number: int
+    after: int | None = None
+
+
+@dataclass(frozen=True)
 class Sections:
     """All that a manifest says of a run; a section that is None is not there.
 
@@ -125,6 +134,7 @@ class Sections:
         ties: places of the model that use another parameter.
         imported: from where the weights of a checkpoint of step 0 come, by what they became.
         reshaped: how the files were cut anew.
+        saving: the order in which the folder's checkpoints were saved; None where a version did that without a number.
     """
 
     progress: Progress
@@ -141,6 +151,7 @@ class Sections:
     ties: dict[str, str]
     imported: dict[str, str] | None = None
     reshaped: Reshaped | None = None
+    saving: Saving | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Give the sections that are there, ready for JSON."""

@@ -11,7 +11,7 @@ that DeepSpeed's own functions put together.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -94,8 +94,10 @@ class TrainingState:
         loss_scale = None if scaler is None else LossScale(*(getattr(scaler, name) for name in _SCALER_FIELDS))
         return OptimizerState(int(updates.pop()), self._engine.skipped_steps, loss_scale)
 
-    def fill(self, reader: TensorReader, optimizer: OptimizerState, progress: Progress) -> None:
-        """Put a checkpoint's numbers in place; afterwards all ranks call `publish`.
+    def fill(
+        self, reader: TensorReader, optimizer: OptimizerState, progress: Progress, kinds: Sequence[str] = KINDS
+    ) -> None:
+        """Put a checkpoint's numbers of some `kinds` in place; afterwards all ranks call `publish`.
 
         Raises:
             UserError: a parameter is missing or of another shape there, or a file cannot be read.
@@ -108,7 +110,7 @@ class TrainingState:
             if saved.shape != fragment.sharding.shape:
                 shapes = f"{list(saved.shape)} where the model has {list(fragment.sharding.shape)}"
                 raise UserError(f"--load {reader.folder}: has {fragment.name} in shape {shapes}")
-            for kind in KINDS if fragment.length else ():
+            for kind in kinds if fragment.length else ():
                 where = (fragment.sharding, fragment.shard, fragment.start, fragment.length)
                 self._store.put(fragment, kind, reader.flat(fragment.name, kind, *where))
         self._restore_scalars(optimizer, progress)

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from peer_scale.commands.outcome import INTERRUPTED_EXIT_CODE
 from peer_scale.errors import TRAINING_ERROR_EXIT_CODE, USER_ERROR_EXIT_CODE, TrainingError, UserError
 from peer_scale.parallel.environment import detect_environment
 from peer_scale.quiet import silence_libraries
@@ -19,7 +20,7 @@ _SECONDS_FOR_RANK_0_TO_SPEAK = 4.0
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Train; the exit code is 0, 2 after bad input, 1 where training broke down, each with one line on stderr."""
+    """Train; give 0, or with one line on stderr 2 after bad input, 1 where training broke down, 130 after Ctrl-C."""
     rank = 0
     try:
         rank = detect_environment(os.environ).rank
@@ -36,4 +37,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         else:
             time.sleep(_SECONDS_FOR_RANK_0_TO_SPEAK)
         return USER_ERROR_EXIT_CODE if isinstance(error, UserError) else TRAINING_ERROR_EXIT_CODE
+    except KeyboardInterrupt as interrupt:
+        if rank == 0:
+            print(str(interrupt) or "interrupted", file=sys.stderr, flush=True)
+        return INTERRUPTED_EXIT_CODE
     return 0

@@ -1,6 +1,8 @@
 """Micro-batches for one data-parallel rank, from any global sample number on."""
 
-from collections.abc import Iterable, Iterator
+import multiprocessing
+import signal
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -108,7 +110,7 @@ class _MicroBatchSampler(Sampler[list[int]]):
 
 def micro_batches(
     dataset: ExampleDataset, plan: BatchPlan, *, first_step: int, last_step: int, num_workers: int
-) -> Iterator[StepBatches]:
+) -> Generator[StepBatches, None, None]:
     """For each step in [first_step, last_step), counted from 0: this rank's micro-batches of it."""
     loader = DataLoader(
         _Samples(dataset),
@@ -116,8 +118,25 @@ def micro_batches(
         num_workers=num_workers,
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_leave_signals_to_the_rank,
     )
     batches = iter(loader)
     for _ in range(first_step, last_step):
         found = [next(batches) for _ in range(plan.num_micro_batches)]
         yield StepBatches([batch for batch, _ in found], _first(fault for _, fault in found))
+
+
+def _leave_signals_to_the_rank(_: int) -> None:
+    """Keep a worker alive where a signal goes to all processes: the rank still needs its batches to stop orderly.
+
+    A rank that ends kills its workers (`end_workers`), since Python would ask them by SIGTERM and wait.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def end_workers() -> None:
+    """Kill the workers that are left when the rank ends by an exception; to be registered with `atexit`."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise for each
+    for worker in multiprocessing.active_children():
+        worker.kill()

@@ -136,7 +136,8 @@ class OutputConfig:
 
     save: Path | None = option(
         default=None,
-        help="Folder for checkpoints; the last step is always saved.",
+        help="Folder for checkpoints; the last step is always saved. Where it holds this run's own, the run goes on "
+        "from the one that was saved last.",
         metavar="DIR",
         default_text="none are written",
     )
@@ -157,9 +158,22 @@ class OutputConfig:
     )
     load: Path | None = option(
         default=None,
-        help="Go on from the newest checkpoint in DIR; start afresh where there is none yet.",
+        help="Go on from the checkpoint in DIR that was saved last, or from the one that DIR is, where --save holds "
+        "none of this run yet; a step in --save goes back to that one.",
         metavar="DIR",
-        default_text="start afresh",
+        default_text="what --save holds of this run",
+    )
+    init_from: Path | None = option(
+        default=None,
+        help="Begin at step 0 with the weights of an imported checkpoint or of another run, where neither --save nor "
+        "--load has a checkpoint to go on from.",
+        metavar="DIR",
+        default_text="initial weights",
+    )
+    set_aside: bool = option(
+        default=False,
+        help="Where --save or --log-dir holds another run, move all of it into a folder `earlier_N` there, instead of "
+        "refusing to start.",
     )
     log_dir: Path | None = option(
         default=None,

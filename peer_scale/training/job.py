@@ -1,22 +1,23 @@
 """One training run from its command line to its last step: everything around the loop."""
 
 import argparse
+import atexit
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from peer_scale.checkpoints import folder
-from peer_scale.checkpoints.identity import check_identity, layout_changes, with_split_of
+from peer_scale.checkpoints.folder import CheckpointFolder
+from peer_scale.checkpoints.identity import with_split_of
 from peer_scale.checkpoints.loading import load_checkpoint
-from peer_scale.checkpoints.manifest import Manifest
 from peer_scale.checkpoints.progress import Progress
 from peer_scale.checkpoints.sections import Sections, sections_of, split_of
 from peer_scale.checkpoints.state import TrainingState, require_supported_offload
 from peer_scale.checkpoints.writer import CheckpointWriter
+from peer_scale.errors import UserError
 from peer_scale.host_memory import keep_freed_memory
 from peer_scale.objectives.engine import Engine
 from peer_scale.objectives.task import PretrainingTask
@@ -27,21 +28,22 @@ from peer_scale.parallel.topology import Topology, build_topology, init_process_
 from peer_scale.pipeline.runner import PipelineRunner, num_backward_calls
 from peer_scale.pipeline.schedule import Schedule, build_schedule
 from peer_scale.pipeline.search import choose_placement
-from peer_scale.samples.loader import BatchPlan, micro_batches
+from peer_scale.samples.loader import BatchPlan, end_workers, micro_batches
 from peer_scale.settings.config_file import run_yaml
 from peer_scale.settings.resolve import resolve
 from peer_scale.settings.run import RunConfig
-from peer_scale.storage import require_writable_folder, write_atomically
 from peer_scale.training.callbacks.checkpointing import Checkpointing
 from peer_scale.training.callbacks.closing import ClosingSummary
 from peer_scale.training.callbacks.console import ProgressLine
 from peer_scale.training.callbacks.reporting import MetricsFile, MonitorEvents
-from peer_scale.training.callbacks.stopping import StopAfter, StopOnSignal
+from peer_scale.training.callbacks.stopping import StopAfter, StopOnInterrupt, StopOnSignal
 from peer_scale.training.callbacks.validation import Validation
 from peer_scale.training.data import Corpus, cut_into_samples, open_text
 from peer_scale.training.engine import build_engine, check_precision
 from peer_scale.training.metering import Meter, device_peak
+from peer_scale.training.run_folders import METRICS, RunFolders
 from peer_scale.training.runner import Runner, WholeModelRunner
+from peer_scale.training.starting_point import StartingPoint, find_start
 from peer_scale.training.summary import startup_summary
 from peer_scale.training.trainer import Callback, Trainer
 
@@ -58,6 +60,7 @@ def run_job(args: argparse.Namespace, environment: ProcessEnvironment) -> None:
     device = init_process_group(environment)
     if device.type == "cpu":
         keep_freed_memory()
+    atexit.register(end_workers)
     try:
         train(run, arrange_ranks(run, device), RankCoordinator())
     finally:
@@ -76,19 +79,34 @@ def arrange_ranks(run: RunConfig, device: torch.device) -> Topology:
 
 def train(run: RunConfig, topology: Topology, coordinator: RankCoordinator) -> None:
     """Train in the process groups that are there; UserError and TrainingError come on all ranks alike."""
+    if run.output.save is not None or run.output.load is not None or run.output.init_from is not None:
+        require_supported_offload(run.deepspeed)
+    folders = RunFolders(run.output)
+    try:
+        coordinator.first_rank(folders.claim)
+        _train(run, topology, coordinator, folders)
+    finally:
+        folders.release()
+
+
+def _train(run: RunConfig, topology: Topology, coordinator: RankCoordinator, folders: RunFolders) -> None:
     say: Callable[[str], None] = print if topology.is_first_rank else _say_nothing
-    coordinator.first_rank(lambda: _check_folders(run))
     store, tokenizer = coordinator.one_by_one(lambda: open_text(run, show_progress=topology.is_first_rank))
     run = replace(run, model=replace(run.model, vocab_size=tokenizer.vocab_size))
     sections = sections_of(run, topology, data_fingerprint=store.fingerprint, tokenizer_digest=tokenizer.digest)
-    found = coordinator.first_rank(lambda: _find_checkpoint(run, topology, sections, say))
-    if found is not None:
-        sections = with_split_of(found[1], sections)
+    tensor_parallel = topology.tensor_parallel
+    start = coordinator.first_rank(lambda: find_start(run.output, sections, tensor_parallel, folders, say))
+    if _is_done(run, start, say):
+        return
+    if start.manifest is not None and not start.only_weights:
+        sections = with_split_of(start.manifest, sections)
     corpus = coordinator.everyone(lambda: cut_into_samples(run, store, tokenizer, split_of(sections)))
+    said = coordinator.first_rank(lambda: folders.prepare_logs(start.run, start.step, sections, run_yaml(run)))
+    if said:
+        say(said)
 
     pipeline = plan_pipeline(run) if topology.size("pp") > 1 else None
     part = pipeline.placement.stages[topology.rank("pp")] if pipeline else None
-    tensor_parallel = topology.tensor_parallel
     task = PretrainingTask(run.model, run.objective, tensor_parallel, part)
     initialize_weights(
         task,
@@ -100,7 +118,9 @@ def train(run: RunConfig, topology: Topology, coordinator: RankCoordinator) -> N
     num_parameters = count_parameters(task, tensor_parallel, topology.group("pp"))
     engine, runner = _engine_and_runner(task, run, topology, pipeline)
     state = TrainingState(engine, topology, run.model.vocab_size)
-    progress = load_checkpoint(state, coordinator, *found) if found else Progress()
+    progress = Progress()
+    if start.folder is not None and start.manifest is not None:
+        progress = load_checkpoint(state, coordinator, start.folder, start.manifest, only_weights=start.only_weights)
     peak = device_peak(topology.device, run.compute_dtype)
     say(startup_summary(run, topology, corpus, num_parameters, peak))
 
@@ -115,7 +135,7 @@ def train(run: RunConfig, topology: Topology, coordinator: RankCoordinator) -> N
         engine,
         runner,
         Meter(run, dist.get_world_size(), peak),
-        _callbacks(run, topology, coordinator, corpus, plan, sections, state, progress, warmup_steps),
+        _callbacks(run, topology, coordinator, corpus, plan, sections, state, progress, warmup_steps, start),
         progress=progress,
         warmup_steps=warmup_steps,
     )
@@ -126,7 +146,8 @@ def train(run: RunConfig, topology: Topology, coordinator: RankCoordinator) -> N
         last_step=run.training.train_iters,
         num_workers=run.data.num_workers,
     )
-    trainer.fit(steps)
+    with contextlib.closing(steps):  # ends the data workers
+        trainer.fit(steps)
 
 
 def _engine_and_runner(
@@ -161,6 +182,7 @@ def _callbacks(
     state: TrainingState,
     progress: Progress,
     warmup_steps: int,
+    start: StartingPoint,
 ) -> list[Callback]:
     output = run.output
     callbacks: list[Callback] = []
@@ -168,53 +190,43 @@ def _callbacks(
         callbacks.append(Validation(corpus.validation, plan, output.eval_interval, output.eval_iters))
     if topology.is_first_rank:
         callbacks.append(ProgressLine(run, progress.step, run.objective.notices(warmup_steps)))
-        callbacks.append(MonitorEvents(output.log_dir, run.deepspeed))
-        if output.log_dir is not None:
-            callbacks.append(MetricsFile(output.log_dir / "metrics.jsonl", progress.step))
-            write_atomically(output.log_dir / "run.yaml", run_yaml(run).encode())
+    callbacks += coordinator.everyone(lambda: _reporting(run, progress.step) if topology.is_first_rank else [])
     if output.exit_duration_in_mins is not None:
         callbacks.append(StopAfter(output.exit_duration_in_mins))
     if output.exit_signal_handler:
         callbacks.append(StopOnSignal())
     if output.save is not None:
-        kept = folder.CheckpointFolder(output.save, output.keep_last, output.keep_every)
+        kept = CheckpointFolder(
+            output.save, output.keep_last, output.keep_every, run=start.run, resumed=start.saving_in(output.save)
+        )
         writer = CheckpointWriter(
             output.save, kept, state, coordinator, sections, corpus.tokenizer, in_background=output.async_save
         )
         callbacks.append(Checkpointing(writer, output.save_interval))
     if topology.is_first_rank:
         callbacks.append(ClosingSummary(run, progress.step))
+    return [*callbacks, StopOnInterrupt(output.save)]
+
+
+def _reporting(run: RunConfig, step: int) -> list[Callback]:
+    log_dir = run.output.log_dir
+    callbacks: list[Callback] = [MonitorEvents(log_dir, run.deepspeed)]
+    if log_dir is not None:
+        try:
+            callbacks.append(MetricsFile(log_dir / METRICS, step))
+        except OSError as error:
+            raise UserError(f"--log-dir {log_dir}: cannot be written: {error.strerror}") from None
     return callbacks
 
 
-def _check_folders(run: RunConfig) -> None:
-    for path, flag in ((run.output.save, "--save"), (run.output.log_dir, "--log-dir")):
-        if path is not None:
-            require_writable_folder(path, flag)
-    if run.output.save is not None or run.output.load is not None:
-        require_supported_offload(run.deepspeed)
-
-
-def _find_checkpoint(
-    run: RunConfig, topology: Topology, sections: Sections, say: Callable[[str], None]
-) -> tuple[Path, Manifest] | None:
-    if run.output.load is None:
-        return None
-    found = folder.newest(run.output.load)
-    if found is None:
-        say(f"--load {run.output.load}: no committed checkpoint there; starting fresh")
-        return None
-    path, manifest = found
-    check_identity(path, manifest, sections, topology.tensor_parallel)
-    if manifest.sections.imported is not None:
-        say(f"starting from {path}: weights of {', '.join(manifest.sections.imported.values())}")
-        return found
-    changes = layout_changes(manifest, sections)
-    step = manifest.sections.progress.step
-    say(f"resuming from {path} after step {step}" + (f" under another layout ({changes})" if changes else ""))
-    if split_of(manifest.sections) == "documents":
-        say("text is held out by documents, not by tokens, as by the version that began this run")
-    return found
+def _is_done(run: RunConfig, start: StartingPoint, say: Callable[[str], None]) -> bool:
+    """Say whether there is nothing left to do; UserError where more has been done than was asked for."""
+    wanted = run.training.train_iters
+    if start.step > wanted:
+        raise UserError(f"--train-iters {wanted}: {start.folder} is of step {start.step} already; give more steps")
+    if start.step == wanted:
+        say(f"all {wanted} steps are done already: {start.folder}; a greater --train-iters goes on")
+    return start.step == wanted
 
 
 def _say_nothing(_: str) -> None:

@@ -67,7 +67,7 @@ class ClosingSummary(Callback):
         lines = {}
         if save is not None:
             lines["checkpoint"] = f"{save}"
-            lines["go on"] = f"the same command with --load {save} and a greater --train-iters"
+            lines["go on"] = "the same command with a greater --train-iters"
             lines["convert"] = f"peer-scale convert to-hf --load {save}"
         else:
             lines["checkpoint"] = "none: give --save DIR to keep the weights"

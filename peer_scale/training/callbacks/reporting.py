@@ -1,40 +1,144 @@
-"""Metrics on disk: metrics.jsonl and TensorBoard."""
+"""Metrics on disk: metrics.jsonl and TensorBoard. A disk that fails is told of and never ends a run."""
 
+from __future__ import annotations
+
+import contextlib
+import errno
 import json
 import math
+import os
+import sys
+import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
 from peer_scale.errors import UserError
-from peer_scale.storage import write_atomically
-from peer_scale.training.trainer import Callback
+from peer_scale.training.run_folders import DROPPED, TENSORBOARD
+from peer_scale.training.trainer import Callback, Trainer
+
+_SECONDS_BETWEEN_WARNINGS = 60.0
+_MAX_EVENTS_KEPT = 10_000  # steps
 
 
 class MetricsFile(Callback):
-    """Appends one JSON object per step to metrics.jsonl (first rank only), flushed at once."""
+    """Appends one JSON object per step to metrics.jsonl (first rank only), at once.
+
+    What cannot be written, because the disk is full, read-only or gone, is kept and written as soon as it can be.
+    """
 
     def __init__(self, path: Path, resume_step: int) -> None:
+        """Go on after `resume_step`; OSError where the file cannot be opened."""
         self._path = path
         _keep_steps_up_to(path, resume_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = _Appender(path)
+        self._warning = _Warning()
 
     def on_metrics(self, metrics: dict[str, Any]) -> None:
-        self._file.write(json.dumps(_without_nan(metrics), allow_nan=False) + "\n")
-        self._file.flush()
+        line = json.dumps(_without_nan(metrics), allow_nan=False) + "\n"
+        try:
+            self._file.append(line.encode())
+        except OSError as error:
+            waiting = f"{self._file.num_waiting} lines are kept until it can be"
+            self._warning.say(f"{self._path}: cannot be written ({error.strerror}); training goes on, {waiting}")
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        try:
+            self._file.append(b"")
+        except OSError as error:
+            lost = f"the last {self._file.num_waiting} lines are lost"
+            self._warning.say(f"{self._path}: cannot be written ({error.strerror}); {lost}", at_once=True)
+
+
+class _Appender:
+    """A file that grows by whole lines, and by those of a failed call at the next one."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._waiting: list[bytes] = []
+        self._open()
+
+    @property
+    def num_waiting(self) -> int:
+        """How many lines could not be written yet."""
+        return len(self._waiting)
+
+    def append(self, line: bytes) -> None:
+        """Write what waits and then `line`; raise OSError where the disk does, with nothing lost."""
+        if line:
+            self._waiting.append(line)
+        if not self._is_in_place():
+            with contextlib.suppress(OSError):
+                os.close(self._descriptor)
+            self._open()
+        rest = b"".join(self._waiting)
+        try:
+            os.ftruncate(self._descriptor, self._size)  # a failed call may have left part of a line
+            while rest:
+                rest = rest[os.write(self._descriptor, rest) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._descriptor, self._size)
+            raise
+        self._size += sum(map(len, self._waiting))
+        self._waiting.clear()
+
+    def _open(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        self._size = os.fstat(self._descriptor).st_size
+
+    def _is_in_place(self) -> bool:
+        try:
+            return os.path.samestat(os.stat(self._path), os.fstat(self._descriptor))
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            if error.errno in (errno.ESTALE, errno.ENOTDIR, errno.EBADF):
+                return False
+            raise
+
+
+class _Warning:
+    """A line on stderr, at most once a minute."""
+
+    def __init__(self) -> None:
+        self._next = -math.inf
+
+    def say(self, text: str, *, at_once: bool = False) -> None:
+        now = time.monotonic()
+        if now >= self._next or at_once:
+            self._next = now + _SECONDS_BETWEEN_WARNINGS
+            with contextlib.suppress(OSError):  # stderr may be on the same disk
+                print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def _keep_steps_up_to(path: Path, step: int) -> None:
-    """Drop what a stopped run wrote after the checkpoint that is resumed from, and a line it did not finish."""
+    """Move what a stopped run wrote after the checkpoint that is resumed from, and a line it did not finish, aside."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError, TypeError):
-            break
-    write_atomically(path, "".join(kept).encode())
+    with path.open("rb+") as file:
+        end = 0
+        for line in file:
+            if not _is_of_step_up_to(line, step):
+                break
+            end += len(line)
+        file.seek(end)
+        dropped = file.read()
+        if not dropped:
+            return
+        with path.with_name(DROPPED).open("ab") as others:
+            others.write(dropped if dropped.endswith(b"\n") else dropped + b"\n")
+            others.flush()
+            os.fsync(others.fileno())
+        file.truncate(end)
+
+
+def _is_of_step_up_to(line: bytes, step: int) -> bool:
+    try:
+        return line.endswith(b"\n") and json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def _without_nan(value: Any) -> Any:
@@ -44,24 +148,48 @@ def _without_nan(value: Any) -> Any:
 
 
 class MonitorEvents(Callback):
-    """Sends every number to DeepSpeed's monitor: TensorBoard under the log folder, and what the ds_config enables."""
+    """Sends every number to DeepSpeed's monitor: TensorBoard under the log folder, and what the ds_config enables.
 
-    def __init__(self, log_dir: Path | None, ds_config: dict[str, Any]) -> None:
+    Where a monitor fails, a new one is started `retry_after` seconds later and gets what the failed one did not take.
+    """
+
+    def __init__(self, log_dir: Path | None, ds_config: dict[str, Any], retry_after: float = 30.0) -> None:
+        """Start the monitors; UserError where one cannot be started."""
+        self._retry_after = retry_after
+        self._blocks = dict(ds_config)
+        if log_dir is not None:
+            here = {"enabled": True, "output_path": str(log_dir), "job_name": TENSORBOARD}
+            self._blocks.setdefault("tensorboard", here)
+        try:
+            self._monitor: Any = self._start()
+        except (ImportError, ValueError, OSError) as error:
+            raise UserError(f"the ds_config's monitor cannot be started: {error}") from error
+        self._enabled = self._monitor.enabled
+        self._waiting: deque[list[tuple[str, float, int]]] = deque(maxlen=_MAX_EVENTS_KEPT)
+        self._warning, self._next_start = _Warning(), 0.0
+
+    def on_metrics(self, metrics: dict[str, Any]) -> None:
+        if not self._enabled:
+            return
+        self._waiting.append([(f"train/{key}", value, metrics["step"]) for key, value in _flat(metrics)])
+        if self._monitor is None and time.monotonic() < self._next_start:
+            return
+        try:
+            if self._monitor is None:
+                self._monitor = self._start()
+            while self._waiting:
+                self._monitor.write_events(self._waiting[0])
+                self._waiting.popleft()
+        except Exception as error:  # whatever the library behind it raises
+            self._monitor, self._next_start = None, time.monotonic() + self._retry_after
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            self._warning.say(f"the monitor cannot be written to ({why}); training goes on")
+
+    def _start(self) -> Any:
         from deepspeed.monitor.config import get_monitor_config
         from deepspeed.monitor.monitor import MonitorMaster
 
-        blocks = dict(ds_config)
-        if log_dir is not None:
-            blocks.setdefault("tensorboard", {"enabled": True, "output_path": str(log_dir), "job_name": "tensorboard"})
-        try:
-            self._monitor = MonitorMaster(get_monitor_config(blocks))
-        except (ImportError, ValueError) as error:
-            raise UserError(f"the ds_config's monitor cannot be started: {error}") from error
-
-    def on_metrics(self, metrics: dict[str, Any]) -> None:
-        if self._monitor.enabled:
-            events = [(f"train/{key}", value, metrics["step"]) for key, value in _flat(metrics) if key != "step"]
-            self._monitor.write_events(events)
+        return MonitorMaster(get_monitor_config(self._blocks))
 
 
 def _flat(metrics: dict[str, Any]) -> list[tuple[str, float]]:
@@ -69,6 +197,6 @@ def _flat(metrics: dict[str, Any]) -> list[tuple[str, float]]:
     for key, value in metrics.items():
         if isinstance(value, dict):
             numbers += [(f"{key}/{inner}", number) for inner, number in value.items() if number is not None]
-        elif value is not None:
+        elif value is not None and key != "step":
             numbers.append((key, value))
     return numbers

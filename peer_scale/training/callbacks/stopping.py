@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
+from pathlib import Path
 from typing import Any
 
 from peer_scale.training.metering import StepRecord
 from peer_scale.training.trainer import Callback, Trainer
+
+_SECONDS_OF_ONE_INTERRUPT = 2.0
 
 
 class StopAfter(Callback):
@@ -32,3 +36,37 @@ class StopOnSignal(Callback):
 
     def on_step_end(self, trainer: Trainer, record: StepRecord) -> None:
         trainer.wants_stop |= self._received
+
+
+class StopOnInterrupt(Callback):
+    """Asks for the end at the first Ctrl-C and raises KeyboardInterrupt once all is saved; the last of the callbacks.
+
+    A second Ctrl-C ends the process at once. Launchers pass on the one that they got themselves, so what comes within
+    two seconds counts as the first; nor may the SIGTERM that they send next cut the save short.
+    """
+
+    def __init__(self, save: Path | None) -> None:
+        self._save = save
+        self._received_at: float | None = None
+        self._is_installed = threading.current_thread() is threading.main_thread()
+        if self._is_installed:
+            self._previous = signal.signal(signal.SIGINT, self._remember)
+
+    def _remember(self, *_: Any) -> None:
+        now = time.monotonic()
+        if self._received_at is None:
+            self._received_at = now
+            if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        elif now - self._received_at > _SECONDS_OF_ONE_INTERRUPT:
+            raise KeyboardInterrupt
+
+    def on_step_end(self, trainer: Trainer, record: StepRecord) -> None:
+        trainer.wants_stop |= self._received_at is not None
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        if self._is_installed:
+            signal.signal(signal.SIGINT, self._previous)
+        if self._received_at is not None:
+            kept = f"saved in {self._save}" if self._save else "nothing was saved, for want of --save"
+            raise KeyboardInterrupt(f"interrupted after step {trainer.progress.step}: {kept}")

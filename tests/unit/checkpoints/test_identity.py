@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from checkpoint_runs import SHAPE, WHOLE
-from peer_scale.checkpoints.identity import check_identity, layout_changes, with_split_of
+from peer_scale.checkpoints.identity import changes, check_identity, with_split_of
 from peer_scale.checkpoints.manifest import Manifest, TensorEntry
 from peer_scale.checkpoints.parameters import shardings
 from peer_scale.errors import UserError
@@ -51,12 +51,12 @@ def test_a_run_goes_on_from_its_own(difference):
 
 def test_the_split_is_the_checkpoints(difference):
     """A run that would split otherwise goes on, and holds out what the checkpoint's run did."""
-    own = replace(RUN, data=replace(RUN.data, split="tokens"))
-    assert RUN.data.split == "documents"
-    assert difference(RUN, own) is None
-    assert with_split_of(Manifest(RUN, {}, {}), own) == RUN
-    assert with_split_of(Manifest(own, {}, {}), own) == own
-    assert with_split_of(Manifest(IMPORTED, {}, {}), own) == own
+    earlier = replace(RUN, data=replace(RUN.data, split="documents"))
+    assert RUN.data.split == "tokens"
+    assert difference(earlier, RUN) is None
+    assert with_split_of(Manifest(earlier, {}, {}), RUN) == earlier
+    assert with_split_of(Manifest(RUN, {}, {}), RUN) == RUN
+    assert with_split_of(Manifest(IMPORTED, {}, {}), RUN) == RUN
 
 
 def test_every_difference_is_named(difference):
@@ -94,7 +94,9 @@ def test_imported_weights_go_on_with_an_objective_of_the_same_parameters_alone(d
     assert difference(IMPORTED, electra) == "ranking_head.free_thresholds [2] there, [1] here"
 
 
-def test_the_changes_of_the_layout_are_told():
-    own = replace(RUN, layout=replace(RUN.layout, tensor_parallel=2, zero_stage=1))
-    assert layout_changes(Manifest(RUN, {}, {}), own) == "tensor_parallel 1 -> 2, zero_stage 3 -> 1"
-    assert layout_changes(Manifest(RUN, {}, {}), RUN) == ""
+def test_what_changed_of_layout_and_training_is_told():
+    own = replace(
+        RUN, layout=replace(RUN.layout, tensor_parallel=2, zero_stage=1), training={**RUN.training, "lr": 0.5}
+    )
+    assert changes(Manifest(RUN, {}, {}), own) == "tensor_parallel 1 -> 2, zero_stage 3 -> 1, lr 0.001 -> 0.5"
+    assert changes(Manifest(RUN, {}, {}), RUN) == ""

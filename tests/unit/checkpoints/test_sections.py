@@ -85,13 +85,13 @@ def as_format_2(sections):
 @pytest.mark.parametrize(("sections", "objective"), [(WHOLE, TokenQualityRanking()), (IMPORTED, MaskedLanguageModel())])
 def test_format_2_becomes_the_present_one(sections, objective):
     found = parse_sections(with_split(from_format_2(as_format_2(sections))), "peer_scale.json")
-    assert found == replace(sections, objective=objective, masking=MaskingConfig(0.15, 0.85))
+    data = sections.data and replace(sections.data, split="documents")
+    assert found == replace(sections, objective=objective, masking=MaskingConfig(0.15, 0.85), data=data)
 
 
 def test_data_that_name_no_split_were_split_by_documents():
     content = json.loads(json.dumps(WHOLE.as_json()))
-    named = {**content, "data": {**content["data"], "split": "tokens"}}
-    assert parse_sections(with_split(named), "peer_scale.json").data.split == "tokens"
+    assert parse_sections(with_split(content), "peer_scale.json").data.split == "tokens"
     del content["data"]["split"]
     assert parse_sections(with_split(content), "peer_scale.json").data.split == "documents"
     imported = IMPORTED.as_json()

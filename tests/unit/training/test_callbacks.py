@@ -5,7 +5,9 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from peer_scale.settings.run import OutputConfig
 from peer_scale.training.callbacks.closing import ClosingSummary
 from peer_scale.training.callbacks.console import ProgressLine, describe, duration
 from peer_scale.training.callbacks.reporting import MetricsFile, MonitorEvents
-from peer_scale.training.callbacks.stopping import StopAfter, StopOnSignal
+from peer_scale.training.callbacks.stopping import StopAfter, StopOnInterrupt, StopOnSignal
 from peer_scale.training.metering import Meter, StepRecord
 from peer_scale.training.trainer import Trainer
 from small_runs import small_run
@@ -165,21 +167,103 @@ def test_what_is_no_line_of_metrics_is_dropped_with_all_after_it(tmp_path, tail)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
-def test_starting_over_empties_the_file(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n')
+def test_what_is_taken_out_of_the_file_is_kept_beside_it(tmp_path):
+    path, dropped = tmp_path / "metrics.jsonl", tmp_path / "metrics.dropped.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    MetricsFile(path, 1)
+    assert (path.read_text(), dropped.read_text()) == ('{"step": 1}\n', '{"step": 2}\n{"st\n')
     MetricsFile(path, 0)
-    assert path.read_text() == ""
+    assert (path.read_text(), dropped.read_text()) == ("", '{"step": 2}\n{"st\n{"step": 1}\n')
 
 
-def write_events(log_dir, blocks, lines):
+def _fill_disk(ballast, is_full):
+    if not is_full:
+        ballast.unlink()
+        return
+    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mount a disk of 16 pages; gives its folder and what fills it up or makes room."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if (
+        os.geteuid()
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], check=False).returncode
+    ):
+        pytest.skip("only root can mount a disk")
+
+    yield folder, lambda is_full: _fill_disk(folder / "ballast", is_full)
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_full_disk_delays_lines_and_loses_none(small_disk, capsys):
+    folder, fill = small_disk
+    path = folder / "logs/metrics.jsonl"
+    file = MetricsFile(path, 0)
+    lines = [{"step": step, "text": "x" * 700} for step in range(1, 41)]
+    for line in lines[:3]:
+        file.on_metrics(line)
+    fill(True)
+    for line in lines[3:20]:
+        file.on_metrics(line)
+    assert path.read_bytes().endswith(b"}\n"), "no part of a line"
+    assert lines_of(path) == lines[: len(lines_of(path))] and len(lines_of(path)) < 20
+    fill(False)
+    for line in lines[20:]:
+        file.on_metrics(line)
+    assert lines_of(path) == lines
+    assert capsys.readouterr().err == (
+        f"warning: {path}: cannot be written (No space left on device); training goes on, "
+        "1 lines are kept until it can be\n"
+    )
+
+
+def test_a_disk_that_is_full_to_the_end_costs_the_last_lines_and_says_so(small_disk, capsys):
+    folder, fill = small_disk
+    path = folder / "metrics.jsonl"
+    file = MetricsFile(path, 0)
+    file.on_metrics({"step": 1})
+    fill(True)
+    for step in range(2, 9):
+        file.on_metrics({"step": step, "text": "x" * 700})
+    file.on_train_end(trainer_of(small_run()))
+    assert lines_of(path)[0] == {"step": 1}
+    lost = 8 - len(lines_of(path))
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"warning: {path}: cannot be written (No space left on device); the last {lost} lines are lost"
+    )
+
+
+def test_a_folder_that_vanishes_is_made_anew(tmp_path, capsys):
+    path = tmp_path / "logs/metrics.jsonl"
+    file = MetricsFile(path, 0)
+    file.on_metrics({"step": 1})
+    shutil.rmtree(path.parent)
+    file.on_metrics({"step": 2})
+    assert lines_of(path) == [{"step": 2}]
+    shutil.rmtree(path.parent)
+    path.parent.write_text("a file now")
+    file.on_metrics({"step": 3})
+    path.parent.unlink()
+    file.on_metrics({"step": 4})
+    assert lines_of(path) == [{"step": 3}, {"step": 4}]
+    assert capsys.readouterr().err.count("cannot be written") == 1
+
+
+def write_events(log_dir, blocks, lines, fill=None):
     """In a rank: DeepSpeed's monitors ask which one they are in."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled, which takes a minute
     deepspeed.init_distributed("gloo", verbose=False)
-    monitor = MonitorEvents(log_dir, blocks)
+    monitor = MonitorEvents(log_dir, blocks, retry_after=0)
     for line in lines:
+        if line["step"] in (fill or {}):
+            _fill_disk(log_dir / "ballast", fill[line["step"]])
         monitor.on_metrics(line)
 
 
@@ -194,6 +278,16 @@ def test_events_of_tensorboard_and_of_what_the_ds_config_enables(tmp_path, one_r
     assert [(event.step, event.value) for event in accumulator.Scalars("train/loss")] == [(1, 2.0), (2, 1.0)]
     (table,) = (tmp_path / "csv").rglob("*loss.csv")
     assert [row.split(",")[0] for row in table.read_text().splitlines()[1:]] == ["1", "2"]
+
+
+def test_a_monitor_on_a_full_disk_gets_later_what_it_could_not_take(small_disk, one_rank):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder, _ = small_disk
+    lines = [{"step": step, **{f"number_{n}": float(step) for n in range(40)}} for step in range(1, 9)]
+    one_rank.run(write_events, folder, {}, lines, {3: True, 6: False})
+    accumulator = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert {event.step for event in accumulator.Scalars("train/number_7")} == set(range(1, 9))
 
 
 def test_no_monitor_writes_nothing(tmp_path, one_rank):
@@ -232,3 +326,28 @@ def test_stop_on_a_signal():
         assert trainer.wants_stop
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("save", [None, Path("runs/x")])
+def test_ctrl_c_stops_after_the_step_and_is_told_when_all_is_saved(save):
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        trainer, stop = trainer_of(small_run()), StopOnInterrupt(save)
+        stop.on_step_end(trainer, record(1))
+        assert not trainer.wants_stop
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # passed on by the launcher
+        os.kill(os.getpid(), signal.SIGTERM)  # sent by the launcher
+        stop.on_step_end(trainer, record(2))
+        assert trainer.wants_stop
+        kept = "saved in runs/x" if save else "nothing was saved, for want of --save"
+        with pytest.raises(KeyboardInterrupt, match=f"interrupted after step 0: {kept}"):
+            stop.on_train_end(trainer)
+        assert signal.getsignal(signal.SIGINT) is before[signal.SIGINT]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_run_that_nobody_interrupts_ends_as_always():
+    StopOnInterrupt(None).on_train_end(trainer_of(small_run()))

@@ -1,0 +1,111 @@
+"""The folders that a run writes into: held by one process, and never another run's by mistake."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from peer_scale.checkpoints.identity import differences_of_identities, identity_of
+from peer_scale.checkpoints.sections import Sections
+from peer_scale.errors import UserError
+from peer_scale.folder_lock import FolderLock
+from peer_scale.settings.run import OutputConfig
+from peer_scale.storage import require_writable_folder, write_atomically
+
+METRICS, DROPPED = "metrics.jsonl", "metrics.dropped.jsonl"
+RUN_YAML, TENSORBOARD = "run.yaml", "tensorboard"
+SET_ASIDE = "give another folder, or --set-aside to move what is there into a folder beside it"
+_RUN = "run.json"
+_OF_LOGS = (METRICS, DROPPED, RUN_YAML, TENSORBOARD, _RUN)
+_OF_CHECKPOINTS = ("step_*", "latest", ".writing_*", ".removing_*")
+
+
+class RunFolders:
+    """The --save and --log-dir folders in the hands of one process, the first rank."""
+
+    def __init__(self, output: OutputConfig) -> None:
+        self._output = output
+        self._locks: list[FolderLock] = []
+
+    def claim(self) -> None:
+        """Make the folders and keep other runs out; UserError where one cannot be written or another run is there."""
+        claimed: set[Path] = set()
+        for path, flag in ((self._output.save, "--save"), (self._output.log_dir, "--log-dir")):
+            if path is None:
+                continue
+            require_writable_folder(path, flag)
+            if path.resolve() not in claimed:
+                lock = FolderLock(path, flag)
+                try:
+                    lock.acquire()
+                except OSError as error:
+                    raise UserError(f"{flag} {path}: cannot be written: {error.strerror}") from None
+                self._locks.append(lock)
+                claimed.add(path.resolve())
+
+    def release(self) -> None:
+        """Let other runs in."""
+        while self._locks:
+            self._locks.pop().release()
+
+    def set_aside_save(self) -> Path:
+        """Move all checkpoints in --save into a new folder in it, and give that."""
+        assert self._output.save is not None
+        return _set_aside(self._output.save, _OF_CHECKPOINTS)
+
+    def prepare_logs(self, run: str, step: int, own: Sections, run_yaml: str) -> str | None:
+        """Make --log-dir ready for the run that `own` describes and that goes on after `step`; give what to say.
+
+        Metrics are this run's where its name stands beside them. Those of a run with the same settings that is not
+        gone on from are set aside, since nothing of it may be lost and a command may be started again before its first
+        checkpoint.
+
+        Raises:
+            UserError: the metrics there are another run's, and `--set-aside` is not given; or the disk fails.
+        """
+        folder = self._output.log_dir
+        if folder is None:
+            return None
+        try:
+            said = self._check_logs(folder, run, step, own)
+            record = {"run": run, "model": own.provenance.model, "identity": identity_of(own)}
+            write_atomically(folder / _RUN, json.dumps(record).encode())
+            write_atomically(folder / RUN_YAML, run_yaml.encode())
+        except OSError as error:
+            raise UserError(f"--log-dir {folder}: cannot be written: {error.strerror}") from None
+        return said
+
+    def _check_logs(self, folder: Path, run: str, step: int, own: Sections) -> str | None:
+        metrics = folder / METRICS
+        if not metrics.is_file() or not metrics.stat().st_size:
+            return None
+        record = _read(folder / _RUN)
+        if (record is None and step) or (record is not None and record.get("run") == run):
+            return None
+        who = "a run" if record is None else f"{record.get('model')} {record.get('run')}"
+        told = "" if record is None else differences_of_identities(record.get("identity", {}), own)
+        is_same = record is not None and not told and not step
+        if not is_same and not self._output.set_aside:
+            raise UserError(
+                f"--log-dir {folder}: holds the metrics of another run ({who}{': ' if told else ''}{told}); {SET_ASIDE}"
+            )
+        return f"--log-dir {folder}: the logs of {who} are now in {_set_aside(folder, _OF_LOGS)}"
+
+
+def _set_aside(folder: Path, patterns: tuple[str, ...]) -> Path:
+    number = 1
+    while (aside := folder / f"earlier_{number}").exists():
+        number += 1
+    aside.mkdir()
+    for pattern in patterns:
+        for path in sorted(folder.glob(pattern)):
+            path.replace(aside / path.name)
+    return aside
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
