@@ -36,6 +36,9 @@ class Callback:
     def on_metrics(self, metrics: dict[str, Any]) -> None:
         """A step's metrics have been read back (at most one step late)."""
 
+    def on_bad_data(self) -> None:
+        """Training is about to end, on all ranks alike, because a step's samples cannot be made."""
+
     def on_train_end(self, trainer: Trainer) -> None:
         """The last step is done and reported."""
 
@@ -129,6 +132,8 @@ class Trainer:
         """
         if num_faults:
             found = [fault for fault in self._coordinator.exchange(own) if fault is not None]
+            for callback in self.callbacks:
+                callback.on_bad_data()
             raise UserError(min(found).message)
 
     def report(self, keep: int) -> None:
