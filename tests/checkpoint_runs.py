@@ -28,7 +28,7 @@ WHOLE = Sections(
     objective=TokenQualityRanking(num_levels=4, taus=(1.0, 5.0), gammas=(0.5, 0.25)),
     masking=MaskingConfig(0.2, 0.85),
     tokenizer=TokenizerIdentity("abc"),
-    data=TrainingData("def", 1234, 0.01, 64, 8),
+    data=TrainingData("def", 1234, 0.01, 64, 8, "tokens"),
     layout=SavedLayout(2, 1, 1, 3, "bf16"),
     provenance=Provenance("peer-tiny", ("a.txt", "b.txt")),
     training={"lr": 0.001, "precision": "bf16"},

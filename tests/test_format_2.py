@@ -72,6 +72,7 @@ def test_it_goes_on_with_the_losses_of_the_version_that_wrote_it(one_rank, tmp_p
     assert (saved["format_version"], again["format_version"]) == (2, 3)
     assert again["objective"]["kind"] == "tqr" and again["masking"] == {"mask_fraction": 0.2, "mask_probability": 0.85}
     assert saved["tensors"].keys() == again["tensors"].keys()
+    assert again["data"]["split"] == "documents", "it trains on nothing that the earlier version held out"
 
 
 @pytest.mark.parametrize("branch", CONVERTED)

@@ -126,7 +126,17 @@ def our_trainer(setting: Setting) -> tuple[Any, Action]:
     engine = build_engine(our_task(setting), setting.run, setting.topology)
     runner = WholeModelRunner(engine, setting.topology)
     meter = Meter(setting.run, 1, None)
-    trainer = Trainer(setting.run, setting.topology, engine, runner, meter, [], progress=Progress(), warmup_steps=0)
+    trainer = Trainer(
+        setting.run,
+        setting.topology,
+        RankCoordinator(),
+        engine,
+        runner,
+        meter,
+        [],
+        progress=Progress(),
+        warmup_steps=0,
+    )
     return engine, lambda: trainer.train_step(1, [setting.batch])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from peer_scale.parallel.tensor_parallel import TensorParallel
 
 _SECTIONS = ("model", "objective", "masking", "tokenizer", "data")
 _SECTIONS_OF_WEIGHTS = ("model", "tokenizer")
+_SPLIT = "data.split"  # is taken over by the run that goes on: `with_split_of`
 # what of the model does not change what its weights mean
 _OF_TRAINING = ("hidden_dropout", "attention_dropout", "init_std")
 
 
 def differences_of_run(manifest: Manifest, own: Sections) -> str:
     """Say in which fields the run that saved the checkpoint and the one that `own` describes differ; empty: in none."""
-    return _told(_differences(_of(manifest.sections.as_json(), _SECTIONS), _of(own.as_json(), _SECTIONS)))
+    return differences_of_identities(_of(manifest.sections.as_json(), _SECTIONS), own)
 
 
 def differences_of_weights(manifest: Manifest, own: Sections, tensor_parallel: TensorParallel) -> str:
@@ -45,6 +47,16 @@ def check_identity(folder: Path, manifest: Manifest, own: Sections, tensor_paral
         raise UserError(f"--load {folder}: saved by another run: {told}")
 
 
+def with_split_of(manifest: Manifest, own: Sections) -> Sections:
+    """Describe the run as `own` does, but with the split of the checkpoint that it goes on from, if that has seen data.
+
+    Otherwise it would train on text that the checkpoint's run held out, and be validated on what that one has learned.
+    """
+    if manifest.sections.data is None or own.data is None:
+        return own
+    return replace(own, data=replace(own.data, split=manifest.sections.data.split))
+
+
 def identity_of(own: Sections) -> dict[str, Any]:
     """Give what makes a run itself, ready for JSON."""
     return _of(own.as_json(), _SECTIONS)
@@ -52,7 +64,8 @@ def identity_of(own: Sections) -> dict[str, Any]:
 
 def differences_of_identities(saved: dict[str, Any], own: Sections) -> str:
     """Say in which fields an `identity_of` and that of the run that `own` describes differ; empty where in none."""
-    return _told(_differences(saved, identity_of(own)))
+    found = _differences(saved, identity_of(own))
+    return _told([difference for difference in found if difference[0] != _SPLIT])
 
 
 def changes(manifest: Manifest, own: Sections) -> str:

@@ -20,6 +20,7 @@ from peer_scale.objectives.objective import Objective
 from peer_scale.objectives.registry import OBJECTIVES
 from peer_scale.parallel.topology import Topology
 from peer_scale.samples.masking import MaskingConfig
+from peer_scale.samples.split import SplitRule
 from peer_scale.settings.run import RunConfig
 
 T = TypeVar("T")
@@ -38,13 +39,14 @@ class TokenizerIdentity:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The data of the run and their order; `fingerprint` is a digest of the text."""
+    """The data of the run and their order; `fingerprint` is a digest of the text, `split` what is held out."""
 
     fingerprint: str
     seed: int
     validation_fraction: float
     seq_length: int
     global_batch_size: int
+    split: SplitRule
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,7 @@ def sections_of(run: RunConfig, topology: Topology, *, data_fingerprint: str, to
             validation_fraction=run.data.validation_fraction,
             seq_length=run.training.seq_length,
             global_batch_size=run.training.global_batch_size,
+            split="tokens",
         ),
         layout=SavedLayout(
             data_parallel=topology.size("dp"),
@@ -185,6 +188,11 @@ def sections_of(run: RunConfig, topology: Topology, *, data_fingerprint: str, to
         random=RandomStreams(run.seed),
         ties=TIES,
     )
+
+
+def split_of(sections: Sections) -> SplitRule:
+    """Give the rule by which the run holds text out; an import, which has seen none, says nothing of one."""
+    return sections.data.split if sections.data is not None else "tokens"
 
 
 def parse_sections(content: Mapping[str, Any], where: str) -> Sections:

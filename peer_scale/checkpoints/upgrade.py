@@ -22,3 +22,9 @@ def from_format_2(sections: dict[str, Any]) -> dict[str, Any]:
     changed = {"objective": objective, "masking": masking, "tokenizer": tokenizer, "data": data or None}
     streams = {"streams": "as the version that wrote the checkpoint had them", **sections["random"]}
     return {key: value for key, value in {**sections, **changed, "random": streams}.items() if value is not None}
+
+
+def with_split(sections: dict[str, Any]) -> dict[str, Any]:
+    """Name the rule of the split where the data's section does not: such runs held out by documents."""
+    data = sections.get("data")
+    return {**sections, "data": {"split": "documents", **data}} if isinstance(data, dict) else sections

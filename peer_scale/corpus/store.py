@@ -34,6 +34,7 @@ DTYPE_CODES: dict[int, type[np.integer]] = {
 }
 _LENGTH_BYTES, _POINTER_BYTES = 4, 8
 _SAMPLES, _SAMPLE_BYTES = 32, 1024
+_SAMPLE_SEQUENCES = 128
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,10 @@ class TokenStore:
         assert pairs
         self._pairs = tuple(pairs)
         self._ends = list(accumulate(pair.index.num_documents for pair in pairs))
+        self._token_ends = list(accumulate(pair.index.num_tokens for pair in pairs))
         self.prefixes = tuple(pair.prefix for pair in pairs)
         self.num_documents = self._ends[-1]
-        self.num_tokens = sum(pair.index.num_tokens for pair in pairs)
+        self.num_tokens = self._token_ends[-1]
         self.fingerprint = _hex_digest(*(pair.fingerprint.encode() for pair in pairs))
 
     @classmethod
@@ -103,12 +105,40 @@ class TokenStore:
         return cls(pairs)
 
     def document_lengths(self, first: int, last: int) -> np.ndarray:
-        """Return the tokens of documents [first, last), int64 [last - first], reading only their part of the index."""
+        """Return the tokens of documents [first, last), int64 [last - first], reading only their part of the index.
+
+        Raises:
+            UserError: a document ends before it begins, or in the middle of a token.
+        """
         assert 0 <= first <= last <= self.num_documents, (first, last, self.num_documents)
         lengths = [np.empty(0, dtype=np.int64)]
         for pair, start, stop in self._overlaps(first, last):
-            lengths.append(np.diff(pair.byte_offsets(start, stop)) // pair.index.itemsize)
+            sizes = np.diff(pair.byte_offsets(start, stop))
+            bits = int(np.bitwise_or.reduce(sizes))  # of all at once: below 0 where one is, odd where one is, ...
+            if bits < 0 or bits % pair.index.itemsize:
+                document = start + int(np.argmax((sizes < 0) | (sizes % pair.index.itemsize != 0)))
+                raise UserError(
+                    f"{pair.prefix}.idx: document {document} (counted from 0) would be {sizes[document - start]} bytes "
+                    f"long, at {pair.index.itemsize} per token; the index is damaged"
+                )
+            lengths.append(sizes // pair.index.itemsize)
         return np.concatenate(lengths)
+
+    def token_offset(self, document: int) -> int:
+        """Count the tokens before a document; `num_documents` gives all."""
+        assert 0 <= document <= self.num_documents, (document, self.num_documents)
+        number = bisect_right(self._ends, document)
+        if number == len(self._pairs):
+            return self.num_tokens
+        pair = self._pairs[number]
+        own = document - (self._ends[number - 1] if number else 0)
+        before = self._token_ends[number - 1] if number else 0
+        return before + int(pair.byte_offsets(own, own)[0]) // pair.index.itemsize
+
+    def document_at(self, token: int) -> int:
+        """Find the document that holds a token, of all tokens' numbers; it takes some tens of small reads."""
+        assert 0 <= token < self.num_tokens, (token, self.num_tokens)
+        return bisect_right(range(self.num_documents), token, key=self.token_offset) - 1
 
     def read(self, document: int, offset: int, length: int) -> np.ndarray:
         """Return `length` tokens of a document from `offset` on, int64 [length]."""
@@ -119,6 +149,22 @@ class TokenStore:
         assert offset >= 0 and length >= 0, (offset, length)
         assert position + length * pair.index.itemsize <= end, (document, offset, length)
         return pair.data.bin_reader.read(pair.index.dtype, length, position).astype(np.int64)
+
+    def check_ids(self, ids: np.ndarray, vocab_size: int, *, document: int, offset: int) -> None:
+        """Check that the tokens of a document from `offset` on, int64 [n], are ids of a vocabulary.
+
+        Raises:
+            UserError: one is not; the message names its file, its document and its place there, and the id.
+        """
+        unsigned = ids.view(np.uint64)  # in which a negative id is a huge one
+        if not ids.size or int(unsigned.max()) < vocab_size:
+            return
+        index = int(np.argmax(unsigned >= vocab_size))
+        ((pair, own, _),) = self._overlaps(document, document + 1)
+        raise UserError(
+            f"{pair.prefix}.bin: document {own}, token {offset + index} (both counted from 0) has id {ids[index]}, "
+            f"which is outside the tokenizer's vocabulary of {vocab_size}"
+        )
 
     def dtypes(self) -> list[tuple[str, type[np.integer]]]:
         """Return each pair's prefix and token dtype."""
@@ -139,8 +185,10 @@ class TokenStore:
 def check_vocab(store: TokenStore, wordpiece: WordPiece) -> None:
     """Check that a store can be made of a tokenizer's ids and, as far as its samples tell, is.
 
+    The rest is checked window by window as it is read.
+
     Raises:
-        UserError: the vocabulary exceeds a pair's dtype, or a sampled token exceeds the vocabulary.
+        UserError: the vocabulary exceeds a pair's dtype, or a sampled token is outside the vocabulary.
     """
     for prefix, dtype in store.dtypes():
         if wordpiece.vocab_size - 1 > np.iinfo(dtype).max:
@@ -149,11 +197,7 @@ def check_vocab(store: TokenStore, wordpiece: WordPiece) -> None:
     for document in np.linspace(0, store.num_documents - 1, _SAMPLES, dtype=np.int64).tolist():
         length = int(store.document_lengths(document, document + 1)[0])
         ids = store.read(document, 0, min(length, _SAMPLE_BYTES))
-        if ids.size and not 0 <= ids.min() <= ids.max() < wordpiece.vocab_size:
-            prefix = next(pair.prefix for pair, _, _ in store._overlaps(document, document + 1))
-            raise UserError(
-                f"{prefix}.bin: holds token id {ids.max()}, beyond the tokenizer's vocabulary of {wordpiece.vocab_size}"
-            )
+        store.check_ids(ids, wordpiece.vocab_size, document=document, offset=0)
 
 
 def pair_fingerprint(prefix: str) -> str:
@@ -204,6 +248,11 @@ def inspect_pair(prefix: str) -> tuple[PairIndex, str]:
     actual = os.path.getsize(f"{prefix}.bin")
     if actual < expected:
         raise UserError(f"{prefix}.bin: {actual} bytes, but {prefix}.idx says {expected}; the file is truncated")
+    if actual > expected:
+        raise UserError(
+            f"{prefix}.bin: {actual} bytes, but {prefix}.idx says {expected} of {np.dtype(index.dtype).name}; "
+            "the two files do not belong together"
+        )
     return index, fingerprint
 
 
@@ -236,10 +285,32 @@ def _read_index(prefix: str) -> PairIndex:
             raise UserError(f"{path}: its documents span sequences {first} to {last} of 0 to {num_sequences}")
         end_pointer = value(bounds - _POINTER_BYTES, _POINTER_BYTES)
         end_length = value(pointers - _LENGTH_BYTES, _LENGTH_BYTES)
-    num_tokens = end_pointer // np.dtype(DTYPE_CODES[code]).itemsize + end_length
+    itemsize = np.dtype(DTYPE_CODES[code]).itemsize
+    _check_lengths(path, num_sequences, itemsize)
+    num_tokens = end_pointer // itemsize + end_length
     if num_tokens == 0:
         raise UserError(f"{path}: holds no token")
     return PairIndex(DTYPE_CODES[code], num_sequences, num_bounds - 1, num_tokens)
+
+
+def _check_lengths(path: str, num_sequences: int, itemsize: int) -> None:
+    """Check, as far as samples tell, that a sequence is as long as its length says where the next one begins.
+
+    Raises:
+        UserError: one is not, or the first does not begin at 0.
+    """
+    end_of_lengths = INDEX_HEADER.size + _LENGTH_BYTES * num_sequences
+    for first in np.linspace(0, num_sequences - 1, _SAMPLES, dtype=np.int64).tolist():
+        count = min(_SAMPLE_SEQUENCES, num_sequences - first)
+        lengths = np.fromfile(path, "<i4", count, offset=INDEX_HEADER.size + _LENGTH_BYTES * first)
+        begins = np.fromfile(path, "<i8", count, offset=end_of_lengths + _POINTER_BYTES * first)
+        wrong = np.flatnonzero(np.diff(begins) != lengths[:-1].astype(np.int64) * itemsize)
+        if len(wrong) or (first == 0 and begins[0] != 0):
+            sequence = first + int(wrong[0]) if len(wrong) else 0
+            raise UserError(
+                f"{path}: sequence {sequence} (counted from 0) has {lengths[sequence - first]} tokens of {itemsize} "
+                f"bytes by its length, but another number by where it begins and ends; the index is damaged"
+            )
 
 
 def _quiet_indexed_dataset(prefix: str) -> "IndexedDataset":

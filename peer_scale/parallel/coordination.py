@@ -31,9 +31,7 @@ class RankCoordinator:
     def everyone(self, action: Callable[[], T]) -> T:
         """Run `action` on all ranks; if any raises UserError, all raise the one of the lowest such rank."""
         value, error = _attempt(action)
-        errors: list = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(errors, error, group=self._group)
-        for message in errors:
+        for message in self.exchange(error):
             if message is not None:
                 raise UserError(message)
         return cast(T, value)
@@ -43,6 +41,12 @@ class RankCoordinator:
         vote = torch.tensor(int(value))
         dist.all_reduce(vote, dist.ReduceOp.MIN, group=self._group)
         return bool(vote)
+
+    def exchange(self, value: T) -> list[T]:
+        """The (picklable) values of all ranks in their order, on all ranks."""
+        values: list = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(values, value, group=self._group)
+        return values
 
     def gather(self, value: T) -> list[T]:
         """The (picklable) values of all ranks in their order, on global rank 0; elsewhere nothing."""

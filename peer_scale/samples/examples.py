@@ -70,6 +70,16 @@ class ExampleBuilder:
             _unit(extra[:, padded].T),
         )
 
+    def stand_in(self, sample: int) -> tuple[np.ndarray, ...]:
+        """The fields of `Batch` for a sample that cannot be made: one ordinary token."""
+        ordinary = next(id_ for id_ in range(self.tokenizer.vocab_size) if id_ not in self._special_ids)
+        return self.build(np.array([ordinary]), sample)
+
+    @property
+    def _special_ids(self) -> tuple[int, ...]:
+        special = self.tokenizer
+        return (special.cls_id, special.sep_id, special.pad_id, special.mask_id)
+
     def _segments(self, tokens: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
         """[CLS] A [SEP] B [SEP], cut at a word's beginning; one example in ten (or too short a text) has A alone."""
         special = self.tokenizer
@@ -91,9 +101,7 @@ class ExampleBuilder:
 
     def _select(self, content: np.ndarray, keys: np.ndarray) -> np.ndarray:
         """Positions of the candidates with the smallest keys, ascending: a choice without replacement."""
-        special = self.tokenizer
-        forbidden = (special.cls_id, special.sep_id, special.pad_id, special.mask_id)
-        candidates = np.flatnonzero(~np.isin(content, forbidden))
+        candidates = np.flatnonzero(~np.isin(content, self._special_ids))
         count = min(self.masking.num_predictions(len(content)), len(candidates))
         return np.sort(candidates[np.argsort(keys[candidates], kind="stable")[:count]])
 

@@ -2,12 +2,14 @@
 
 import multiprocessing
 import signal
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from peer_scale.errors import UserError
 from peer_scale.samples.examples import Batch, ExampleBuilder, collate
 from peer_scale.samples.windows import SeededOrder, Windows
 
@@ -36,19 +38,64 @@ class BatchPlan:
         return range(first, first + self.micro_batch)
 
 
+class Fault(NamedTuple):
+    """A sample that cannot be made, and the line that tells the user why; the smallest is a step's first."""
+
+    sample: int
+    message: str
+
+
+class StepBatches(NamedTuple):
+    """A rank's micro-batches of one step; `fault` is the first one among its samples, which stand-ins replace."""
+
+    batches: list[Batch]
+    fault: Fault | None = None
+
+
 class ExampleDataset(Dataset):
-    """Sample number -> example."""
+    """Sample number -> example; UserError for a sample of damaged text.
+
+    Attributes:
+        windows: the text that the samples are made of.
+        builder: makes a sample of its tokens.
+    """
 
     def __init__(self, windows: Windows, builder: ExampleBuilder) -> None:
         assert len(windows) > 0, "no text to make samples of"
-        self._windows, self._builder = windows, builder
+        self.windows, self.builder = windows, builder
         self._order = SeededOrder(len(windows), builder.seed)
 
     def __len__(self) -> int:
-        return len(self._windows)
+        return len(self.windows)
 
     def __getitem__(self, sample: int) -> tuple:
-        return self._builder.build(self._windows.tokens(self._order[sample]), sample)
+        tokens = self.windows.tokens(self._order[sample], self.builder.tokenizer.vocab_size)
+        return self.builder.build(tokens, sample)
+
+
+class _Samples(Dataset):
+    """Sample number -> example and None, or a stand-in and what is wrong with the sample.
+
+    A rank or a worker process that raised would leave the ranks that have no bad sample waiting for it.
+    """
+
+    def __init__(self, dataset: ExampleDataset) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, sample: int) -> tuple[tuple, Fault | None]:
+        try:
+            return self._dataset[sample], None
+        except UserError as error:
+            return self._dataset.builder.stand_in(sample), Fault(sample, str(error))
+
+
+def _collate(samples: list[tuple[tuple, Fault | None]]) -> tuple[Batch, Fault | None]:
+    examples, faults = zip(*samples, strict=True)
+    return collate(examples), _first(faults)
+
+
+def _first(faults: Iterable[Fault | None]) -> Fault | None:
+    return min((fault for fault in faults if fault is not None), default=None)
 
 
 class _MicroBatchSampler(Sampler[list[int]]):
@@ -63,19 +110,20 @@ class _MicroBatchSampler(Sampler[list[int]]):
 
 def micro_batches(
     dataset: ExampleDataset, plan: BatchPlan, *, first_step: int, last_step: int, num_workers: int
-) -> Generator[list[Batch], None, None]:
+) -> Generator[StepBatches, None, None]:
     """For each step in [first_step, last_step), counted from 0: this rank's micro-batches of it."""
     loader = DataLoader(
-        dataset,
+        _Samples(dataset),
         batch_sampler=_MicroBatchSampler(plan, first_step, last_step),
         num_workers=num_workers,
-        collate_fn=collate,
+        collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_leave_signals_to_the_rank,
     )
     batches = iter(loader)
     for _ in range(first_step, last_step):
-        yield [next(batches) for _ in range(plan.num_micro_batches)]
+        found = [next(batches) for _ in range(plan.num_micro_batches)]
+        yield StepBatches([batch for batch, _ in found], _first(fault for _, fault in found))
 
 
 def _leave_signals_to_the_rank(_: int) -> None:

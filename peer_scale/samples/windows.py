@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from peer_scale.corpus.store import TokenStore
-from peer_scale.errors import UserError
+from peer_scale.samples.split import Part
 from peer_scale.seeds import stream_seed
 
 _BLOCK = 128  # documents per row of the window table, whose lengths are read and added up for every sample
@@ -15,24 +15,45 @@ _FEISTEL_ROUNDS = 6
 
 
 class Windows:
-    """Windows of at most `width` tokens within documents [first, last): every token is in exactly one.
+    """Windows of at most `width` tokens within the documents of a part: every token of it is in exactly one.
 
     A document of n tokens gives ceil(n / width) windows of (nearly) equal length. Only the running count of windows at
     every 128th document is held, so a corpus of any size opens after one pass over the lengths in its index.
+
+    Attributes:
+        part: the text that is cut.
+        num_tokens: tokens in all windows.
     """
 
-    def __init__(self, store: TokenStore, *, width: int, first: int, last: int) -> None:
-        self._store, self._width, self._first, self._last = store, width, first, last
-        counts = [self._block_counts(start) for start in range(first, last, _BLOCK * _BLOCKS_PER_READ)]
+    def __init__(self, store: TokenStore, part: Part, *, width: int) -> None:
+        """Cut a part of a store's text.
+
+        Raises:
+            UserError: the index does not say where its documents lie.
+        """
+        self.part, self._store, self._width = part, store, width
+        self.num_tokens = store.token_offset(part.last) - part.cut - store.token_offset(part.first) - part.skip
+        counts = [self._block_counts(start) for start in range(part.first, part.last, _BLOCK * _BLOCKS_PER_READ)]
         self._ends = np.cumsum(np.concatenate(counts)) if counts else np.zeros(0, np.int64)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def tokens(self, window: int) -> np.ndarray:
-        """Return the tokens of one window, int64 [1..width]."""
+    def tokens(self, window: int, vocab_size: int) -> np.ndarray:
+        """Read the tokens of one window, int64 [1..width], all of them below `vocab_size`.
+
+        Raises:
+            UserError: one is not; the message names file, document, position and id.
+        """
+        document, offset, length = self._place(window)
+        tokens = self._store.read(document, offset, length)
+        self._store.check_ids(tokens, vocab_size, document=document, offset=offset)
+        return tokens
+
+    def _place(self, window: int) -> tuple[int, int, int]:
+        """Find the document of a window, its first token's position there, and how many tokens it has."""
         block = int(np.searchsorted(self._ends, window, side="right"))
-        start = self._first + block * _BLOCK
+        start = self.part.first + block * _BLOCK
         lengths = self._lengths(start, _BLOCK)
         ends = np.cumsum(-(-lengths // self._width))
         within = window - (int(self._ends[block - 1]) if block else 0)
@@ -41,10 +62,19 @@ class Windows:
         length = int(lengths[index])
         parts = -(-length // self._width)
         begin, end = length * part // parts, length * (part + 1) // parts
-        return self._store.read(start + index, begin, end - begin)
+        document = start + index
+        skipped = self.part.skip if document == self.part.first else 0
+        return document, skipped + begin, end - begin
 
     def _lengths(self, start: int, count: int) -> np.ndarray:
-        return self._store.document_lengths(start, min(start + count, self._last))
+        """Count the tokens in this part of each document from `start` on."""
+        stop = min(start + count, self.part.last)
+        lengths = self._store.document_lengths(start, stop)
+        if start == self.part.first:
+            lengths[0] -= self.part.skip
+        if stop == self.part.last:
+            lengths[-1] -= self.part.cut
+        return lengths
 
     def _block_counts(self, start: int) -> np.ndarray:
         """Count the windows of each block of one read that begins at document `start`."""
@@ -91,22 +121,3 @@ def _mix(value: int) -> int:
     for factor in (0xD6E8FEB86659FD93, 0xA5A3564E27F8D1C5):
         value = ((value ^ (value >> 32)) * factor) & 0xFFFFFFFFFFFFFFFF
     return value ^ (value >> 32)
-
-
-def split_documents(num_documents: int, validation_fraction: float) -> int:
-    """Return the index of the first held-out document, `num_documents` where none is.
-
-    The last `validation_fraction` of the documents are held out, at least one if the fraction is above 0.
-
-    Raises:
-        UserError: no document would be left to train on.
-    """
-    if validation_fraction == 0:
-        return num_documents
-    held_out = max(1, round(num_documents * validation_fraction))
-    if held_out >= num_documents:
-        raise UserError(
-            f"the data has {num_documents} document(s), too few to hold {held_out} out for validation: "
-            "give more text, or --validation-fraction 0"
-        )
-    return num_documents - held_out

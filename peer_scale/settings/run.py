@@ -126,7 +126,7 @@ class DataConfig:
         default=1, help="Processes per rank that prepare batches; 0 prepares them in the training process.", metavar="N"
     )
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = option(
-        default=0.01, help="Share of the documents that is held out for validation.", metavar="SHARE"
+        default=0.01, help="Share of the tokens that is held out for validation.", metavar="SHARE"
     )
 
 
@@ -184,7 +184,7 @@ class OutputConfig:
     log_interval: PositiveInt = option(default=10, help="Steps between printed lines.", metavar="N")
     eval_interval: PositiveInt | None = option(
         default=None,
-        help="Steps between validations on the documents held out.",
+        help="Steps between validations on the text held out.",
         metavar="N",
         default_text="no validation",
     )

@@ -4,11 +4,13 @@ import os
 from dataclasses import dataclass
 
 from peer_scale.corpus.prepare import open_corpus
-from peer_scale.corpus.store import TokenStore, check_vocab
+from peer_scale.corpus.store import TokenStore
 from peer_scale.corpus.wordpiece import WordPiece
+from peer_scale.errors import UserError
 from peer_scale.samples.examples import NUM_SPECIAL_TOKENS, ExampleBuilder
 from peer_scale.samples.loader import ExampleDataset
-from peer_scale.samples.windows import Windows, split_documents
+from peer_scale.samples.split import Part, SplitRule, split_text
+from peer_scale.samples.windows import Windows
 from peer_scale.settings.run import RunConfig
 
 _VALIDATION_STREAM = 2**32  # added to the seed, which lies below
@@ -24,9 +26,9 @@ class Corpus:
     validation: ExampleDataset | None
 
 
-def open_data(run: RunConfig, *, show_progress: bool) -> Corpus:
+def open_text(run: RunConfig, *, show_progress: bool) -> tuple[TokenStore, WordPiece]:
     """Tokenise the run's text where that has not been done, and open it; UserError for what cannot be used."""
-    store, tokenizer = open_corpus(
+    return open_corpus(
         run.data.data_path,
         run.data.tokenizer,
         vocab_size=run.model.vocab_size,
@@ -35,23 +37,25 @@ def open_data(run: RunConfig, *, show_progress: bool) -> Corpus:
         workers=len(os.sched_getaffinity(0)),
         show_progress=show_progress,
     )
-    check_vocab(store, tokenizer)
-    held_out = split_documents(store.num_documents, run.data.validation_fraction)
-    training = _samples(run, store, tokenizer, first=0, last=held_out, seed=run.seed)
-    if held_out == store.num_documents:
+
+
+def cut_into_samples(run: RunConfig, store: TokenStore, tokenizer: WordPiece, rule: SplitRule) -> Corpus:
+    """Split the text by a rule, and cut both parts into samples; UserError where a part would hold no text."""
+    trained, held_out = split_text(store, run.data.validation_fraction, rule)
+    training = _samples(run, store, tokenizer, trained, seed=run.seed)
+    if held_out is None:
         return Corpus(store, tokenizer, training, None)
-    seed = run.seed + _VALIDATION_STREAM
-    validation = _samples(run, store, tokenizer, first=held_out, last=store.num_documents, seed=seed)
+    validation = _samples(run, store, tokenizer, held_out, seed=run.seed + _VALIDATION_STREAM)
     return Corpus(store, tokenizer, training, validation)
 
 
-def _samples(
-    run: RunConfig, store: TokenStore, tokenizer: WordPiece, *, first: int, last: int, seed: int
-) -> ExampleDataset:
+def _samples(run: RunConfig, store: TokenStore, tokenizer: WordPiece, part: Part, *, seed: int) -> ExampleDataset:
     seq_length = run.training.seq_length
-    windows = Windows(store, width=seq_length - NUM_SPECIAL_TOKENS, first=first, last=last)
-    return ExampleDataset(windows, _builder(run, tokenizer, seed))
-
-
-def _builder(run: RunConfig, tokenizer: WordPiece, seed: int) -> ExampleBuilder:
-    return ExampleBuilder(tokenizer, run.masking, run.training.seq_length, seed, run.objective.num_extra_uniforms)
+    windows = Windows(store, part, width=seq_length - NUM_SPECIAL_TOKENS)
+    if not len(windows):
+        raise UserError(
+            f"documents {part.first} to {part.last - 1} of the data (counted from 0), which "
+            f"--validation-fraction {run.data.validation_fraction:g} sets apart, hold no text"
+        )
+    builder = ExampleBuilder(tokenizer, run.masking, seq_length, seed, run.objective.num_extra_uniforms)
+    return ExampleDataset(windows, builder)

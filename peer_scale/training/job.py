@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 
 from peer_scale.checkpoints.folder import CheckpointFolder
+from peer_scale.checkpoints.identity import with_split_of
 from peer_scale.checkpoints.loading import load_checkpoint
 from peer_scale.checkpoints.progress import Progress
-from peer_scale.checkpoints.sections import Sections, sections_of
+from peer_scale.checkpoints.sections import Sections, sections_of, split_of
 from peer_scale.checkpoints.state import TrainingState, require_supported_offload
 from peer_scale.checkpoints.writer import CheckpointWriter
 from peer_scale.errors import UserError
@@ -37,7 +38,7 @@ from peer_scale.training.callbacks.console import ProgressLine
 from peer_scale.training.callbacks.reporting import MetricsFile, MonitorEvents
 from peer_scale.training.callbacks.stopping import StopAfter, StopOnInterrupt, StopOnSignal
 from peer_scale.training.callbacks.validation import Validation
-from peer_scale.training.data import Corpus, open_data
+from peer_scale.training.data import Corpus, cut_into_samples, open_text
 from peer_scale.training.engine import build_engine, check_precision
 from peer_scale.training.metering import Meter, device_peak
 from peer_scale.training.run_folders import METRICS, RunFolders
@@ -90,15 +91,16 @@ def train(run: RunConfig, topology: Topology, coordinator: RankCoordinator) -> N
 
 def _train(run: RunConfig, topology: Topology, coordinator: RankCoordinator, folders: RunFolders) -> None:
     say: Callable[[str], None] = print if topology.is_first_rank else _say_nothing
-    corpus = coordinator.one_by_one(lambda: open_data(run, show_progress=topology.is_first_rank))
-    run = replace(run, model=replace(run.model, vocab_size=corpus.tokenizer.vocab_size))
-    sections = sections_of(
-        run, topology, data_fingerprint=corpus.store.fingerprint, tokenizer_digest=corpus.tokenizer.digest
-    )
+    store, tokenizer = coordinator.one_by_one(lambda: open_text(run, show_progress=topology.is_first_rank))
+    run = replace(run, model=replace(run.model, vocab_size=tokenizer.vocab_size))
+    sections = sections_of(run, topology, data_fingerprint=store.fingerprint, tokenizer_digest=tokenizer.digest)
     tensor_parallel = topology.tensor_parallel
     start = coordinator.first_rank(lambda: find_start(run.output, sections, tensor_parallel, folders, say))
     if _is_done(run, start, say):
         return
+    if start.manifest is not None and not start.only_weights:
+        sections = with_split_of(start.manifest, sections)
+    corpus = coordinator.everyone(lambda: cut_into_samples(run, store, tokenizer, split_of(sections)))
     said = coordinator.first_rank(lambda: folders.prepare_logs(start.run, start.step, sections, run_yaml(run)))
     if said:
         say(said)
@@ -129,6 +131,7 @@ def _train(run: RunConfig, topology: Topology, coordinator: RankCoordinator, fol
     trainer = Trainer(
         run,
         topology,
+        coordinator,
         engine,
         runner,
         Meter(run, dist.get_world_size(), peak, skipped_steps=engine.skipped_steps),

@@ -13,12 +13,16 @@ from peer_scale.checkpoints.progress import Progress
 from peer_scale.errors import TrainingError
 from peer_scale.flops import actual_train_flops, measure_peak_flops, paper_train_flops, peak_flops
 from peer_scale.objectives.objective import SumsLayout
+from peer_scale.samples.loader import Fault
 from peer_scale.settings.run import RunConfig
 
 
 @dataclass
 class StepRecord:
-    """What is known of a step when it has been launched; `sums` may still be under way on the device."""
+    """What is known of a step when it has been launched; `sums` may still be under way on the device.
+
+    `fault` is what this rank found wrong with its own samples of the step; `sums` end with the count of such ranks.
+    """
 
     step: int
     sums: torch.Tensor
@@ -28,6 +32,7 @@ class StepRecord:
     skipped_steps: int
     step_time: float = 0.0
     data_wait: float = 0.0
+    fault: Fault | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
 

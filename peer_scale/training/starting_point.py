@@ -12,7 +12,7 @@ from pathlib import Path
 from peer_scale.checkpoints.folder import newest, require_found, step_of
 from peer_scale.checkpoints.identity import changes, check_identity, differences_of_run, differences_of_weights
 from peer_scale.checkpoints.manifest import Manifest
-from peer_scale.checkpoints.sections import Saving, Sections
+from peer_scale.checkpoints.sections import Saving, Sections, split_of
 from peer_scale.errors import UserError
 from peer_scale.parallel.tensor_parallel import TensorParallel
 from peer_scale.settings.run import OutputConfig
@@ -150,6 +150,8 @@ def _going_on(folder: Path, manifest: Manifest, own: Sections, say: Callable[[st
         return StartingPoint(_new_run(), folder, manifest)
     changed = changes(manifest, own)
     say(f"resuming from {folder} after step {sections.progress.step}" + (f"; changed: {changed}" if changed else ""))
+    if split_of(sections) == "documents":
+        say("text is held out by documents, not by tokens, as by the version that began this run")
     return StartingPoint(_new_run() if sections.saving is None else sections.saving.run, folder, manifest)
 
 

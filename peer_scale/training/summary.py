@@ -9,6 +9,7 @@ import torch
 from peer_scale.kernels.availability import fused_kernels
 from peer_scale.models.config import EncoderShape
 from peer_scale.parallel.topology import Topology
+from peer_scale.samples.loader import ExampleDataset
 from peer_scale.settings.run import RunConfig
 from peer_scale.training.data import Corpus
 
@@ -20,8 +21,10 @@ def startup_summary(run: RunConfig, topology: Topology, corpus: Corpus, num_para
     lines = {
         "model": f"{run.name}, {num_parameters / 1e6:.2f} M parameters: {_networks(run)}",
         "objective": f"{run.objective.describe()}; {run.masking.mask_fraction:.0%} of the tokens are selected",
-        "data": f"{corpus.store.num_documents:,} documents, {corpus.store.num_tokens:,} tokens, "
-        f"{len(corpus.training):,} samples an epoch; vocabulary {model.vocab_size:,}",
+        "data": f"{corpus.store.num_documents:,} documents, {corpus.store.num_tokens:,} tokens; "
+        f"vocabulary {model.vocab_size:,}",
+        "trained on": f"{_share(corpus.training, corpus)}, {len(corpus.training):,} samples per epoch",
+        "held out": _held_out(run, corpus),
         "batch": f"{training.global_batch_size} x {training.seq_length} tokens "
         f"({training.micro_batch_size} a micro-batch, {run.num_micro_batches} accumulated, {data_parallel} ranks); "
         f"{training.train_iters:,} steps, lr {training.lr:g}",
@@ -34,6 +37,21 @@ def startup_summary(run: RunConfig, topology: Topology, corpus: Corpus, num_para
     }
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
+
+
+def _held_out(run: RunConfig, corpus: Corpus) -> str:
+    if corpus.validation is None:
+        return "nothing, so there is no validation"
+    held_out = f"{_share(corpus.validation, corpus)}, {len(corpus.validation):,} samples; "
+    if run.output.eval_interval is None:
+        return held_out + "not looked at without --eval-interval"
+    return held_out + f"a validation takes {run.output.eval_iters * run.training.global_batch_size:,}"
+
+
+def _share(samples: ExampleDataset, corpus: Corpus) -> str:
+    windows = samples.windows
+    share = windows.num_tokens / corpus.store.num_tokens
+    return f"{share:.2%} of the tokens ({windows.num_tokens:,}), of {windows.part.num_documents:,} document(s)"
 
 
 def _networks(run: RunConfig) -> str:

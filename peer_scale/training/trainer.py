@@ -12,10 +12,13 @@ import torch
 import torch.distributed as dist
 
 from peer_scale.checkpoints.progress import Progress
+from peer_scale.errors import UserError
 from peer_scale.objectives.engine import Engine
 from peer_scale.objectives.works import GlobalCounts, StepInfo
+from peer_scale.parallel.coordination import RankCoordinator
 from peer_scale.parallel.topology import Topology
 from peer_scale.samples.examples import Batch
+from peer_scale.samples.loader import Fault, StepBatches
 from peer_scale.seeds import stream_seed
 from peer_scale.settings.run import RunConfig
 from peer_scale.training.engine import loss_scale
@@ -33,6 +36,9 @@ class Callback:
     def on_metrics(self, metrics: dict[str, Any]) -> None:
         """A step's metrics have been read back (at most one step late)."""
 
+    def on_bad_data(self) -> None:
+        """Training is about to end, on all ranks alike, because a step's samples cannot be made."""
+
     def on_train_end(self, trainer: Trainer) -> None:
         """The last step is done and reported."""
 
@@ -40,13 +46,16 @@ class Callback:
 class Trainer:
     """Runs optimizer steps and tells the callbacks; everything optional is one of them.
 
-    `wants_stop` is set by callbacks and takes effect together on all ranks, since it travels with the step's sums.
+    `wants_stop` is set by callbacks and takes effect together on all ranks, since it travels with the step's sums. So
+    does what a rank finds wrong with its samples: all ranks end by the same UserError before anything of the step is
+    reported or saved.
     """
 
     def __init__(
         self,
         run: RunConfig,
         topology: Topology,
+        coordinator: RankCoordinator,
         engine: Engine,
         runner: Runner,
         meter: Meter,
@@ -56,6 +65,7 @@ class Trainer:
         warmup_steps: int,
     ) -> None:
         self.run, self.topology, self.engine, self.runner, self.meter = run, topology, engine, runner, meter
+        self._coordinator = coordinator
         self.callbacks = callbacks
         self.progress = progress
         self.warmup_steps = warmup_steps
@@ -63,13 +73,13 @@ class Trainer:
         self.stopping = False
         self._pending: deque[StepRecord] = deque()
 
-    def fit(self, steps: Iterator[Sequence[Batch]]) -> None:
+    def fit(self, steps: Iterator[StepBatches]) -> None:
         """Train from the step after `progress.step` to the last; `steps` gives this rank's micro-batches of each."""
         clock = time.perf_counter()
         for step in range(self.progress.step + 1, self.run.training.train_iters + 1):
-            micro_batches = next(steps)
+            micro_batches, fault = next(steps)
             data_wait = time.perf_counter() - clock
-            record = self.train_step(step, micro_batches)
+            record = self.train_step(step, micro_batches, fault)
             record.data_wait, record.step_time = data_wait, time.perf_counter() - clock
             clock = time.perf_counter()
             self._pending.append(record)
@@ -82,15 +92,16 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_train_end(self)
 
-    def train_step(self, step: int, micro_batches: Sequence[Batch]) -> StepRecord:
+    def train_step(self, step: int, micro_batches: Sequence[Batch], fault: Fault | None = None) -> StepRecord:
         """One optimizer step: forward and backward of each micro-batch, then the update."""
         engine, device = self.engine, self.topology.device
         lr = set_hyperparameters(engine.optimizer, self.run.training, step, num_updates=step - engine.skipped_steps)
         batches = [batch.to(device) for batch in micro_batches]
         seed_dropout = partial(self._seed_dropout, step)
         sums = self.runner.train(batches, self.step_info(step, batches), seed_dropout)
-        sums = self.global_sums(sums, float(self.wants_stop))
-        return StepRecord(step, sums, lr, engine.get_global_grad_norm(), loss_scale(engine), engine.skipped_steps)
+        sums = self.global_sums(sums, float(self.wants_stop), float(fault is not None))
+        norm, scale = engine.get_global_grad_norm(), loss_scale(engine)
+        return StepRecord(step, sums, lr, norm, scale, engine.skipped_steps, fault=fault)
 
     def step_info(self, step: int, batches: Sequence[Batch]) -> StepInfo:
         """Give what all micro-batches of a step have in common, on all ranks."""
@@ -112,11 +123,25 @@ class Trainer:
         dist.all_reduce(sums)
         return sums
 
+    def end_at_fault(self, num_faults: float, own: Fault | None) -> None:
+        """Raise, on all ranks alike, the first fault in the samples of a step, where there is one on any rank.
+
+        Args:
+            num_faults: ranks that have found one, the same number on all ranks.
+            own: what this rank has found.
+        """
+        if num_faults:
+            found = [fault for fault in self._coordinator.exchange(own) if fault is not None]
+            for callback in self.callbacks:
+                callback.on_bad_data()
+            raise UserError(min(found).message)
+
     def report(self, keep: int) -> None:
         """Read back all but the newest `keep` steps and pass their metrics on, so that no step waits for its own."""
         while len(self._pending) > keep:
             record = self._pending.popleft()
-            *sums, stop_votes = record.sums.tolist()
+            *sums, stop_votes, num_faults = record.sums.tolist()
+            self.end_at_fault(num_faults, record.fault)
             self.stopping |= stop_votes > 0
             self.progress = self.meter.advance(self.progress, sums, record)
             metrics = self.meter.metrics(sums, record, self.progress)

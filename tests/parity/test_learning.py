@@ -13,6 +13,7 @@ from peer_scale.parallel.topology import single_process_topology
 from peer_scale.samples.examples import NUM_SPECIAL_TOKENS, ExampleBuilder, collate
 from peer_scale.samples.loader import ExampleDataset
 from peer_scale.samples.masking import MaskingConfig
+from peer_scale.samples.split import Part
 from peer_scale.samples.windows import Windows
 from runs import pretrain, read_metrics
 
@@ -28,7 +29,7 @@ def scores_and_labels(save, cache, text_file, num_samples=3072):
     assert tokenizer.digest == checkpoint.tokenizer.digest
     task = PretrainingTask(checkpoint.model, checkpoint.objective, single_process_topology().tensor_parallel).eval()
     task.model.load_state_dict({name: our_weights(checkpoint, name) for name in checkpoint.weights})
-    windows = Windows(store, width=SEQ_LENGTH - NUM_SPECIAL_TOKENS, first=0, last=store.num_documents)
+    windows = Windows(store, Part(0, store.num_documents), width=SEQ_LENGTH - NUM_SPECIAL_TOKENS)
     samples = ExampleDataset(windows, ExampleBuilder(tokenizer, MaskingConfig(), SEQ_LENGTH, seed=99))
     step = StepInfo(GlobalCounts(torch.ones(()), torch.ones(())))
     scores, labels = [], []

@@ -19,6 +19,9 @@ class Checkpointing(Callback):
         if self._interval is not None and record.step % self._interval == 0:
             self._save(trainer)
 
+    def on_bad_data(self) -> None:
+        self._writer.close()  # what is being written is of an earlier step
+
     def on_train_end(self, trainer: Trainer) -> None:
         if trainer.progress.step != self._saved_step:
             self._save(trainer)

@@ -1,11 +1,11 @@
-"""Loss on the held-out documents."""
+"""Loss on the text held out."""
 
 from __future__ import annotations
 
 import torch
 
 from peer_scale.objectives.objective import SumsLayout
-from peer_scale.samples.loader import BatchPlan, ExampleDataset, micro_batches
+from peer_scale.samples.loader import BatchPlan, ExampleDataset, Fault, micro_batches
 from peer_scale.training.metering import StepRecord
 from peer_scale.training.trainer import Callback, Trainer
 
@@ -24,9 +24,13 @@ class Validation(Callback):
         objective = trainer.run.objective
         layout = SumsLayout(objective)
         sums = torch.zeros(len(layout), dtype=torch.float64, device=trainer.topology.device)
+        faults: list[Fault] = []
         for step in micro_batches(self._dataset, self._plan, first_step=0, last_step=self._iters, num_workers=0):
-            batches = [batch.to(trainer.topology.device) for batch in step]
+            batches = [batch.to(trainer.topology.device) for batch in step.batches]
             sums += trainer.runner.evaluate(batches, trainer.step_info(trained_step, batches))
-        metrics = layout.metrics(trainer.global_sums(sums).tolist())
+            faults += [step.fault] if step.fault else []
+        *totals, num_faults = trainer.global_sums(sums, float(bool(faults))).tolist()
+        trainer.end_at_fault(num_faults, min(faults, default=None))
+        metrics = layout.metrics(totals)
         names = ("loss", *(loss.name for loss in objective.losses), *objective.validation_metrics)
         return {f"validation_{name}": metrics[name] for name in names}

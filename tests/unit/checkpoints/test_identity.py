@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from checkpoint_runs import SHAPE, WHOLE
-from peer_scale.checkpoints.identity import changes, check_identity
+from peer_scale.checkpoints.identity import changes, check_identity, with_split_of
 from peer_scale.checkpoints.manifest import Manifest, TensorEntry
 from peer_scale.checkpoints.parameters import shardings
 from peer_scale.errors import UserError
@@ -47,6 +47,16 @@ def test_a_run_goes_on_from_its_own(difference):
     assert difference(RUN, RUN) is None
     other_layout = replace(RUN.layout, tensor_parallel=2, zero_stage=1)
     assert difference(RUN, replace(RUN, layout=other_layout, training={"lr": 1.0})) is None
+
+
+def test_the_split_is_the_checkpoints(difference):
+    """A run that would split otherwise goes on, and holds out what the checkpoint's run did."""
+    earlier = replace(RUN, data=replace(RUN.data, split="documents"))
+    assert RUN.data.split == "tokens"
+    assert difference(earlier, RUN) is None
+    assert with_split_of(Manifest(earlier, {}, {}), RUN) == earlier
+    assert with_split_of(Manifest(RUN, {}, {}), RUN) == RUN
+    assert with_split_of(Manifest(IMPORTED, {}, {}), RUN) == RUN
 
 
 def test_every_difference_is_named(difference):

@@ -7,7 +7,7 @@ import pytest
 
 from checkpoint_runs import SHAPE, WHOLE
 from peer_scale.checkpoints.sections import parse_sections
-from peer_scale.checkpoints.upgrade import from_format_2
+from peer_scale.checkpoints.upgrade import from_format_2, with_split
 from peer_scale.errors import UserError
 from peer_scale.models.config import ModelConfig
 from peer_scale.objectives.masked_lm import MaskedLanguageModel
@@ -77,14 +77,27 @@ def test_what_is_wrong_is_named():
 def as_format_2(sections):
     content = json.loads(json.dumps(sections.as_json()))
     content["data"] = {**content.get("data", {}), **{"tokenizer": content.pop("tokenizer")["digest"]}}
+    content["data"].pop("split", None)
     del content["masking"]
     return {**content, "objective": FORMAT_2}
 
 
 @pytest.mark.parametrize(("sections", "objective"), [(WHOLE, TokenQualityRanking()), (IMPORTED, MaskedLanguageModel())])
 def test_format_2_becomes_the_present_one(sections, objective):
-    found = parse_sections(from_format_2(as_format_2(sections)), "peer_scale.json")
-    assert found == replace(sections, objective=objective, masking=MaskingConfig(0.15, 0.85))
+    found = parse_sections(with_split(from_format_2(as_format_2(sections))), "peer_scale.json")
+    data = sections.data and replace(sections.data, split="documents")
+    assert found == replace(sections, objective=objective, masking=MaskingConfig(0.15, 0.85), data=data)
+
+
+def test_data_that_name_no_split_were_split_by_documents():
+    content = json.loads(json.dumps(WHOLE.as_json()))
+    assert parse_sections(with_split(content), "peer_scale.json").data.split == "tokens"
+    del content["data"]["split"]
+    assert parse_sections(with_split(content), "peer_scale.json").data.split == "documents"
+    imported = IMPORTED.as_json()
+    assert with_split(imported) == imported
+    with pytest.raises(UserError, match=r"peer_scale\.json: data\.split: .*'words'"):
+        parse_sections({**content, "data": {**content["data"], "split": "words"}}, "peer_scale.json")
 
 
 def test_an_import_of_format_2_says_nothing_of_random_streams():

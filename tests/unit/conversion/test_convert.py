@@ -22,7 +22,8 @@ from peer_scale.objectives.tqr import TokenQualityRanking
 from peer_scale.parallel.topology import single_process_topology
 from peer_scale.samples.examples import ExampleBuilder, collate
 from peer_scale.samples.loader import ExampleDataset
-from peer_scale.samples.windows import Windows, split_documents
+from peer_scale.samples.split import split_text
+from peer_scale.samples.windows import Windows
 from runs import PROJECT, corpus, ds_config, read_metrics, train_in_pool
 
 pytestmark = pytest.mark.heavy
@@ -221,7 +222,7 @@ def test_the_trainers_rtd_auc_comes_out_of_transformers_too(one_rank, tmp_path, 
     store, tokenizer = open_corpus(
         [str(text_file)], None, vocab_size=2000, text_key="text", cache_dir=text_file.parent / "cache", workers=1
     )
-    windows = Windows(store, width=61, first=split_documents(store.num_documents, 0.5), last=store.num_documents)
+    windows = Windows(store, split_text(store, 0.5, "tokens")[1], width=61)
     masking = read_checkpoint(folder).sections.masking
     samples = ExampleDataset(windows, ExampleBuilder(tokenizer, masking, 64, saved["data"]["seed"] + 2**32))
     batch = collate([samples[number] for number in range(6 * 8)])

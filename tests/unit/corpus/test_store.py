@@ -1,6 +1,5 @@
 import os
 import pickle
-import struct
 import subprocess
 import sys
 import time
@@ -14,18 +13,7 @@ from corpus_files import run_tool
 from peer_scale.corpus.store import TokenStore, check_vocab, verify
 from peer_scale.corpus.wordpiece import SPECIAL_TOKENS, load_wordpiece, train_wordpiece
 from peer_scale.errors import UserError
-
-HEADER = struct.Struct("<9sQBQQ")
-
-
-def write_index(path: Path, lengths: np.ndarray, itemsize: int = 2, code: int = 8) -> None:
-    """Writes an .idx by hand after the format's description, one sequence a document."""
-    ends = np.cumsum(lengths.astype(np.int64) * itemsize)
-    with path.open("wb") as file:
-        file.write(HEADER.pack(b"MMIDIDX\0\0", 1, code, len(lengths), len(lengths) + 1))
-        file.write(lengths.astype("<i4").tobytes())
-        file.write((ends - lengths * itemsize).astype("<i8").tobytes())
-        file.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
+from token_files import HEADER, write_index, write_pair
 
 
 def test_documents_of_several_sequences_and_pairs_are_numbered_through(tmp_path):
@@ -197,6 +185,81 @@ def test_a_vocabulary_beyond_the_dtype_or_the_tokens_beyond_the_vocabulary_is_an
     with pytest.raises(UserError, match=r"corpus\.bin: its dtype uint16 cannot hold a vocabulary of 65537"):
         check_vocab(TokenStore.open([pair]), too_large)
     too_small = train_wordpiece(["a few words"], 64)
-    with pytest.raises(UserError, match=r"corpus\.bin: holds token id \d+, beyond the tokenizer's vocabulary of \d+"):
+    store = TokenStore.open([pair])
+    ids = store.read(0, 0, int(store.document_lengths(0, 1)[0]))
+    with pytest.raises(UserError) as error:
         check_vocab(TokenStore.open([pair]), too_small)
+    place = int(np.argmax(ids >= too_small.vocab_size))
+    assert str(error.value) == (
+        f"{pair}.bin: document 0, token {place} (both counted from 0) has id {ids[place]}, which is outside the "
+        f"tokenizer's vocabulary of {too_small.vocab_size}"
+    )
     check_vocab(TokenStore.open([pair]), wordpiece)
+
+
+# pairs that a writer with a fault, a copy of the wrong file or a wrong type would give
+def with_lengths(prefix, lengths):
+    overwrite(prefix, HEADER.size, lengths, "<i4")
+
+
+def with_pointer(prefix, sequence, pointer, num_sequences=20):
+    overwrite(prefix, HEADER.size + 4 * num_sequences + 8 * sequence, [pointer], "<i8")
+
+
+def with_bound(prefix, number, bound, num_sequences=20):
+    overwrite(prefix, HEADER.size + 12 * num_sequences + 8 * number, [bound], "<i8")
+
+
+def with_dtype(prefix, code):
+    overwrite(prefix, HEADER.size - 17, [code], "u1")
+
+
+def overwrite(prefix, position, values, dtype):
+    with open(f"{prefix}.idx", "r+b") as file:
+        file.seek(position)
+        file.write(np.array(values, dtype).tobytes())
+
+
+WRONG_PAIRS = {
+    "another dtype, half as wide": (
+        lambda p: with_dtype(p, 8),
+        r"own\.idx: sequence 0 \(counted from 0\) has 10 tokens of 2 bytes by its length, but another number",
+    ),
+    "another dtype, twice as wide": (lambda p: with_dtype(p, 5), r"own\.idx: sequence 0 .* 10 tokens of 8 bytes"),
+    "lengths that disagree": (lambda p: with_lengths(p, [10, 11, 9]), r"own\.idx: sequence 1 .* has 11 tokens"),
+    "a pointer that goes back": (lambda p: with_pointer(p, 7, 80), r"own\.idx: sequence 6 .* has 10 tokens"),
+    "a first pointer above 0": (lambda p: with_pointer(p, 0, 4), r"own\.idx: sequence 0 .* has 10 tokens"),
+    "a document that ends before it begins": (
+        lambda p: with_bound(p, 3, 8),
+        r"own\.idx: document 3 \(counted from 0\) would be -160 bytes long, at 4 per token; the index is damaged",
+    ),
+    "more tokens than the index knows": (
+        lambda p: Path(f"{p}.bin").write_bytes(bytes(840)),
+        r"own\.bin: 840 bytes, but .*own\.idx says 800 of int32; the two files do not belong together",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), WRONG_PAIRS.values(), ids=WRONG_PAIRS)
+def test_an_index_that_does_not_say_where_documents_lie_is_named(tmp_path, damage, message):
+    prefix = write_pair(tmp_path / "own", [np.arange(10)] * 20)
+    assert TokenStore.open([prefix]).document_lengths(0, 20).tolist() == [10] * 20
+    damage(prefix)
+    with pytest.raises(UserError, match=message):
+        TokenStore.open([prefix]).document_lengths(0, 20)
+
+
+def test_documents_end_between_tokens(tmp_path):
+    """Pointers that the samples of the index miss, in the middle of a token."""
+    prefix = write_pair(tmp_path / "own", [np.arange(2)] * 20_000, np.uint16)
+    first = 5
+    while True:
+        with_pointer(prefix, first, 4 * first + 1, 20_000)
+        try:
+            store = TokenStore.open([prefix])
+            break
+        except UserError:  # a sample
+            with_pointer(prefix, first, 4 * first, 20_000)
+            first += 50
+    with pytest.raises(UserError, match=rf"document {first - 1} \(counted from 0\) would be 5 bytes long, at 2 per"):
+        store.document_lengths(0, 20_000)

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from peer_scale.corpus.prepare import open_corpus
-from peer_scale.errors import UserError
 from peer_scale.samples.examples import ExampleBuilder, sample_stream
 from peer_scale.samples.loader import BatchPlan, ExampleDataset, micro_batches
 from peer_scale.samples.masking import MaskingConfig
-from peer_scale.samples.windows import SeededOrder, Windows, split_documents
+from peer_scale.samples.split import Part
+from peer_scale.samples.windows import SeededOrder, Windows
 
 SEQ_LENGTH = 64
 
@@ -24,7 +24,7 @@ def corpus(text_file, tmp_path_factory):
 
 def dataset(corpus, seed=5, extra=0, **masking):
     store, tokenizer = corpus
-    windows = Windows(store, width=SEQ_LENGTH - 3, first=0, last=store.num_documents)
+    windows = Windows(store, Part(0, store.num_documents), width=SEQ_LENGTH - 3)
     return ExampleDataset(windows, ExampleBuilder(tokenizer, MaskingConfig(**masking), SEQ_LENGTH, seed, extra))
 
 
@@ -47,9 +47,9 @@ def test_order_is_well_mixed():
 
 
 def test_windows_hold_every_token_exactly_once(corpus):
-    store, _ = corpus
-    windows = Windows(store, width=61, first=0, last=store.num_documents)
-    found = [windows.tokens(w) for w in range(len(windows))]
+    store, tokenizer = corpus
+    windows = Windows(store, Part(0, store.num_documents), width=61)
+    found = [windows.tokens(w, tokenizer.vocab_size) for w in range(len(windows))]
     assert max(map(len, found)) <= 61
     lengths = store.document_lengths(0, store.num_documents)
     whole = [store.read(d, 0, int(n)) for d, n in enumerate(lengths)]
@@ -123,20 +123,12 @@ def test_a_step_holds_the_same_samples_for_every_layout(corpus):
         for rank in range(ranks):
             plan = BatchPlan(micro, 12, rank, ranks)
             steps = micro_batches(dataset(corpus), plan, first_step=3, last_step=5, num_workers=workers)
-            batches.append([torch.cat([b.input_ids for b in step]) for step in steps])
+            batches.append([torch.cat([b.input_ids for b in step.batches]) for step in steps])
         together = [torch.cat(parts) for parts in zip(*batches, strict=True)]
         return [sorted(map(tuple, step.tolist())) for step in together]
 
     reference = step_ids(1, 12, 0)
     assert reference == step_ids(2, 3, 0) == step_ids(3, 2, 2)
-
-
-def test_held_out_documents():
-    assert split_documents(1000, 0.01) == 990
-    assert split_documents(5, 0.01) == 4
-    assert split_documents(5, 0.0) == 5
-    with pytest.raises(UserError, match="too few"):
-        split_documents(1, 0.01)
 
 
 def test_extra_uniforms_change_nothing_else(corpus):

@@ -31,7 +31,7 @@ def trainer_of(run, callbacks=()):
     """A loop whose engine is never asked for anything."""
     topology = single_process_topology()
     meter = Meter(run, 1, None)
-    return Trainer(run, topology, None, None, meter, callbacks, progress=Progress(), warmup_steps=0)
+    return Trainer(run, topology, None, None, None, meter, callbacks, progress=Progress(), warmup_steps=0)
 
 
 def metrics_of(step, **changes):

@@ -93,6 +93,15 @@ def test_the_same_command_goes_on_by_itself(tmp_path):
     assert not (tmp_path / "log/metrics.dropped.jsonl").exists()
 
 
+def test_a_run_of_an_earlier_version_goes_on_and_says_how_it_holds_text_out(tmp_path):
+    output = OutputConfig(save=tmp_path / "save", log_dir=tmp_path / "log")
+    earlier = replace(RUN, data=replace(RUN.data, split="documents"))
+    first = run(output, earlier, steps=3)
+    again = run(output, steps=1)
+    assert (again.first_step, again.run) == (3, first.run)
+    assert again.said[1:] == ["text is held out by documents, not by tokens, as by the version that began this run"]
+
+
 def test_what_another_run_saved_is_refused_naming_both_or_set_aside_whole(tmp_path):
     output = OutputConfig(save=tmp_path, log_dir=tmp_path)
     first = run(output, steps=3, mark="a")
