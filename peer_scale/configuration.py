@@ -171,7 +171,7 @@ class Setting:
 
 @functools.cache
 def settings(cls: type) -> Mapping[str, Setting]:
-    """All fields of a configuration that were made by `option`, by name."""
+    """Give all fields of a configuration that were made by `option`, by name."""
     hints = typing.get_type_hints(cls, include_extras=True)
     return {
         field.name: Setting(field.name, field.metadata[_METADATA_KEY], field.default, hints[field.name])

@@ -4,6 +4,6 @@ import hashlib
 
 
 def stream_seed(seed: int, *names: object) -> int:
-    """A 63-bit seed of its own for each (seed, names...)."""
+    """Give a 63-bit seed of its own for each (seed, names...)."""
     digest = hashlib.sha256(repr((seed, *names)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1

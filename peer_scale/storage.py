@@ -13,7 +13,7 @@ from peer_scale.errors import UserError
 
 @contextlib.contextmanager
 def write_aside(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Opens a file beside `path` that takes its place, synced to disk, when the block ends without an exception."""
+    """Open a file beside `path` that takes its place, synced to disk, when the block ends without an exception."""
     temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -36,7 +36,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def new_folder(output: Path, flag: str) -> Iterator[Path]:
-    """A folder to fill, which gets the name `output` when the block ends without an exception; else nothing is left.
+    """Give a folder to fill, which gets the name `output` when the block ends without an exception, else goes.
 
     Raises:
         UserError: `output` holds something, or cannot be written.

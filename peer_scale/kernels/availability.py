@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 def use_triton(tensor: Tensor) -> bool:
-    """Whether our Triton kernels run on this tensor; their CPU twins have the same interface."""
+    """Say whether our Triton kernels run on this tensor; their CPU twins have the same interface."""
     return tensor.is_cuda and importlib.util.find_spec("triton") is not None
 
 
 def fused_kernels(device: torch.device) -> dict[str, str]:
-    """What runs on `device`, by name, for a summary."""
+    """Say what runs on `device`, by name, for a summary."""
     if device.type != "cuda":
         ours = f"for the CPU; Triton's are for GPUs; {apex_state()}"
         return {
@@ -35,7 +35,7 @@ def fused_kernels(device: torch.device) -> dict[str, str]:
 
 
 def apex_state() -> str:
-    """Whether NVIDIA Apex is there; PyPI's `apex` is another program of that name."""
+    """Say whether NVIDIA Apex is there; PyPI's `apex` is another program of that name."""
     try:
         from apex.normalization import FusedLayerNorm  # noqa: F401
     except ImportError:

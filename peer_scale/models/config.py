@@ -120,7 +120,7 @@ class ModelPart:
     ends: tuple[str, ...]
 
     def layers(self, network: str) -> range:
-        """Numbers of the network's own layers."""
+        """Give the numbers of the network's own layers."""
         return dict(self.own_layers)[network]
 
     def num_layers(self, network: str) -> int:
@@ -129,6 +129,6 @@ class ModelPart:
 
 
 def padded_vocab_size(vocab_size: int, tensor_parallel: int, multiple: int = 8) -> int:
-    """Rows of the word-embedding table: a multiple of `multiple` for every tensor-parallel rank."""
+    """Give the rows of the word-embedding table: a multiple of `multiple` for every tensor-parallel rank."""
     step = multiple * tensor_parallel
     return -(-vocab_size // step) * step

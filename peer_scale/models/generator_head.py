@@ -1,7 +1,7 @@
 """The generator's output layer over vocabulary shards: loss, sample, and what the rank labels need of the logits.
 
 Each rank holds a slice of the vocabulary and goes through it chunk by chunk: no rank ever holds more than one chunk of
-logits, and what travels between ranks is a few numbers a position.
+logits, and what travels between ranks is a few numbers per position.
 
 The weight of a token is exp(its logit - the target's), so that no maximum is needed first and the loss is the logarithm
 of the sum of weights. Weights are rounded to multiples of 2**-34 before they are added in fp64: up to a loss of 13 nats
@@ -261,7 +261,7 @@ class _Shard:
         return (hidden @ weight.mT).diagonal(dim1=1, dim2=2).flatten()[:count].float()
 
     def add_up(self, reference: Tensor, original_logit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One pass: weights by chunk [n, chunks], targets' ranks [n], weights by tensor-parallel rank [n, ranks]."""
+        """Pass once: weights by chunk [n, chunks], targets' ranks [n], weights by tensor-parallel rank [n, ranks]."""
         offset = reference - _GRID_BITS / LOG2_E
         threshold = (original_logit - offset) * LOG2_E
         threshold = torch.nextafter(threshold + (1 + original_logit.abs()) * 2**-20, threshold.new_tensor(math.inf))
@@ -276,7 +276,7 @@ class _Shard:
         return by_chunk, 1 + gathered[:, 1].sum(0).long(), gathered[:, 0].t()
 
     def greatest(self, at_least: Tensor) -> Tensor:
-        """The greatest logit of each position [n]."""
+        """Give the greatest logit of each position [n]."""
         greatest = at_least.clone()
         for chunk in self.chunks():
             greatest = torch.maximum(greatest, (chunk.product.float() + chunk.bias).amax(-1))
@@ -393,7 +393,7 @@ class _Shard:
         return self.sum(grad_hidden).to(self.hidden.dtype), grad_weight, grad_bias
 
     def needs_greater_reference(self, totals: Tensor) -> bool:
-        """Whether some token outweighs a target by more than fp32 can say; alike on all ranks.
+        """Say whether some token outweighs a target by more than fp32 can say; alike on all ranks.
 
         The GPU's kernel adds up fp64 powers, which do not overflow here.
         """
@@ -438,10 +438,10 @@ def _first_beyond(weights: Tensor, threshold: Tensor) -> Tensor:
 
 
 def _below(numbers: Tensor, limit: Tensor) -> Tensor:
-    """The numbers, or the greatest that is less than `limit`."""
+    """Give the numbers, or the greatest that is less than `limit`."""
     return torch.minimum(numbers, torch.nextafter(limit, limit.new_tensor(-math.inf)))
 
 
 def _view(buffer: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The beginning of `buffer` in that shape; all of it where it is too small to be meant for use."""
+    """Give the beginning of `buffer` in that shape; all of it where it is too small to be meant for use."""
     return buffer[: math.prod(shape)].view(shape) if len(buffer) >= math.prod(shape) else buffer

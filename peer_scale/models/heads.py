@@ -29,7 +29,7 @@ class MaskedLMHead(nn.Module):
         self.register_buffer("is_padding", is_padding, persistent=False)
 
     def forward(self, hidden_nH: Tensor) -> tuple[Tensor, Tensor]:
-        """The transformed states [n, E] and the bias [rows], -inf on padding rows: never sampled, ranked or counted."""
+        """Give transformed states [n, E] and the bias [rows], -inf on padding rows: never sampled, ranked or counted."""
         return self.norm(F.gelu(self.dense(hidden_nH))), self.bias.masked_fill(self.get_buffer("is_padding"), -math.inf)
 
 
@@ -53,7 +53,7 @@ class RankingHead(nn.Module):
         self.free_thresholds = nn.Parameter(free)
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores w.h [...] and thresholds [K-1], both fp32."""
+        """Give the scores w.h [...] and thresholds [K-1], both fp32."""
         transformed = F.gelu(self.dense(hidden))
         scores = F.linear(transformed.float(), self.score.weight.float()).squeeze(-1)
         return scores, ordered_thresholds(self.free_thresholds)

@@ -149,27 +149,27 @@ class Graph:
                 assert takers[0].network is None, f"{name}: only works without layers take values with a gradient"
 
     def work(self, name: str) -> Work:
-        """The work of that name."""
+        """Give the work of that name."""
         return self._works[name]
 
     def value(self, name: str) -> Value:
-        """The value of that name."""
+        """Give the value of that name."""
         return self._values[name][1]
 
     def giver(self, value: str) -> Work:
-        """The work that gives the value."""
+        """Give the work that gives the value."""
         return self._values[value][0]
 
     def takers(self, value: str) -> tuple[Work, ...]:
-        """The works that take the value."""
+        """Give the works that take the value."""
         return tuple(work for work in self.works if value in work.takes)
 
     def shape(self, network: str) -> EncoderShape:
-        """Sizes of the network as its path has them."""
+        """Give the sizes of the network as its path has them."""
         return dict(self.networks)[network]
 
     def num_own_layers(self, network: str) -> int:
-        """Layers of the network above the shared ones."""
+        """Give the layers of the network above the shared ones."""
         return self.shape(network).num_layers - self.num_shared_layers
 
     @cached_property
@@ -182,6 +182,6 @@ class Graph:
 
 
 def embedding_costs(model: ModelConfig, shape: EncoderShape) -> tuple[Cost, ...]:
-    """What a network's embeddings, dropout and projection take."""
+    """Say what a network's embeddings, dropout and projection take."""
     kept = model.embedding_size * (1 + (model.hidden_dropout > 0))
     return (Cost("token", flops=projection_matmul_flops(model, shape), activations=kept),)

@@ -76,7 +76,7 @@ class PretrainingTask(nn.Module):
         return Outcome(values={work.name: hidden})
 
     def _counts(self, works: Sequence[str]) -> bool:
-        """Whether these works count the micro-batch's positions: the first work does, where it begins."""
+        """Say whether these works count the micro-batch's positions: the first work does, where it begins."""
         first = self.graph.works[0]
         return first.name in works and self.part.has_embeddings
 

@@ -324,7 +324,7 @@ def scatter_labels(batch: Batch, labels: Tensor, num_levels: int) -> Tensor:
 
 
 def score_head_cost(shape: EncoderShape) -> Cost:
-    """What a dense layer and one score per token take."""
+    """Say what a dense layer and one score per token take."""
     return Cost("token", flops=score_head_matmul_flops(shape), activations=3 * shape.hidden_size)
 
 

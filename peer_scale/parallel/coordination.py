@@ -37,19 +37,19 @@ class RankCoordinator:
         return cast(T, value)
 
     def all(self, value: bool) -> bool:
-        """Whether `value` is true on all ranks."""
+        """Say whether `value` is true on all ranks."""
         vote = torch.tensor(int(value))
         dist.all_reduce(vote, dist.ReduceOp.MIN, group=self._group)
         return bool(vote)
 
     def exchange(self, value: T) -> list[T]:
-        """The (picklable) values of all ranks in their order, on all ranks."""
+        """Give the (picklable) values of all ranks in their order, on all ranks."""
         values: list = [None] * dist.get_world_size(self._group)
         dist.all_gather_object(values, value, group=self._group)
         return values
 
     def gather(self, value: T) -> list[T]:
-        """The (picklable) values of all ranks in their order, on global rank 0; elsewhere nothing."""
+        """Give the (picklable) values of all ranks in their order, on global rank 0; elsewhere nothing."""
         is_first = dist.get_rank(self._group) == 0
         values: list = [None] * dist.get_world_size(self._group) if is_first else []
         dist.gather_object(value, values if is_first else None, dst=0, group=self._group)

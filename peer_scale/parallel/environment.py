@@ -47,7 +47,7 @@ class ProcessEnvironment:
 
 
 def detect_environment(environ: Mapping[str, str], local_rank_flag: int | None = None) -> ProcessEnvironment:
-    """The rank of this process from the environment variables of its launcher.
+    """Give the rank of this process from the environment variables of its launcher.
 
     RANK (torchrun, deepspeed) wins over mpirun's variables, and those over srun's: inside a Slurm job all may be set,
     and the innermost launcher is the one that started this process. MASTER_ADDR and MASTER_PORT, where set, always win.
@@ -99,7 +99,7 @@ def default_num_threads(env: ProcessEnvironment, environ: Mapping[str, str]) -> 
 
 
 def fair_share(*, num_cpus: int, num_cores: int, launcher_cpus: int, local_world_size: int) -> int:
-    """Threads for one of `local_world_size` ranks, one a physical core, at least 1.
+    """Give the threads of one of `local_world_size` ranks, one per physical core, at least 1.
 
     Args:
         num_cpus: Logical CPUs this rank may run on.
@@ -187,7 +187,7 @@ def _from_srun(environ: Mapping[str, str]) -> ProcessEnvironment:
 
 
 def _srun_local_world_size(environ: Mapping[str, str], world_size: int) -> int:
-    """Tasks of this step on this node, from '2(x3),1' and the node's number, or from --ntasks-per-node."""
+    """Give the tasks of this step on this node, from '2(x3),1' and the node's number, or from --ntasks-per-node."""
     for name in ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE"):
         text = _text(environ, name)
         if text is None:
@@ -214,7 +214,7 @@ def _expand_tasks_per_node(name: str, text: str) -> list[int]:
 
 
 def _srun_master_addr(environ: Mapping[str, str], *, is_one_node: bool) -> str:
-    """The step's first node by name; the loopback address where one node is all there is and its name means nothing."""
+    """Give the step's first node by name; the loopback address where there is one node whose name means nothing."""
     nodes = _text(environ, "SLURM_STEP_NODELIST") or _text(environ, "SLURM_JOB_NODELIST") or ""
     first = first_node(nodes) if nodes else None
     if first is not None:
@@ -261,7 +261,7 @@ def _count_cores(cpus: set[int]) -> int:
 
 
 def _port_of(job: str) -> int:
-    """A port that all ranks of a job derive alike, below those the kernel hands out (from 32768)."""
+    """Give a port that all ranks of a job derive alike, below those the kernel hands out (from 32768)."""
     return 10000 + zlib.crc32(job.encode()) % 20000
 
 
@@ -273,7 +273,7 @@ def _master_port(environ: Mapping[str, str]) -> int | None:
 
 
 def _text(environ: Mapping[str, str], name: str) -> str | None:
-    """A variable's value; None where it is not set or empty."""
+    """Give a variable's value; None where it is not set or empty."""
     return environ.get(name) or None
 
 

@@ -25,22 +25,22 @@ def scatter_along_sequence(hidden: Tensor, tensor_parallel: TensorParallel) -> T
 
 
 def gather_along_sequence(hidden: Tensor, tensor_parallel: TensorParallel) -> Tensor:
-    """The whole sequence [S, ...] for what every rank then computes alike; backward keeps this rank's slice."""
+    """Give the whole sequence [S, ...] for what every rank then computes alike; backward keeps this rank's slice."""
     return _Join.apply(hidden, tensor_parallel) if tensor_parallel.sequence_parallel else hidden
 
 
 def gather_along_sequence_for_split_weights(hidden: Tensor, tensor_parallel: TensorParallel) -> Tensor:
-    """The whole sequence as input of a column-parallel layer; backward adds up the ranks' gradients, and slices."""
+    """Join the sequence as input of a column-parallel layer; backward adds up the ranks' gradients, and slices."""
     return _JoinForSplitWeights.apply(hidden, tensor_parallel) if tensor_parallel.sequence_parallel else hidden
 
 
 def reduce_scatter_along_sequence(partial: Tensor, tensor_parallel: TensorParallel) -> Tensor:
-    """A slice of the sum of all ranks' [S, ...]; backward joins the gradients."""
+    """Give a slice of the sum of all ranks' [S, ...]; backward joins the gradients."""
     return _AddUpAndSplit.apply(partial, tensor_parallel)
 
 
 def whole_gradients(parameters: tuple[Tensor, ...], tensor_parallel: TensorParallel) -> tuple[Tensor, ...]:
-    """The replicated parameters of a layer that sees only a slice: backward adds up their gradients (one message)."""
+    """Give the replicated parameters to a layer that sees a slice: backward adds up their gradients in one message."""
     return _WholeGradients.apply(tensor_parallel, *parameters) if tensor_parallel.sequence_parallel else parameters
 
 

@@ -45,7 +45,7 @@ class Topology:
         return self.model_mesh.get_group() if dim == "model" else self.mesh.get_group(dim)
 
     def pipeline_group(self, *, forward: bool) -> dist.ProcessGroup:
-        """The ranks of this pipeline, for messages to later stages or for those that go back."""
+        """Give the ranks of this pipeline, for messages to later stages or for those that go back."""
         return (self.mesh if forward else self.reverse_mesh).get_group("pp")
 
     @property
@@ -146,7 +146,7 @@ def build_topology(
 
 
 def single_process_topology() -> Topology:
-    """A grid of one rank for tools and tests; joins a group of one unless a default group is there already."""
+    """Give a grid of one rank for tools and tests; joins a group of one unless a default group is there already."""
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     assert dist.get_world_size() == 1, "a grid of one rank in a job of several"

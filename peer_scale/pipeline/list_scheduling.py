@@ -50,7 +50,7 @@ class StageOrders:
 
     @cached_property
     def stages(self) -> tuple[tuple[Compute, ...], ...]:
-        """What each stage computes, in order."""
+        """Say what each stage computes, in order."""
         return tuple(
             tuple(replace(self.template[index].work, micro=micro) for micro, index in order) for order in self.orders
         )
@@ -103,7 +103,7 @@ class _Node:
 
 
 def _template(placement: Placement, costs: Costs, order: Order, include: Callable[[Compute], bool]) -> list[_Node]:
-    """The graph that is the same for every micro-batch."""
+    """Give the graph that is the same for every micro-batch."""
     nodes = [
         (stage, work)
         for stage in range(placement.num_stages)

@@ -71,7 +71,7 @@ def build_schedule(
     order: Order | None = None,
     costs: Costs | None = None,
 ) -> Schedule:
-    """The schedule of one step.
+    """Give the schedule of one step.
 
     Args:
         kind: See the module.
@@ -99,7 +99,7 @@ def build_schedule(
 def _compute_orders(
     kind: Kind, placement: Placement, num_micro_batches: int, cap: int | None, order: Order | None, costs: Costs
 ) -> list[tuple[Compute, ...]]:
-    """What each stage computes, in order."""
+    """Say what each stage computes, in order."""
 
     def part(include: Callable[[Compute], bool], limit: int) -> StageOrders:
         return list_schedule(placement, costs, num_micro_batches, _BACKWARD_FIRST, limit, include)

@@ -27,7 +27,7 @@ _KINDS: Final[dict[str, WorkKind]] = {
 
 
 # Of all 720 orders, those that together come nearest to the best: over presets of peer, electra and bert with 2, 4
-# and 8 stages and one and three micro-batches a stage, 0.1 % slower on average and 0.9 % at most.
+# and 8 stages and one and three micro-batches per stage, 0.1 % slower on average and 0.9 % at most.
 ORDERS: Final[tuple[Order, ...]] = tuple(
     tuple(_KINDS[kind] for kind in kinds.split())
     for kinds in (
@@ -51,7 +51,7 @@ _NUM_FINALISTS: Final = 4
 def search(
     placement: Placement, costs: Costs, num_micro_batches: int, *, cap: int | None = None, order: Order | None = None
 ) -> StageOrders:
-    """The fastest schedule found, by list scheduling with each of `ORDERS` and each number of micro-batches in flight.
+    """Give the fastest schedule that list scheduling finds with each of `ORDERS` and micro-batches in flight.
 
     Unless `cap` is given, P to 1.5 P micro-batches are in flight, and the fullest stage holds at most 1.5 times what
     textbook 1F1B's fullest stage does. Where no such schedule is found, fewer are in flight.
@@ -77,8 +77,8 @@ def choose_placement(
 ) -> Placement:
     """Choose of the placements whose busiest stage has the least to do the one with the fastest two-pass schedule.
 
-    It is chosen for four micro-batches a stage, whatever a run has, from the first 512 / P candidates of `place`, whose
-    arguments and errors these are. For peer-base on 4 or 8 stages the bubble is a quarter smaller than with `place`.
+    It is chosen for four micro-batches per stage, whatever a run has, from the first 512 / P candidates of `place`,
+    whose arguments and errors these are. For peer-base on 4 or 8 stages the bubble is a quarter smaller than with `place`.
     """
     candidates = tied_placements(
         graph,
@@ -103,7 +103,7 @@ def choose_placement(
 def _fastest(
     placement: Placement, costs: Costs, num_micro_batches: int, choices: Sequence[tuple[Order, int]], bound: int | None
 ) -> StageOrders | None:
-    """The fastest choice of order and cap within the bound on activations; the first and leanest of equal ones.
+    """Give the fastest choice of order and cap within the bound on activations; the first and leanest of equal ones.
 
     With many micro-batches, the first four a stage tell the choices apart and the whole step is tried with the best.
     """

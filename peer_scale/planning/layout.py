@@ -39,12 +39,12 @@ class Workload:
 
     @cached_property
     def graph(self) -> Graph:
-        """The works of one micro-batch."""
+        """Give the works of one micro-batch."""
         return self.objective.graph(self.model)
 
     @cached_property
     def size(self) -> SampleSize:
-        """Tokens and selected positions of a full sequence."""
+        """Give the tokens and selected positions of a full sequence."""
         return SampleSize(self.seq_length, self.masking.num_predictions(self.seq_length))
 
     @property

@@ -31,7 +31,7 @@ class Batch(NamedTuple):
     extra_uniforms: Tensor  # [B, P, N] likewise, as many per position as the objective asks for
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on `device`; the copy does not block the host."""
+        """Give the batch on `device`; the copy does not block the host."""
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
@@ -46,7 +46,7 @@ class ExampleBuilder:
     num_extra_uniforms: int = 0
 
     def build(self, tokens: np.ndarray, sample: int) -> tuple[np.ndarray, ...]:
-        """The fields of `Batch` for one sample of at most seq_length - 3 tokens, in its order and without B."""
+        """Give the fields of `Batch` for one sample of at most seq_length - 3 tokens, in its order and without B."""
         per_position = 3 + self.num_extra_uniforms
         draws = sample_stream(self.seed, sample).random_raw(2 + per_position * self.seq_length)
         input_ids, token_types, length = self._segments(tokens, draws[:2])
@@ -71,7 +71,7 @@ class ExampleBuilder:
         )
 
     def stand_in(self, sample: int) -> tuple[np.ndarray, ...]:
-        """The fields of `Batch` for a sample that cannot be made: one ordinary token."""
+        """Give the fields of `Batch` for a sample that cannot be made: one ordinary token."""
         ordinary = next(id_ for id_ in range(self.tokenizer.vocab_size) if id_ not in self._special_ids)
         return self.build(np.array([ordinary]), sample)
 
@@ -100,7 +100,7 @@ class ExampleBuilder:
         return input_ids, token_types, len(content)
 
     def _select(self, content: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        """Positions of the candidates with the smallest keys, ascending: a choice without replacement."""
+        """Give the positions of the candidates with the smallest keys, ascending: a choice without replacement."""
         candidates = np.flatnonzero(~np.isin(content, self._special_ids))
         count = min(self.masking.num_predictions(len(content)), len(candidates))
         return np.sort(candidates[np.argsort(keys[candidates], kind="stable")[:count]])
@@ -112,7 +112,7 @@ def collate(examples: Sequence[tuple[np.ndarray, ...]]) -> Batch:
 
 
 def sample_stream(seed: int, sample: int) -> np.random.Philox:
-    """The random numbers of one sample: a counter-based generator keyed by (seed, sample number)."""
+    """Give the random numbers of one sample: a counter-based generator keyed by (seed, sample number)."""
     return np.random.Philox(key=np.array([seed, sample], np.uint64))
 
 

@@ -111,7 +111,7 @@ class _MicroBatchSampler(Sampler[list[int]]):
 def micro_batches(
     dataset: ExampleDataset, plan: BatchPlan, *, first_step: int, last_step: int, num_workers: int
 ) -> Generator[StepBatches, None, None]:
-    """For each step in [first_step, last_step), counted from 0: this rank's micro-batches of it."""
+    """Give this rank's micro-batches of each step in [first_step, last_step), counted from 0."""
     loader = DataLoader(
         _Samples(dataset),
         batch_sampler=_MicroBatchSampler(plan, first_step, last_step),

@@ -68,7 +68,7 @@ def run_job(args: argparse.Namespace, environment: ProcessEnvironment) -> None:
 
 
 def arrange_ranks(run: RunConfig, device: torch.device) -> Topology:
-    """The grid that the run asks for, of all ranks of the default group."""
+    """Give the grid that the run asks for, of all ranks of the default group."""
     return build_topology(
         device,
         tensor_parallel=run.tensor_parallel,

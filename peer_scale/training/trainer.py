@@ -93,7 +93,7 @@ class Trainer:
             callback.on_train_end(self)
 
     def train_step(self, step: int, micro_batches: Sequence[Batch], fault: Fault | None = None) -> StepRecord:
-        """One optimizer step: forward and backward of each micro-batch, then the update."""
+        """Do one optimizer step: forward and backward of each micro-batch, then the update."""
         engine, device = self.engine, self.topology.device
         lr = set_hyperparameters(engine.optimizer, self.run.training, step, num_updates=step - engine.skipped_steps)
         batches = [batch.to(device) for batch in micro_batches]
@@ -116,7 +116,7 @@ class Trainer:
         return GlobalCounts(counts[0], counts[1])
 
     def global_sums(self, sums: torch.Tensor, *more: float) -> torch.Tensor:
-        """The sums of all micro-batches of all ranks, and `more` added up over all ranks."""
+        """Give the sums of all micro-batches of all ranks, and `more` added up over all ranks."""
         if self.topology.rank("tp"):
             sums = torch.zeros_like(sums)  # tensor-parallel ranks have seen the same
         sums = torch.cat([sums, sums.new_tensor(more)])

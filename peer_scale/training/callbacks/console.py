@@ -50,7 +50,7 @@ class ProgressLine(Callback):
 
 
 def describe(metrics: dict[str, Any], objective: Objective) -> str:
-    """The metrics of one step in a line."""
+    """Give the metrics of one step in a line."""
     parts = [f"loss {metrics['loss']:.4f}"]
     if len(objective.losses) > 1:
         losses = (f"{loss.name.removesuffix('_loss')} {metrics[loss.name]:.4f}" for loss in objective.losses)
