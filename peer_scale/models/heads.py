@@ -29,7 +29,7 @@ class MaskedLMHead(nn.Module):
         self.register_buffer("is_padding", is_padding, persistent=False)
 
     def forward(self, hidden_nH: Tensor) -> tuple[Tensor, Tensor]:
-        """Give transformed states [n, E] and the bias [rows], -inf on padding rows: never sampled, ranked or counted."""
+        """Give transformed states [n, E] and bias [rows], -inf on padding rows: never sampled, ranked or counted."""
         return self.norm(F.gelu(self.dense(hidden_nH))), self.bias.masked_fill(self.get_buffer("is_padding"), -math.inf)
 
 

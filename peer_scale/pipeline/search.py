@@ -78,7 +78,7 @@ def choose_placement(
     """Choose of the placements whose busiest stage has the least to do the one with the fastest two-pass schedule.
 
     It is chosen for four micro-batches per stage, whatever a run has, from the first 512 / P candidates of `place`,
-    whose arguments and errors these are. For peer-base on 4 or 8 stages the bubble is a quarter smaller than with `place`.
+    whose arguments and errors these are. For peer-base on 4 or 8 stages the bubble is a quarter smaller than with that.
     """
     candidates = tied_placements(
         graph,
