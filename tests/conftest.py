@@ -94,6 +94,15 @@ def rank_pools():
         yield pools
 
 
+@pytest.fixture(autouse=True)
+def young_ranks(request):
+    """Start new ranks now and then, since runs leave threads behind."""
+    pools = request.getfixturevalue("rank_pools") if "rank_pools" in request.fixturenames else None
+    yield
+    if pools is not None:
+        pools.renew()
+
+
 @pytest.fixture(scope="session")
 def one_rank(rank_pools):
     return rank_pools.of(1)

@@ -18,6 +18,11 @@ import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import psutil
+
+_MAX_THREADS = 80
+"""Of a rank: a fresh one has about ten, a run leaves up to twelve behind."""
+
 
 class RankFailure(AssertionError):
     """A rank raised, died or did not answer in time; the message has every rank's log."""
@@ -102,6 +107,11 @@ class RankPool:
                 process.join()
         self._processes = []
 
+    def renew(self) -> None:
+        """End the ranks where earlier runs have left them many threads; the next call starts new ones."""
+        if self._processes and psutil.Process(self._processes[0].pid).num_threads() > _MAX_THREADS:
+            self._stop()
+
 
 class RankPools:
     """Groups of ranks by their size, each started when it is first asked for and kept to the end of the session."""
@@ -121,6 +131,11 @@ class RankPools:
         if world_size not in self._pools:
             self._pools[world_size] = self._stack.enter_context(RankPool(world_size))
         return self._pools[world_size]
+
+    def renew(self) -> None:
+        """Let no group grow old: to be called between tests."""
+        for pool in self._pools.values():
+            pool.renew()
 
 
 def free_port() -> int:
@@ -160,8 +175,8 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int, log: str, th
 def _end_groups_of_runs() -> None:
     """End all groups that runs have made, but those that DeepSpeed keeps for itself.
 
-    gloo has a thread for each, which wakes up a hundred times per second: after a hundred runs they would need all of
-    the machine.
+    gloo has threads for each, one of which wakes up a hundred times per second: after a hundred runs they would need
+    all of the machine. DeepSpeed holds on to some engines and so to their groups, for which `RankPool.renew` is there.
     """
     import deepspeed.utils.groups
     import torch.distributed as dist
