@@ -184,8 +184,9 @@ class OutputConfig:
     exit_signal_handler: bool = option(default=False, help="Save and stop on SIGTERM.")
 
     def __post_init__(self) -> None:
-        if self.save_interval is not None and self.save is None:
-            raise UserError(f"--save-interval {self.save_interval} needs --save DIR")
+        for name in ("save_interval", "keep_every"):
+            if getattr(self, name) is not None and self.save is None:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} needs --save DIR")
 
 
 @configuration
@@ -263,6 +264,10 @@ class RunConfig:
             raise UserError(
                 f"--seq-length {self.training.seq_length} is beyond the model's "
                 f"{self.model.max_position_embeddings} positions (max_position_embeddings)"
+            )
+        if self.output.eval_interval is not None and self.data.validation_fraction == 0:
+            raise UserError(
+                f"--eval-interval {self.output.eval_interval} needs held-out text: --validation-fraction is 0"
             )
         self.objective.check_model(self.model)
         self._check_tensor_parallel()
