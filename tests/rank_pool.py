@@ -5,6 +5,7 @@ To import torch, DeepSpeed and megatron-core costs more than most tests. One pro
 """
 
 import contextlib
+import gc
 import importlib
 import multiprocessing
 import os
@@ -151,5 +152,22 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int, log: str, th
             pipe.send((True, getattr(importlib.import_module(module), name)(*args, **kwargs)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
+        _end_groups_of_runs()
         sys.stdout.flush()
     dist.destroy_process_group()
+
+
+def _end_groups_of_runs() -> None:
+    """End all groups that runs have made, but those that DeepSpeed keeps for itself.
+
+    gloo has a thread for each, which wakes up a hundred times per second: after a hundred runs they would need all of
+    the machine.
+    """
+    import deepspeed.utils.groups
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _world
+
+    kept = {id(value) for value in vars(deepspeed.utils.groups).values()} | {id(dist.group.WORLD)}
+    for group in [group for group in _world.pg_map if id(group) not in kept]:
+        dist.destroy_process_group(group)
+    gc.collect()
