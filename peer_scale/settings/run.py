@@ -19,13 +19,15 @@ if TYPE_CHECKING:
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _AdamBeta = Annotated[float, Field(ge=0, lt=1)]
+SeqLength = Annotated[int, Field(ge=8)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 @configuration
 class TrainingConfig:
     """The optimizer and its schedule (Table 8): Adam with decoupled weight decay, linear warm-up, linear decay to 0."""
 
-    seq_length: Annotated[int, Field(ge=8)] = option(help="Tokens per sequence.", metavar="N")
+    seq_length: SeqLength = option(help="Tokens per sequence.", metavar="N")
     train_iters: PositiveInt = option(
         help="Optimizer steps of the whole run.", metavar="N", ds_config=("scheduler.params.total_num_steps",)
     )
@@ -231,7 +233,7 @@ class RunConfig:
     data: DataConfig
     output: OutputConfig
     deepspeed: dict[str, Any] = option(no_flag="--deepspeed_config names the file that it comes from")
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = option(
+    seed: Seed = option(
         default=1234,
         help="What initial weights, order of the data, masking, sampling and dropout follow from.",
         metavar="N",
