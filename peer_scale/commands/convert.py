@@ -237,7 +237,7 @@ def from_hf(args: argparse.Namespace) -> None:
     import torch.distributed as dist
 
     from peer_scale.conversion.architecture import TOLERANCE
-    from peer_scale.conversion.from_hugging_face import MODEL_FILE, Source, from_hugging_face, model_of
+    from peer_scale.conversion.from_hugging_face import MODEL_FILE, Source, check_class, from_hugging_face, model_of
     from peer_scale.conversion.hugging_face_folder import open_folder
     from peer_scale.corpus.wordpiece import load_wordpiece
 
@@ -245,6 +245,8 @@ def from_hf(args: argparse.Namespace) -> None:
         raise UserError("--generator goes with --discriminator; --bert is a generator already")
     given = (("--discriminator", args.discriminator), ("--bert", args.bert), ("--generator", args.generator_source))
     folders = {flag: open_folder(path, flag) for flag, path in given if path is not None}
+    for flag, folder in folders.items():
+        check_class(folder, flag)
     branches = {"--discriminator": None, "--bert": None, "--generator": "generator"}
     args.model = args.model or ("bert-base" if args.bert else "electra-base" if args.generator_source else "peer-base")
     preset = _preset_of_sizes(args, {branches[flag]: folder for flag, folder in folders.items()})
