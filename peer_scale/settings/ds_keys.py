@@ -216,7 +216,7 @@ def _is_elsewhere(where: str, value: Any, path: str) -> bool:
     """Say whether a key is one that this trainer has no use for and that asks for nothing; refuse it if it does."""
     if where not in _ELSEWHERE:
         return False
-    if value in ({}, None) or (isinstance(value, dict) and value.get("enabled") is False):
+    if value == {} or (isinstance(value, dict) and value.get("enabled") is False):
         return True
     raise UserError(f"{path}: {where} has no effect here: {_ELSEWHERE[where]}; leave it out")
 
@@ -275,16 +275,15 @@ def _checked_model(block: dict[str, Any], model: Any, path: str, where: str) -> 
         _require_known(key, fields, path, where, removed)
         field, name = fields[key], fields[key].alias or key
         full = f"{where}.{name}"
-        if _is_elsewhere(full, value, path):
-            continue
         if name in checked:
-            raise UserError(f"{path}: {where}.{key} stands twice, once as {name}")
+            raise UserError(f"{path}: {full} stands twice, under two names")
         extra = field.json_schema_extra
         if isinstance(extra, dict) and extra.get("deprecated"):
             raise UserError(f"{path}: {where}.{key} is an old name: give {where}.{extra['new_param']} instead")
         inner = next((one for one in _types(field.annotation) if hasattr(one, "model_fields")), None)
-        if value is None and type(None) in _types(field.annotation):
-            continue  # as if it were not there
+        is_null = value is None and type(None) in _types(field.annotation)  # as if it were not there
+        if is_null or _is_elsewhere(full, value, path):
+            continue
         if inner is None:
             described = (field.annotation, *field.metadata)
             annotation = Annotated[described] if field.metadata else field.annotation  # type: ignore[valid-type]

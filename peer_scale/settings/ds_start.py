@@ -1,5 +1,6 @@
 """What DeepSpeed refuses when an engine starts, found before anything else has started."""
 
+import os
 from importlib.util import find_spec
 from typing import Any
 
@@ -85,14 +86,26 @@ def _check_offload(zero: Any) -> None:
 
 
 def _check_nvme(key: str, offload: Any, stage: int) -> None:
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
     if stage != 3:
         raise UserError(f"{key}.device nvme needs zero_optimization.stage 3, not {stage}")
     if offload.nvme_path is None:
         raise UserError(f"{key}.device nvme needs {key.rsplit('.', maxsplit=1)[1]}.nvme_path")
-    if not AsyncIOBuilder().is_compatible(verbose=False):
+    if not _has_libaio():
         raise UserError(f"{key}.device nvme needs libaio and its headers: install them, or use cpu")
+
+
+def _has_libaio() -> bool:
+    """Ask DeepSpeed, which links a small program; what the linker has to say is kept off stderr."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        return bool(AsyncIOBuilder().is_compatible(verbose=False))
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _check_zero_plus_plus(zero: Any) -> None:
