@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from peer_scale.errors import UserError
 
 _CONFIG = ConfigDict(allow_inf_nan=False, arbitrary_types_allowed=True, extra="forbid")
 _METADATA_KEY = "option"
+_LONGEST_SHOWN = 100
 C = TypeVar("C")
 
 
@@ -151,9 +153,21 @@ class Setting:
         """The bounds of the number or numbers, such as "above 0"; "" where there are none."""
         return _bounds(self.schema.get("items", self.schema)).removeprefix("of ")
 
-    def checked(self, value: Any, where: str) -> Any:
-        """Give `value` in the field's type; UserError that begins with `where` if it cannot be one."""
+    @classmethod
+    def of(cls, annotation: Any) -> Setting:
+        """Make one for a value of a type, which is no field."""
+        return cls("", Option("", None, None, (), None, None, ()), dataclasses.MISSING, annotation)
+
+    def checked(self, value: Any, where: str, *, typed: bool = False) -> Any:
+        """Give `value` in the field's type; UserError that begins with `where` if it cannot be one.
+
+        `typed` values come from JSON, where text is no number and no truth value: they must be of their kind already.
+        """
         if isinstance(value, bool) and not self.is_switch:  # to pydantic True is 1
+            raise self.refusal(value, where)
+        if typed and value is not None and not _is_of_kind(value, self.schema):
+            if isinstance(value, str):
+                raise UserError(f"{where} is the text {json.dumps(value)}; it must be {self.requirement}")
             raise self.refusal(value, where)
         try:
             return self._adapter.validate_python(value)
@@ -162,7 +176,7 @@ class Setting:
 
     def refusal(self, value: Any, where: str) -> UserError:
         """Say that `value`, given as `where`, is not what it must be."""
-        return UserError(f"{where} is {_shown(value)}; it must be {self.requirement}")
+        return UserError(f"{where} is {shown(value)}; it must be {self.requirement}")
 
     @functools.cached_property
     def _adapter(self) -> TypeAdapter:
@@ -186,18 +200,36 @@ _KINDS: dict[str, tuple[str, str]] = {
     "string": ("text", "texts"),
     "boolean": ("true or false", "truth values"),
     "object": ("a mapping", "mappings"),
+    "": ("a value", "values"),
 }
+_PYTHON_TYPES: dict[str, tuple[type, ...]] = {
+    "integer": (int, float),  # 5e8 is a whole number
+    "number": (int, float),
+    "string": (str,),
+    "boolean": (bool,),
+    "array": (list,),
+    "object": (dict,),
+}
+
+
+def _is_of_kind(value: Any, schema: Mapping[str, Any]) -> bool:
+    kind = schema.get("type")
+    if kind not in _PYTHON_TYPES:
+        return True
+    if isinstance(value, bool) or not isinstance(value, _PYTHON_TYPES[kind]):
+        return kind == "boolean" and isinstance(value, bool)
+    return not isinstance(value, list) or all(_is_of_kind(item, schema.get("items", {})) for item in value)
 
 
 def _requirement(schema: Mapping[str, Any], *, plural: bool = False) -> str:
     if "enum" in schema:
-        return f"one of {', '.join(schema['enum'])}"
-    if schema["type"] == "array":
+        return f"one of {', '.join(map(str, schema['enum']))}"
+    if schema.get("type") == "array":
         number = "one or more" if schema.get("minItems") else "a list of"
         return f"{number} {_requirement(schema['items'], plural=True)}"
     if schema.get("format") == "path":
         return "paths" if plural else "a path"
-    return f"{_KINDS[schema['type']][plural]} {_bounds(schema)}".strip()
+    return f"{_KINDS[schema.get('type', '')][plural]} {_bounds(schema)}".strip()
 
 
 def _bounds(schema: Mapping[str, Any]) -> str:
@@ -219,15 +251,18 @@ def _number(value: float) -> str:
     return str(int(value)) if value == int(value) else f"{value:g}"
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Show a value in one line as users write it."""
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_shown, value))}]"
+        return f"[{', '.join(map(shown, value))}]"
     text = str(value)
-    return text if text and text == text.strip() else repr(text)
+    plain = bool(text) and text == text.strip() and text.isprintable()
+    shown_text = text if plain else repr(text)
+    return shown_text if len(shown_text) <= _LONGEST_SHOWN else f"{shown_text[:_LONGEST_SHOWN]}..."
 
 
 class Given(NamedTuple):

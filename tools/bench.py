@@ -28,6 +28,7 @@ silence_libraries()
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from pydantic import PositiveInt  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from bench_memory import working_memory  # noqa: E402
@@ -57,9 +58,10 @@ from peer_scale.parallel.coordination import RankCoordinator  # noqa: E402
 from peer_scale.parallel.environment import ProcessEnvironment  # noqa: E402
 from peer_scale.parallel.topology import build_topology, init_process_group  # noqa: E402
 from peer_scale.samples.examples import Batch  # noqa: E402
+from peer_scale.settings.arguments import Parser, of  # noqa: E402
 from peer_scale.settings.flags import build_parser  # noqa: E402
 from peer_scale.settings.resolve import resolve  # noqa: E402
-from peer_scale.settings.run import RunConfig  # noqa: E402
+from peer_scale.settings.run import RunConfig, SeqLength  # noqa: E402
 from peer_scale.training.engine import build_engine  # noqa: E402
 from peer_scale.training.metering import Meter  # noqa: E402
 from peer_scale.training.runner import WholeModelRunner  # noqa: E402
@@ -279,19 +281,19 @@ def summarise(row: str, pairs: list[tuple[float, float]]) -> Result:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="peer-small", metavar="NAME", help="preset (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--seq-length", type=int, default=128)
+    parser.add_argument("--batch", **of(PositiveInt), default=32)
+    parser.add_argument("--seq-length", **of(SeqLength), default=128)
     parser.add_argument(
         "--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help=", ".join(ROWS)
     )
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, help="of the CPU (default: torch's)")
+    parser.add_argument("--repeats", **of(PositiveInt), default=5)
+    parser.add_argument("--threads", **of(PositiveInt), help="of the CPU (default: torch's)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--profile", action="store_true", help="print where our step's time goes instead")
     args = parser.parse_args()
-    if args.threads:
+    if args.threads is not None:
         torch.set_num_threads(args.threads)
     device = init_process_group(ProcessEnvironment(0, 1, 0, 1, "127.0.0.1", 0, "none"))
     if device.type == "cpu":

@@ -6,9 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import PositiveInt
+
 from peer_scale.commands.outcome import exit_code
 from peer_scale.errors import UserError
 from peer_scale.quiet import silence_libraries
+from peer_scale.settings.arguments import Parser, of
+from peer_scale.settings.run import Seed
 
 if TYPE_CHECKING:
     from peer_scale.conversion.hugging_face_folder import HuggingFaceFolder
@@ -60,7 +64,7 @@ parameters such as LayerNorms), which is in the file of the first of them. Other
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     """Make the parser of the command line; `prog` is what help and errors call the command."""
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+    parser: argparse.ArgumentParser = Parser(prog=prog, description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_to_hf(commands)
     _add_from_hf(commands)
@@ -146,7 +150,7 @@ def _add_from_hf(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("--tokenizer", metavar="P", help="default: the one in the (first) model's folder")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="new or empty folder, for --load")
-    parser.add_argument("--seed", type=int, default=1234, help="of the weights that start afresh")
+    parser.add_argument("--seed", **of(Seed), default=1234, help="of the weights that start afresh")
     parser.add_argument("--no-verify", action="store_true", help="do not compare our logits with transformers'")
     add_model_flags(parser.add_argument_group("model"))
     add_objective_flags(parser.add_argument_group("objective"))
@@ -162,8 +166,10 @@ def _add_reshape(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         _RESHAPE_EXAMPLE,
     )
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="new or empty folder")
-    parser.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="T", help="default: 1")
-    parser.add_argument("--num-files", type=int, metavar="N", help="ranks in all, a multiple of T (default: T)")
+    parser.add_argument("--tensor-model-parallel-size", **of(PositiveInt), default=1, metavar="T", help="default: 1")
+    parser.add_argument(
+        "--num-files", **of(PositiveInt), metavar="N", help="ranks in all, a multiple of T (default: T)"
+    )
     parser.add_argument("--no-verify", action="store_true", help="do not compare the result with the original")
 
 
@@ -194,7 +200,7 @@ def reshape(args: argparse.Namespace) -> None:
     from peer_scale.checkpoints.reshape import reshape as write_reshaped
 
     size = args.tensor_model_parallel_size
-    cut = Cut(size, args.num_files or size)
+    cut = Cut(size, size if args.num_files is None else args.num_files)
     folder, manifest = require_found(args.load)
     write_reshaped(folder, manifest, args.output, cut, verify=not args.no_verify)
     verified = "not verified" if args.no_verify else "all tensors bit for bit as before"
@@ -231,7 +237,7 @@ def from_hf(args: argparse.Namespace) -> None:
     import torch.distributed as dist
 
     from peer_scale.conversion.architecture import TOLERANCE
-    from peer_scale.conversion.from_hugging_face import MODEL_FILE, Source, from_hugging_face, model_of
+    from peer_scale.conversion.from_hugging_face import MODEL_FILE, Source, check_class, from_hugging_face, model_of
     from peer_scale.conversion.hugging_face_folder import open_folder
     from peer_scale.corpus.wordpiece import load_wordpiece
 
@@ -239,6 +245,8 @@ def from_hf(args: argparse.Namespace) -> None:
         raise UserError("--generator goes with --discriminator; --bert is a generator already")
     given = (("--discriminator", args.discriminator), ("--bert", args.bert), ("--generator", args.generator_source))
     folders = {flag: open_folder(path, flag) for flag, path in given if path is not None}
+    for flag, folder in folders.items():
+        check_class(folder, flag)
     branches = {"--discriminator": None, "--bert": None, "--generator": "generator"}
     args.model = args.model or ("bert-base" if args.bert else "electra-base" if args.generator_source else "peer-base")
     preset = _preset_of_sizes(args, {branches[flag]: folder for flag, folder in folders.items()})
@@ -298,5 +306,9 @@ def _preset_of_sizes(args: argparse.Namespace, folders: "dict[str | None, Huggin
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the subcommand; give its exit code."""
     silence_libraries()
+    return exit_code(lambda: _run(argv, prog))
+
+
+def _run(argv: Sequence[str] | None, prog: str | None) -> None:
     args = build_parser(prog).parse_args(argv)
-    return exit_code(lambda: args.run(args))
+    args.run(args)

@@ -4,11 +4,14 @@ import argparse
 import os
 from collections.abc import Sequence
 
+from pydantic import PositiveFloat, PositiveInt
+
 from peer_scale.commands.outcome import exit_code
 from peer_scale.corpus.prepare import PART_BYTES, preprocess, train_on_inputs
 from peer_scale.corpus.store import verify
 from peer_scale.corpus.wordpiece import load_wordpiece
 from peer_scale.errors import UserError
+from peer_scale.settings.arguments import Parser, of
 
 _EXAMPLE = """\
 example:
@@ -24,7 +27,7 @@ It may be interrupted: the same command goes on where it was. The result does no
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     """Make the parser of the command line; `prog` is what help and errors call the command."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog, description=__doc__, epilog=_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
@@ -35,19 +38,19 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         "them, a Hugging Face data set id (owner/name or owner/name:configuration), or builtin",
     )
     parser.add_argument("--tokenizer", metavar="P", help="WordPiece folder, tokenizer.json, vocab.txt or hub id")
-    parser.add_argument("--vocab-size", type=int, metavar="N", help="train a tokenizer of this size instead")
+    parser.add_argument("--vocab-size", **of(PositiveInt), metavar="N", help="train a tokenizer of this size instead")
     parser.add_argument("--output-prefix", metavar="PREFIX", help="writes PREFIX.bin, .idx, .json, .tokenizer.json")
     parser.add_argument("--text-key", default="text", metavar="KEY", help="key or column of the text (default: text)")
     parser.add_argument(
         "--workers",
-        type=int,
+        **of(PositiveInt),
         default=len(os.sched_getaffinity(0)),
         metavar="N",
         help="processes (default: one per core, here %(default)s)",
     )
     parser.add_argument(
         "--part-megabytes",
-        type=float,
+        **of(PositiveFloat),
         default=PART_BYTES / 1e6,
         metavar="N",
         help="text a worker takes at a time, and so what an interruption can lose (default: %(default).0f)",
@@ -58,8 +61,9 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the command; give its exit code."""
-    args = build_parser(prog).parse_args(argv)
-    return exit_code(lambda: _run(args), interrupted="interrupted; the same command goes on from here")
+    return exit_code(
+        lambda: _run(build_parser(prog).parse_args(argv)), interrupted="interrupted; the same command goes on from here"
+    )
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -72,8 +76,6 @@ def _run(args: argparse.Namespace) -> None:
             raise UserError(f"--{flag.replace('_', '-')} is missing; --help shows an example")
     if (args.tokenizer is None) == (args.vocab_size is None):
         raise UserError("either --tokenizer or, to train one, --vocab-size is needed")
-    if args.workers < 1:
-        raise UserError(f"--workers {args.workers}: at least 1")
     if args.tokenizer:
         tokenizer = load_wordpiece(args.tokenizer)
     else:

@@ -3,10 +3,15 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from peer_scale.commands.outcome import exit_code
 from peer_scale.errors import UserError
 from peer_scale.quiet import silence_libraries
+from peer_scale.settings.arguments import Parser, of
+from peer_scale.settings.run import SeqLength
 
 _EXAMPLE = """\
 examples:
@@ -15,52 +20,69 @@ examples:
   peer-scale plan --model peer-large --config 3b.yaml --nodes 32 --gpus-per-node 8 --search
 """
 _GPU_NAMES = {"A100": "A100", "H100": "H100 80GB HBM3", "H200": "H200", "B200": "B200", "L40S": "L40S"}
+_Share = Annotated[float, Field(ge=0, le=1)]
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     """Make the parser of the command line; `prog` is what help and errors call the command."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog, description=__doc__, epilog=_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     model = parser.add_argument_group("model, as for training")
     model.add_argument("--model", required=True, metavar="NAME", help="preset")
     model.add_argument("--config", metavar="YAML", help="own sizes: sections model, objective, training")
-    for name in ("seq-length", "global-batch-size"):
-        model.add_argument(f"--{name}", type=int, metavar="N", help="default: the preset's")
+    model.add_argument("--seq-length", **of(SeqLength), metavar="N", help="default: the preset's")
+    model.add_argument("--global-batch-size", **of(PositiveInt), metavar="N", help="default: the preset's")
     model.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16")
-    model.add_argument("--tokens", type=float, metavar="N", help="token budget (default: the preset's train_iters)")
+    model.add_argument("--tokens", **of(PositiveFloat), metavar="N", help="budget (default: the preset's train_iters)")
     machines = parser.add_argument_group("machines")
-    machines.add_argument("--nodes", type=int, required=True, metavar="N")
-    machines.add_argument("--gpus-per-node", type=int, required=True, metavar="G")
+    machines.add_argument("--nodes", **of(PositiveInt), required=True, metavar="N")
+    machines.add_argument("--gpus-per-node", **of(PositiveInt), required=True, metavar="G")
     machines.add_argument("--gpu", default="H100", help="sets the peak: a name that is known (default: %(default)s)")
-    machines.add_argument("--peak-tflops", type=float, metavar="T", help="per GPU, instead")
-    machines.add_argument("--memory", type=float, default=80, metavar="GIB", help="per GPU (default: %(default)s)")
+    machines.add_argument("--peak-tflops", **of(PositiveFloat), metavar="T", help="per GPU, instead")
     machines.add_argument(
-        "--reserved", type=float, default=4, metavar="GIB", help="per GPU, not to be used (default: %(default)s)"
+        "--memory", **of(PositiveFloat), default=80, metavar="GIB", help="per GPU (default: %(default)s)"
     )
     machines.add_argument(
-        "--intra-bandwidth", type=float, default=300, metavar="GB/S", help="per GPU in a node (default: %(default)s)"
+        "--reserved",
+        **of(NonNegativeFloat),
+        default=4,
+        metavar="GIB",
+        help="per GPU, not to be used (default: %(default)s)",
+    )
+    machines.add_argument(
+        "--intra-bandwidth",
+        **of(PositiveFloat),
+        default=300,
+        metavar="GB/S",
+        help="per GPU in a node (default: %(default)s)",
     )
     machines.add_argument(
         "--inter-bandwidth",
-        type=float,
+        **of(PositiveFloat),
         default=40,
         metavar="GB/S",
         help="per GPU between nodes (default: %(default)s)",
     )
     machines.add_argument(
-        "--efficiency", type=float, default=0.5, metavar="SHARE", help="of the peak, in products (default: %(default)s)"
+        "--efficiency",
+        **of(_Share),
+        default=0.5,
+        metavar="SHARE",
+        help="of the peak, in products (default: %(default)s)",
     )
     machines.add_argument(
-        "--overlap", type=float, default=0.5, metavar="SHARE", help="of ZeRO's traffic, hidden (default: %(default)s)"
+        "--overlap", **of(_Share), default=0.5, metavar="SHARE", help="of ZeRO's traffic, hidden (default: %(default)s)"
     )
     layout = parser.add_argument_group("layout")
-    layout.add_argument("--search", action="store_true", help="plan all layouts of up to 16 stages, best first")
-    layout.add_argument("--top", type=int, default=10, metavar="N", help="of --search (default: %(default)s)")
-    layout.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="T")
-    layout.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="P")
-    layout.add_argument("--zero-stage", type=int, choices=(1, 2, 3), default=2)
-    layout.add_argument("--micro-batch-size", type=int, metavar="N", help="default: the preset's")
+    layout.add_argument(
+        "--search", action="store_true", help="plan all layouts of up to 16 stages, best first; without the flags below"
+    )
+    layout.add_argument("--top", **of(PositiveInt), default=10, metavar="N", help="of --search (default: %(default)s)")
+    for name, metavar in (("tensor", "T"), ("pipeline", "P")):
+        layout.add_argument(f"--{name}-model-parallel-size", **of(PositiveInt), metavar=metavar, help="default: 1")
+    layout.add_argument("--zero-stage", type=int, choices=(1, 2, 3), help="default: 2")
+    layout.add_argument("--micro-batch-size", **of(PositiveInt), metavar="N", help="default: the preset's")
     layout.add_argument("--sequence-parallel", action="store_true")
     layout.add_argument("--activation-checkpointing", action="store_true")
     parser.add_argument("--json", action="store_true", help="print plans as JSON lines")
@@ -79,9 +101,14 @@ def run(args: argparse.Namespace) -> str:
     from peer_scale.settings.presets import find_preset
     from peer_scale.settings.resolve import with_yaml
 
+    _check_layout_flags(args)
     preset = with_yaml(find_preset(args.model), Path(args.config) if args.config else None)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.precision]
-    peak = args.peak_tflops * 1e12 if args.peak_tflops else peak_flops(_GPU_NAMES.get(args.gpu, args.gpu), dtype)
+    peak = (
+        args.peak_tflops * 1e12
+        if args.peak_tflops is not None
+        else peak_flops(_GPU_NAMES.get(args.gpu, args.gpu), dtype)
+    )
     if peak is None:
         raise UserError(f"--gpu {args.gpu}: its peak is not known; give --peak-tflops")
     cluster = Cluster(
@@ -95,9 +122,10 @@ def run(args: argparse.Namespace) -> str:
         overlap=args.overlap,
         reserved=args.reserved * GIB,
     )
-    seq_length = args.seq_length or preset.training.seq_length
-    batch = args.global_batch_size or preset.training.global_batch_size
-    tokens = args.tokens or float(preset.training.train_iters) * batch * seq_length
+    training = preset.training
+    seq_length = training.seq_length if args.seq_length is None else args.seq_length
+    batch = training.global_batch_size if args.global_batch_size is None else args.global_batch_size
+    tokens = float(training.train_iters) * batch * seq_length if args.tokens is None else args.tokens
     workload = Workload(
         preset.model, preset.objective, preset.masking, seq_length, batch, tokens, precision=args.precision
     )
@@ -106,21 +134,31 @@ def run(args: argparse.Namespace) -> str:
         if args.json:
             return "\n".join(as_json(plan) for plan in plans)
         return f"{table(plans)}\n\nthe first in full\n\n{describe(plans[0], workload, cluster)}"
-    sizes = (args.tensor_model_parallel_size, args.pipeline_model_parallel_size)
+    sizes = (args.tensor_model_parallel_size or 1, args.pipeline_model_parallel_size or 1)
     layout = ParallelLayout(
         check_parallel_sizes(cluster.num_ranks, *sizes),
         *sizes,
-        zero_stage=args.zero_stage,
-        micro_batch_size=args.micro_batch_size or preset.training.micro_batch_size,
-        sequence_parallel=args.sequence_parallel and sizes[0] > 1,
+        zero_stage=args.zero_stage or 2,
+        micro_batch_size=training.micro_batch_size if args.micro_batch_size is None else args.micro_batch_size,
+        sequence_parallel=args.sequence_parallel,
         activation_checkpointing=args.activation_checkpointing,
     )
     plan = make_plan(workload, cluster, layout)
     return as_json(plan) if args.json else describe(plan, workload, cluster)
 
 
+def _check_layout_flags(args: argparse.Namespace) -> None:
+    """Raise UserError for a flag that would have no effect."""
+    layout = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "zero_stage", "micro_batch_size")
+    given = [name for name in layout if getattr(args, name) is not None]
+    given += [name for name in ("sequence_parallel", "activation_checkpointing") if getattr(args, name)]
+    if args.search and given:
+        raise UserError(f"--{given[0].replace('_', '-')} has no effect with --search, which tries all layouts")
+    if args.sequence_parallel and (args.tensor_model_parallel_size or 1) == 1:
+        raise UserError("--sequence-parallel needs --tensor-model-parallel-size of 2 or more")
+
+
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Print the report; give the exit code."""
-    args = build_parser(prog).parse_args(argv)
     silence_libraries()
-    return exit_code(lambda: print(run(args)))
+    return exit_code(lambda: print(run(build_parser(prog).parse_args(argv))))

@@ -33,6 +33,11 @@ class HuggingFaceFolder:
     weights: HuggingFaceWeights
 
     @property
+    def class_name(self) -> str:
+        """Transformers' class that was saved; "" where config.json does not say it."""
+        return (self.config.architectures or [""])[0]
+
+    @property
     def shape(self) -> EncoderShape:
         """Sizes of the encoder."""
         return EncoderShape(
@@ -71,7 +76,8 @@ def open_folder(name: str, flag: str) -> HuggingFaceFolder:
             f"{flag} {name}: no config.json that transformers opens: {str(error).splitlines()[0]}"
         ) from None
     if config.model_type not in FAMILIES:
-        raise UserError(f"{flag} {name}: a {config.model_type} model; it must be one of {', '.join(FAMILIES)}")
+        saved = f" ({config.architectures[0]})" if config.architectures else ""
+        raise UserError(f"{flag} {name}: a {config.model_type} model{saved}; it must be one of {', '.join(FAMILIES)}")
     for key, wanted in (("hidden_act", "gelu"), ("position_embedding_type", "absolute"), ("is_decoder", False)):
         found = getattr(config, key, wanted)
         if found != wanted:

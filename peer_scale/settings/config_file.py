@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import typing
 from collections.abc import Iterable, Mapping
@@ -11,14 +10,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
-from peer_scale.configuration import Given, settings, values
+from peer_scale.configuration import Given, settings, shown, values
 from peer_scale.errors import UserError
 from peer_scale.objectives.objective import Objective
 from peer_scale.objectives.registry import objective_class
 from peer_scale.samples.masking import MaskingConfig
-from peer_scale.settings.ds_config import check_ds_config, with_autos
+from peer_scale.settings import yaml_text
+from peer_scale.settings.ds_config import with_autos
+from peer_scale.settings.ds_keys import checked_ds_config
+from peer_scale.settings.names import hint
 from peer_scale.settings.run import RunConfig, TrainingConfig
 
 _HEADER = "# The whole run as it was resolved. --config with this file repeats it; flags win over what stands here.\n"
@@ -49,6 +49,8 @@ class ConfigFile:
     def objective(self, preset: Objective) -> Objective:
         """Give the preset's objective, or the one that the file names, with its defaults, where that is another."""
         kind = self._section("objective").get("kind", preset.kind)
+        if not isinstance(kind, str):
+            raise UserError(f"{self.path}: objective.kind is {shown(kind)}; it must be text")
         try:
             return preset if kind == preset.kind else objective_class(kind)()
         except UserError as error:
@@ -64,16 +66,14 @@ class ConfigFile:
         """The section `deepspeed`, with its keys checked."""
         if "deepspeed" not in self.content:
             return None
-        config = dict(self._section("deepspeed"))
-        check_ds_config(config, f"{self.path}: deepspeed")
-        return config
+        return checked_ds_config(self._section("deepspeed"), f"{self.path}: deepspeed")
 
     def _section(self, name: str) -> Mapping[str, Any]:
         return self._mapping(self.content.get(name, {}), name)
 
     def _mapping(self, value: Any, where: str) -> Mapping[str, Any]:
         if not isinstance(value, dict):
-            raise UserError(f"{self.path}: {where} must be a mapping, not {value!r}")
+            raise UserError(f"{self.path}: {where} must be a mapping, not {shown(value)}")
         return value
 
     def _given(self, cls: type, content: Mapping[str, Any], where: str, known: Iterable[str]) -> dict[str, Given]:
@@ -114,16 +114,17 @@ def read_config_file(path: Path | None) -> ConfigFile:
     if path is None:
         return ConfigFile()
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--config {path}: cannot be read as YAML: {str(error).splitlines()[0]}") from None
+        content = yaml_text.load(path.read_text(encoding="utf-8-sig"))
+        json.dumps(content, default=str, skipkeys=True)  # nothing that contains itself
+    except (OSError, ValueError) as error:
+        raise UserError(f"--config {path}: cannot be read as YAML: {error}") from None
     content = {} if content is None else content
     if not isinstance(content, dict):
-        raise UserError(f"{path}: must be a mapping, not {content!r}")
+        raise UserError(f"{path}: must be a mapping, not {shown(content)}")
     names = [each.name for each in dataclasses.fields(RunConfig)]
     for key in content:
         _require_known(key, names, f"{path}: unknown key {key}")
-    return ConfigFile(path, _with_masking_apart(content))
+    return ConfigFile(path, _with_masking_apart(content, path))
 
 
 def run_yaml(run: RunConfig) -> str:
@@ -131,17 +132,16 @@ def run_yaml(run: RunConfig) -> str:
     content = dataclasses.asdict(run)
     content["objective"] = run.objective.section()
     content["deepspeed"] = with_autos(run.deepspeed, TrainingConfig)
-    return _HEADER + yaml.safe_dump(json.loads(json.dumps(content, default=str)), sort_keys=False)
+    return _HEADER + yaml_text.dump(json.loads(json.dumps(content, default=str)))
 
 
 def _require_known(key: Any, known: Iterable[str], complaint: str) -> None:
     names = list(known)
     if key not in names:
-        near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)
-        raise UserError(f"{complaint}; did you mean {near[0]}?" if near else f"{complaint}; there are none here")
+        raise UserError(f"{complaint}{hint(key, names)}")
 
 
-def _with_masking_apart(content: dict[str, Any]) -> dict[str, Any]:
+def _with_masking_apart(content: dict[str, Any], path: Path) -> dict[str, Any]:
     """Accept masking within the section `objective`, where it stood in older files."""
     objective = content.get("objective")
     if not isinstance(objective, dict):
@@ -149,5 +149,10 @@ def _with_masking_apart(content: dict[str, Any]) -> dict[str, Any]:
     masking = {key: objective[key] for key in settings(MaskingConfig) if key in objective}
     if not masking:
         return content
+    both = [key for key in masking if isinstance(content.get("masking"), dict) and key in content["masking"]]
+    if both:
+        raise UserError(f"{path}: {both[0]} stands twice, as objective.{both[0]} and as masking.{both[0]}")
     rest = {key: value for key, value in objective.items() if key not in masking}
-    return {**content, "objective": rest, "masking": {**masking, **content.get("masking", {})}}
+    section = content.get("masking", {})
+    merged = {**masking, **section} if isinstance(section, dict) else section
+    return {**content, "objective": rest, "masking": merged}

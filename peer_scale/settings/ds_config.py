@@ -1,107 +1,78 @@
-"""Reading a DeepSpeed configuration: unknown keys, contradictions with flags, and what "auto" stands for."""
+"""Reading a DeepSpeed configuration: contradictions with flags, what "auto" stands for, and what DeepSpeed gets."""
 
-import difflib
+import base64
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from peer_scale.configuration import Given, settings
 from peer_scale.errors import UserError
+from peer_scale.settings.ds_keys import AUTO, SCALARS, checked_ds_config
+from peer_scale.settings.ds_start import check_start
 from peer_scale.settings.shipped import find_ds_config
 
-AUTO = "auto"
 _ACCUMULATION = "gradient_accumulation_steps"
-
-_OPTIMIZER_PARAMS = ("lr", "betas", "eps", "weight_decay", "bias_correction", "torch_adam", "adam_w_mode")
-_SCHEDULER_PARAMS = ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps", "warmup_type")
-_TOP_LEVEL = (
-    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
-    *("optimizer", "scheduler", "fp16", "bf16", "zero_optimization", "data_types", "communication_data_type"),
-    *("prescale_gradients", "gradient_predivide_factor", "zero_allow_untested_optimizer", "dump_state"),
-    *("zero_force_ds_cpu_optimizer", "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "comms_logger"),
-    *("flops_profiler", "tensorboard", "wandb", "csv_monitor", "comet", "aio", "checkpoint", "disable_allgather"),
-)
+_GRAD_ACCUM_DTYPE = "grad_accum_dtype"
+NEVER = 2**62
+"""Steps between DeepSpeed's own lines, where the ds_config does not ask for them."""
 DEFAULT_DS_CONFIG: dict[str, Any] = {"zero_optimization": {"stage": 2}}
 
 
 def read_ds_config(path: Path | None) -> dict[str, Any]:
-    """Give the file's content, or the default; UserError where it is missing, not JSON, or has an unknown key."""
+    """Give the file's content, or the default, as `checked_ds_config` does.
+
+    What DeepSpeed reads is read: JSON with comments, trailing commas or a byte order mark, and the base64 text of one
+    in place of a path.
+
+    Raises:
+        UserError: the file is missing or cannot be read, has a key twice or one that is not known, or a value that
+            cannot be right.
+    """
     if path is None:
         return json.loads(json.dumps(DEFAULT_DS_CONFIG))
-    path = find_ds_config(path)
+    decoded = _from_base64(str(path))
+    if decoded is not None:
+        return checked_ds_config(_parsed(decoded, "--deepspeed_config (base64)"), "--deepspeed_config (base64)")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        path = find_ds_config(path)
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--deepspeed_config {path}: cannot be read: {error}") from None
-    except json.JSONDecodeError as error:
+    return checked_ds_config(_parsed(text, str(path)), str(path))
+
+
+def _from_base64(given: str) -> str | None:
+    """Decode what DeepSpeed takes in place of a path; None where it is a path."""
+    try:
+        text = base64.b64decode(given, altchars=b"-_", validate=True).decode("utf-8")
+    except ValueError:
+        return None
+    return text if text.lstrip().startswith("{") else None
+
+
+def _parsed(text: str, path: str) -> dict[str, Any]:
+    import hjson
+
+    try:
+        config = hjson.loads(text, object_pairs_hook=_without_repetition)
+    except hjson.HjsonDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+    except (ValueError, OverflowError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON that DeepSpeed reads: {error}") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: must hold a JSON object, not {type(config).__name__}")
-    check_ds_config(config, str(path))
     return config
 
 
-def check_ds_config(config: dict[str, Any], path: str) -> None:
-    """Raise UserError that begins with `path` for unknown keys, and for values that cannot be right."""
-    _known(config, _TOP_LEVEL, path, "")
-    for section, model in _deepspeed_models().items():
-        fields = [name for key, field in model.model_fields.items() for name in (key, field.alias) if name]
-        _known(_section(config, section, path), fields, path, section)
-    for section, known in (("optimizer", _OPTIMIZER_PARAMS), ("scheduler", _SCHEDULER_PARAMS)):
-        block = _section(config, section, path)
-        _known(block, ("type", "params"), path, section)
-        _known(_section(block, "params", path), known, path, f"{section}.params")
-    _check_type(config, "optimizer", ("Adam", "AdamW"), path)
-    _check_type(config, "scheduler", ("WarmupDecayLR",), path)
-    betas = _section(config.get("optimizer", {}), "params", path).get("betas", AUTO)
-    if betas != AUTO and not (isinstance(betas, list) and len(betas) == 2):
-        raise UserError(f"{path}: optimizer.params.betas is {betas!r}; it must be a list of two numbers")
-    stage = _section(config, "zero_optimization", path).get("stage", 0)
-    if stage not in (1, 2, 3):
-        raise UserError(f"{path}: zero_optimization.stage is {stage!r}; it must be 1, 2 or 3")
-
-
-def _deepspeed_models() -> dict[str, Any]:
-    """DeepSpeed's own descriptions of its blocks: which keys there are, of which type."""
-    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    return {"zero_optimization": DeepSpeedZeroConfig, "fp16": DeepSpeedFP16Config, "bf16": DeepSpeedBF16Config}
-
-
-def _check_values(config: dict[str, Any]) -> None:
-    for section, model in _deepspeed_models().items():
-        try:
-            model(**config.get(section, {}))
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join([section, *map(str, first["loc"])])
-            raise UserError(f"the ds_config's {key} is {first['input']!r}: {first['msg']}") from None
-
-
-def _section(config: dict[str, Any], key: str, path: str) -> dict[str, Any]:
-    block = config.get(key, {})
-    if not isinstance(block, dict):
-        raise UserError(f"{path}: {key} must be a JSON object, not {block!r}")
-    return block
-
-
-def _known(block: dict[str, Any], known: Iterable[str], path: str, where: str) -> None:
-    names = list(known)
-    for key in block:
-        if key not in names:
-            near = difflib.get_close_matches(key, names, n=1, cutoff=0.0)
-            full = f"{where}.{key}" if where else key
-            raise UserError(f"{path}: unknown key {full}; did you mean {near[0]}?")
-
-
-def _check_type(config: dict[str, Any], section: str, known: tuple[str, ...], path: str) -> None:
-    kind = config.get(section, {}).get("type", known[0])
-    if kind not in known:
-        raise UserError(f"{path}: {section}.type is {kind!r}; it must be {' or '.join(known)}")
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a JSON object; ValueError where it has a key twice, as DeepSpeed raises."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice} stands twice in one object")
+    return content
 
 
 def look_up(config: dict[str, Any], dotted: str) -> Any:
@@ -127,7 +98,7 @@ def given_by(config: dict[str, Any], cls: type, others: Mapping[str, Given]) -> 
             value, source = look_up(config, dotted), f"the ds_config's {dotted}"
             if value is None:
                 continue
-            here = Given(setting.checked(value, source), source)
+            here = Given(setting.checked(value, source, typed=True), source)
             for other in (found.get(name), others.get(name)):
                 if other is not None and other.value != here.value:
                     raise UserError(
@@ -160,8 +131,11 @@ def resolved_ds_config(
     resolved = json.loads(json.dumps({k: v for k, v in config.items() if k not in ("optimizer", "scheduler")}))
     for block in ("fp16", "bf16"):
         resolved.setdefault(block, {})["enabled"] = training.precision == block
-    if training.precision == "bf16":
-        resolved.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    data_types = resolved.get("data_types", {})
+    if data_types.get(_GRAD_ACCUM_DTYPE, AUTO) == AUTO:
+        data_types.pop(_GRAD_ACCUM_DTYPE, None)
+        if training.precision == "bf16":
+            resolved["data_types"] = {**data_types, _GRAD_ACCUM_DTYPE: "fp32"}
     resolved |= {key: getattr(training, name) for name, key in _filled_in(type(training))}
     resolved[_ACCUMULATION] = num_micro_batches
     sizes = {
@@ -171,11 +145,11 @@ def resolved_ds_config(
     }
     zero = resolved["zero_optimization"]
     zero.update({key: size for key, size in sizes.items() if zero.get(key) == AUTO})
-    resolved.setdefault("steps_per_print", 2**62)
-    resolved["zero_allow_untested_optimizer"] = True
+    if resolved.get("steps_per_print", AUTO) == AUTO:
+        resolved["steps_per_print"] = NEVER
     resolved["zero_force_ds_cpu_optimizer"] = False
     _no_auto_left(resolved, "")
-    _check_values(resolved)
+    check_start(resolved, training.precision)
     return resolved
 
 
@@ -184,13 +158,17 @@ def with_autos(resolved: dict[str, Any], training: type) -> dict[str, Any]:
     config = json.loads(json.dumps(resolved))
     for block in ("fp16", "bf16"):
         config[block]["enabled"] = AUTO
+    if resolved["bf16"]["enabled"] and config["data_types"][_GRAD_ACCUM_DTYPE] == "fp32":
+        config["data_types"][_GRAD_ACCUM_DTYPE] = AUTO
+    if config["steps_per_print"] == NEVER:
+        config["steps_per_print"] = AUTO
     return config | dict.fromkeys((_ACCUMULATION, *(key for _, key in _filled_in(training))), AUTO)
 
 
 def _filled_in(cls: type) -> list[tuple[str, str]]:
     """Fields of `TrainingConfig` that DeepSpeed is told, and the ds_config's keys for them."""
     pairs = ((name, key) for name, setting in settings(cls).items() for key in setting.option.ds_config)
-    return [(name, key) for name, key in pairs if key in _TOP_LEVEL]
+    return [(name, key) for name, key in pairs if key in SCALARS]
 
 
 def _no_auto_left(block: dict[str, Any], where: str) -> None:

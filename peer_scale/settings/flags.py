@@ -15,6 +15,7 @@ from peer_scale.models.config import EncoderShape, ModelConfig
 from peer_scale.objectives.objective import Objective
 from peer_scale.objectives.registry import OBJECTIVES
 from peer_scale.samples.masking import MaskingConfig
+from peer_scale.settings.arguments import Checked, Parser
 from peer_scale.settings.presets import find_preset, preset_names
 from peer_scale.settings.run import DataConfig, LaunchConfig, OutputConfig, RunConfig, TrainingConfig
 
@@ -30,20 +31,11 @@ presets:
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
-
-
-class _Store(argparse.Action):
-    """Stores a value in its field's type, or raises UserError naming the flag, the value and what it must be."""
-
-    def __init__(self, *args: Any, setting: Setting, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._setting = setting
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        setattr(namespace, self.dest, self._setting.checked(values, str(option_string)))
+class _Parser(Parser):
+    def refuse_value(self, name: str, value: str, switches: dict[str, argparse.Action]) -> NoReturn:
+        if name == "--deepspeed":
+            raise UserError(f"--deepspeed {value}: the ds_config's flag is --deepspeed_config {value}")
+        super().refuse_value(name, value, switches)
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
@@ -148,7 +140,7 @@ def _add_flag(group: argparse._ArgumentGroup, setting: Setting, classes: Sequenc
         return
     nargs = {"array": "+" if setting.schema.get("minItems") else "*"}.get(setting.schema["type"])
     group.add_argument(
-        *names, dest=destination, action=_Store, setting=setting, nargs=nargs, metavar=told.metavar, help=text
+        *names, dest=destination, action=Checked, setting=setting, nargs=nargs, metavar=told.metavar, help=text
     )
 
 

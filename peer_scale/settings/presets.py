@@ -1,6 +1,5 @@
 """Named models with the hyper-parameters they are trained with."""
 
-import difflib
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +10,7 @@ from peer_scale.objectives.objective import Objective
 from peer_scale.objectives.teams import Teams
 from peer_scale.objectives.tqr import TokenQualityRanking
 from peer_scale.samples.masking import MaskingConfig
+from peer_scale.settings.names import hint
 from peer_scale.settings.run import TrainingConfig
 
 # The micro-batch sizes are for one 40 GB GPU (tiny: a laptop); the rest is Table 8 of the paper, and for the large size
@@ -61,8 +61,7 @@ def preset_names() -> list[str]:
 def find_preset(name: str) -> Preset:
     """The preset of that name; raises UserError with the nearest one for an unknown name."""
     if name not in preset_names():
-        nearest = difflib.get_close_matches(name, preset_names(), n=1, cutoff=0.0)[0]
-        raise UserError(f"--model {name}: unknown; did you mean {nearest}? Known: {', '.join(preset_names())}")
+        raise UserError(f"--model {name}: unknown{hint(name, preset_names())} (presets: {', '.join(preset_names())})")
     family, size = name.split("-")
     training = replace(
         _TRAINING[size],

@@ -6,7 +6,7 @@ flag or the file gives too, the two must be equal.
 
 import argparse
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,14 +20,23 @@ from peer_scale.samples.masking import MaskingConfig
 from peer_scale.settings.config_file import ConfigFile, read_config_file
 from peer_scale.settings.ds_config import given_by, look_up, precision_of, read_ds_config, resolved_ds_config
 from peer_scale.settings.flags import GENERATOR, given, given_to_objective
+from peer_scale.settings.notices import notices
 from peer_scale.settings.presets import Preset, find_preset
 from peer_scale.settings.run import DataConfig, OutputConfig, RunConfig, TrainingConfig
 
 T = TypeVar("T")
 
 
-def resolve(args: argparse.Namespace, world_size: int, environ: Mapping[str, str] = os.environ) -> RunConfig:
-    """Put together the whole run of `world_size` ranks, checked; UserError for whatever does not hold together."""
+def resolve(
+    args: argparse.Namespace,
+    world_size: int,
+    environ: Mapping[str, str] = os.environ,
+    notify: Callable[[str], None] | None = None,
+) -> RunConfig:
+    """Put together the whole run of `world_size` ranks, checked; UserError for whatever does not hold together.
+
+    `notify` gets a line for each thing that the run does otherwise than its settings might make a user think.
+    """
     file = read_config_file(args.config)
     outside = values({**file.given_to_run(), **given(args, RunConfig)})
     sizes = (outside.get(name, settings(RunConfig)[name].default) for name in ("tensor_parallel", "pipeline_parallel"))
@@ -36,9 +45,10 @@ def resolve(args: argparse.Namespace, world_size: int, environ: Mapping[str, str
     ds_config = file.ds_config if args.deepspeed_config is None else None
     if ds_config is None:
         ds_config = read_ds_config(args.deepspeed_config)
+    _require_verbose(args, ds_config)
     training = _training(preset.training, file, given(args, TrainingConfig), ds_config, data_parallel)
     plan = BatchPlan(training.micro_batch_size, training.global_batch_size, data_parallel_size=data_parallel)
-    return RunConfig(
+    run = RunConfig(
         **outside,
         model=preset.model,
         objective=preset.objective,
@@ -53,6 +63,17 @@ def resolve(args: argparse.Namespace, world_size: int, environ: Mapping[str, str
             hidden_size=preset.model.main_network.hidden_size,
         ),
     )
+    if notify is not None:
+        for line in notices(run, ds_config):
+            notify(line)
+    return run
+
+
+def _require_verbose(args: argparse.Namespace, ds_config: Mapping[str, Any]) -> None:
+    """Raise UserError for what DeepSpeed would print into its log, where nobody would see it."""
+    asked = [key for key in ("wall_clock_breakdown", "memory_breakdown", "dump_state") if ds_config.get(key)]
+    if asked and not args.verbose:
+        raise UserError(f"the ds_config's {asked[0]} goes into DeepSpeed's log, which only --verbose lets through")
 
 
 def resolve_model(args: argparse.Namespace) -> Preset:
@@ -120,8 +141,6 @@ def _training(
     """Put flags and ds_config over `training`, which is the preset's with the file's changes."""
     in_file = file.given(TrainingConfig, "training")
     binding = {**flags, **given_by(ds_config, TrainingConfig, {**in_file, **flags})}
-    if look_up(ds_config, "scheduler.params.warmup_min_lr"):
-        raise UserError("the ds_config's scheduler.params.warmup_min_lr must be 0: the warm-up starts there")
     changes = values(binding)
     if "train_iters" in flags and "lr_warmup_iters" not in binding:
         # a run cut short by hand warms up in the same share of its steps
@@ -142,8 +161,6 @@ def _batch_sizes(
     """Find global and micro batch such that global = micro x data-parallel size x gradient accumulation steps."""
     total, micro = given_sizes.get("global_batch_size"), given_sizes.get("micro_batch_size")
     steps = look_up(ds_config, "gradient_accumulation_steps")
-    if steps is not None and (not isinstance(steps, int) or steps < 1):
-        raise UserError(f"the ds_config's gradient_accumulation_steps is {steps!r}; it must be a whole number from 1")
     if total is None:
         total = training.global_batch_size if micro is None or steps is None else micro * steps * data_parallel
     if micro is None:

@@ -19,13 +19,15 @@ if TYPE_CHECKING:
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _AdamBeta = Annotated[float, Field(ge=0, lt=1)]
+SeqLength = Annotated[int, Field(ge=8)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 @configuration
 class TrainingConfig:
     """The optimizer and its schedule (Table 8): Adam with decoupled weight decay, linear warm-up, linear decay to 0."""
 
-    seq_length: Annotated[int, Field(ge=8)] = option(help="Tokens per sequence.", metavar="N")
+    seq_length: SeqLength = option(help="Tokens per sequence.", metavar="N")
     train_iters: PositiveInt = option(
         help="Optimizer steps of the whole run.", metavar="N", ds_config=("scheduler.params.total_num_steps",)
     )
@@ -198,8 +200,9 @@ class OutputConfig:
     exit_signal_handler: bool = option(default=False, help="Save and stop on SIGTERM.")
 
     def __post_init__(self) -> None:
-        if self.save_interval is not None and self.save is None:
-            raise UserError(f"--save-interval {self.save_interval} needs --save DIR")
+        for name in ("save_interval", "keep_every"):
+            if getattr(self, name) is not None and self.save is None:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} needs --save DIR")
 
 
 @configuration
@@ -244,7 +247,7 @@ class RunConfig:
     data: DataConfig
     output: OutputConfig
     deepspeed: dict[str, Any] = option(no_flag="--deepspeed_config names the file that it comes from")
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = option(
+    seed: Seed = option(
         default=1234,
         help="What initial weights, order of the data, masking, sampling and dropout follow from.",
         metavar="N",
@@ -277,6 +280,10 @@ class RunConfig:
             raise UserError(
                 f"--seq-length {self.training.seq_length} is beyond the model's "
                 f"{self.model.max_position_embeddings} positions (max_position_embeddings)"
+            )
+        if self.output.eval_interval is not None and self.data.validation_fraction == 0:
+            raise UserError(
+                f"--eval-interval {self.output.eval_interval} needs held-out text: --validation-fraction is 0"
             )
         self.objective.check_model(self.model)
         self._check_tensor_parallel()

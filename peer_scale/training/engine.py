@@ -21,6 +21,7 @@ def build_engine(
     """Wrap `task` under the run's ZeRO stage and precision.
 
     `backward_calls` of one step, where they are not one per micro-batch (pipeline stages), are what the engine counts.
+    What `check_start` did not foresee and DeepSpeed refuses raises UserError in its words.
     """
     _leave_out_shared_memory_op()
     if run.training.activation_checkpointing:
@@ -30,13 +31,14 @@ def build_engine(
         batch_size = run.training.micro_batch_size * backward_calls * topology.size("dp")
         config |= {"gradient_accumulation_steps": backward_calls, "train_batch_size": batch_size}
     task.to(topology.device)
-    engine, *_ = deepspeed.initialize(
-        model=task,
-        optimizer=build_optimizer(task, run.training),
-        config=config,
-        mpu=ModelParallelUnit(topology),
-        dist_init_required=False,
-    )
+    optimizer = build_optimizer(task, run.training)
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=task, optimizer=optimizer, config=config, mpu=ModelParallelUnit(topology), dist_init_required=False
+        )
+    except (AssertionError, ImportError, NotImplementedError, ValueError) as error:  # how it refuses a ds_config
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"DeepSpeed refuses the ds_config: {reason}") from error
     return engine
 
 

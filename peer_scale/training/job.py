@@ -50,7 +50,8 @@ from peer_scale.training.trainer import Callback, Trainer
 
 def run_job(args: argparse.Namespace, environment: ProcessEnvironment) -> None:
     """Train as the flags say; raises UserError (on all ranks alike) for bad input."""
-    run = resolve(args, environment.world_size)
+    notify = (lambda line: print(f"notice: {line}", flush=True)) if environment.rank == 0 else None
+    run = resolve(args, environment.world_size, notify=notify)
     check_precision(run.training.precision)
     num_threads = run.num_threads
     if num_threads is None:

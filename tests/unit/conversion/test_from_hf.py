@@ -283,7 +283,17 @@ def test_what_is_refused(saved, refused, run, tmp_path, wordpiece):
     assert "hidden_act is 'relu'" in changed("bert", leave, {"hidden_act": "relu"})
     assert "a roberta model" in changed("bert", leave, {"model_type": "roberta"})
     assert "type_vocab_size is 1" in changed("bert", leave, {"type_vocab_size": 1})
-    assert "generator_predictions.dense.weight is not a part of" in refused("--discriminator", saved / "generator")
+    generator, discriminator = saved / "generator", saved / "discriminator"
+    belongs = f"{generator}: holds an ElectraForMaskedLM, which belongs to --generator\n"
+    assert refused("--discriminator", generator) == f"error: --discriminator {belongs}"
+    assert refused("--bert", generator) == f"error: --bert {belongs}"
+    assert refused("--discriminator", discriminator, "--generator", discriminator).endswith(
+        f"--generator {discriminator}: holds an ElectraForPreTraining, which belongs to --discriminator\n"
+    )
+    other = changed("discriminator", lambda s: s.update({"classifier.weight": torch.ones(1)}))
+    assert "changed (an ElectraForPreTraining): classifier.weight is not a part of ElectraForPreTraining" in other
+    other = changed("bert", leave, {"model_type": "roberta", "architectures": ["RobertaForMaskedLM"]})
+    assert "a roberta model (RobertaForMaskedLM); it must be one of electra, bert" in other
     assert "num-layers 5, but" in refused("--discriminator", saved / "discriminator", "--num-layers", 5)
     assert "starts from --bert" in refused("--discriminator", saved / "discriminator", "--model", "bert-tiny")
     assert "starts from --discriminator" in refused("--bert", saved / "bert", "--model", "peer-tiny")

@@ -347,7 +347,7 @@ BAD_CALLS = [
     (["--input", "{raw}", "--output-prefix", "{out}", "--vocab-size", "9"], "a vocabulary of 9 is too small"),
     (
         ["--input", "{raw}", "--output-prefix", "{out}", "--vocab-size", "99", "--workers", "0"],
-        "--workers 0: at least 1",
+        "--workers is 0; it must be a whole number of at least 1",
     ),
     (
         ["--input", "/no/such.txt", "--output-prefix", "{out}", "--vocab-size", "99"],

@@ -157,7 +157,7 @@ def test_the_files_objective_replaces_the_presets(tmp_path):
         ("model:\n  rnaker: {}\n", ("some.yaml: unknown key model.rnaker", "did you mean ranker?")),
         ("model:\n  ranker: {layers: 2}\n", ("unknown key model.ranker.layers", "did you mean num_layers?")),
         ("model: {ranker: 3}\n", ("some.yaml: model.ranker must be a mapping, not 3",)),
-        ("model: {generator: null}\n", ("some.yaml: model.generator must be a mapping, not None",)),
+        ("model: {generator: null}\n", ("some.yaml: model.generator must be a mapping, not null",)),
         ("name: bert-tiny\nmodel: {ranker: {num_layers: 3}}\n", ("model.ranker needs hidden_size, ffn_hidden_size",)),
         ("training:\n  lr: quick\n", ("some.yaml: training.lr is quick; it must be a number above 0",)),
         ("training: {train_iters: 0}\n", ("training.train_iters is 0; it must be a whole number of at least 1",)),

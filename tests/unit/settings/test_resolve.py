@@ -118,10 +118,10 @@ def test_the_ds_configs_numbers_are_taken(tmp_path):
         ({"train_batch_size": 32}, ("--global-batch-size", 16), "", ("--global-batch-size 16", "train_batch_size 32")),
         ({"optimizer": {"params": {"lr": 1e-4}}}, ("--lr", "1e-3"), "", ("--lr 0.001", "optimizer.params.lr 0.0001")),
         ({"optimizer": {"params": {"lr": 1e-4}}}, (), "training: {lr: 1e-3}", ("yaml: training.lr 0.001", "lr 0.0001")),
-        ({"gradient_clipping": 1.0}, ("--clip-grad", 0), "", ("--clip-grad 0", "gradient_clipping 1.0")),
+        ({"gradient_clipping": 1.0}, ("--clip-grad", 0), "", ("--clip-grad 0", "gradient_clipping 1:")),
         ({"bf16": {"enabled": True}}, ("--fp32",), "", ("--fp32", "bf16")),
         ({"bf16": {"enabled": True}}, (), "training: {precision: fp32}", ("training.precision", "ask for bf16")),
-        ({"scheduler": {"params": {"warmup_min_lr": 1e-5}}}, (), "", ("warmup_min_lr must be 0",)),
+        ({"scheduler": {"params": {"warmup_min_lr": 1e-5}}}, (), "", ("warmup_min_lr is 1e-05; it must be 0:",)),
         ({"gradient_accumulation_steps": 0}, (), "", ("gradient_accumulation_steps is 0",)),
     ],
 )  # fmt: skip
