@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from peer_scale.corpus.formats.base import Source, usable_documents
+from peer_scale.corpus.formats.base import SAMPLED_BYTES, Source, usable_documents
 from peer_scale.errors import UserError
 
 # owner/name or name, optionally followed by :configuration
@@ -20,7 +20,7 @@ class HubDataset(Source):
     def takes(cls, name: str) -> bool:
         return _HUB_ID.match(name) is not None
 
-    def identity(self) -> list[str]:
+    def identity(self, sampled_bytes: int = SAMPLED_BYTES) -> list[str]:
         return [f"hub {self.name}"]
 
     def documents(self, text_key: str) -> Iterator[str]:
@@ -42,7 +42,7 @@ def load_hub_documents(name: str, configuration: str | None, revision: str | Non
     """Stream the text of a data set's `train` split.
 
     Raises:
-        UserError: it cannot be loaded, has no such column, or a value of it is not a string.
+        UserError: it cannot be loaded or read, has no such column, or a value of it is not a string.
     """
     import datasets
 
@@ -52,11 +52,19 @@ def load_hub_documents(name: str, configuration: str | None, revision: str | Non
     except Exception as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{name}: the data set's train split cannot be loaded ({reason})") from error
-    yield from usable_documents(_column(itertools.chain([first] if first else [], rows), name, text_key))
+    all_rows = itertools.chain([] if first is None else [first], rows)
+    yield from usable_documents(_column(all_rows, name, text_key))
 
 
 def _column(rows: Iterator[dict], name: str, text_key: str) -> Iterator[str | None]:
-    for row in rows:
+    for number in itertools.count():
+        try:
+            row = next(rows, None)
+        except Exception as error:  # whatever the reader of the data set's files raises
+            reason = " ".join(str(error).split())
+            raise UserError(f"{name}: the train split cannot be read on after row {number} ({reason})") from error
+        if row is None:
+            return
         if text_key not in row:
             raise UserError(f"{name}: no column {text_key!r}; its columns are {', '.join(row)} (--text-key names one)")
         text = row[text_key]

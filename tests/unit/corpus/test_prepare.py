@@ -30,7 +30,10 @@ def digest(*texts: str) -> str:
 
 
 def identities(folder: Path) -> list[str]:
-    return [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in sorted(folder.iterdir())]
+    return [
+        f"{path} {path.stat().st_size} {path.stat().st_mtime_ns} {hashlib.sha256(path.read_bytes()).hexdigest()}"
+        for path in sorted(folder.iterdir())
+    ]
 
 
 def indexed_dataset(prefix: str):
@@ -107,7 +110,7 @@ def test_the_manifest_describes_the_pair(pair, raw, wordpiece):
     assert manifest["num_documents"] == 600
     assert manifest["num_tokens"] == Path(f"{pair}.bin").stat().st_size // 2
     assert manifest["tokenizer_digest"] == wordpiece.digest
-    assert manifest["key"] == digest("text", *identities(raw), wordpiece.digest, "1", "50000")
+    assert manifest["key"] == digest("text", *identities(raw), wordpiece.digest, "2", "50000")
     assert manifest["fingerprint"] == pickle.loads(pickle.dumps(TokenStore.open([pair])))._pairs[0].fingerprint
     assert manifest["inputs"] == [
         {"path": str(raw), "files": 103, "bytes": sum(path.stat().st_size for path in raw.iterdir())}
@@ -258,7 +261,7 @@ def test_raw_text_is_tokenised_once_into_the_cache(tmp_path, raw, wordpiece):
     given = str(tmp_path / "tokenizer")
     store, found = opened(raw, tokenizer=given, cache=cache)
     assert (store.num_documents, found.digest) == (600, wordpiece.digest)
-    # Caches of earlier versions are found by the same names.
+    # Later versions must find caches by the same names.
     folder = digest("text", *identities(raw), wordpiece.digest)[:32]
     assert store.prefixes == (str(cache / folder / "corpus"),)
     stamp = os.stat(f"{store.prefixes[0]}.bin").st_mtime_ns
