@@ -1,7 +1,7 @@
 """Data sets of the Hugging Face hub, streamed through the `datasets` library."""
 
-import itertools
 import re
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -31,7 +31,7 @@ class HubDataset(Source):
             # Asked first because load_dataset tries half a minute for a name that nothing answers to.
             revision = HfApi().dataset_info(name).sha
         except Exception as error:
-            reason = str(error).splitlines()[0]
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise UserError(
                 f"{self.name}: neither an existing path nor a data set that can be loaded ({reason})"
             ) from error
@@ -44,27 +44,38 @@ def load_hub_documents(name: str, configuration: str | None, revision: str | Non
     Raises:
         UserError: it cannot be loaded or read, has no such column, or a value of it is not a string.
     """
+    yield from usable_documents(_column(_rows(name, configuration, revision), name, text_key))
+
+
+def _rows(name: str, configuration: str | None, revision: str | None) -> Iterator[dict]:
     import datasets
 
+    number = 0
     try:
-        rows = iter(datasets.load_dataset(name, configuration, split="train", revision=revision, streaming=True))
-        first = next(rows, None)
-    except Exception as error:
+        for row in datasets.load_dataset(name, configuration, split="train", revision=revision, streaming=True):
+            yield row
+            number += 1
+    except Exception as error:  # whatever the reader of the data set's files raises
         reason = " ".join(str(error).split())
-        raise UserError(f"{name}: the data set's train split cannot be loaded ({reason})") from error
-    all_rows = itertools.chain([] if first is None else [first], rows)
-    yield from usable_documents(_column(all_rows, name, text_key))
+        doing = f"read on after row {number}" if number else "loaded"
+        file = _file_being_read(error)
+        raise UserError(
+            f"{name}{f', {file}' if file else ''}: the data set's train split cannot be {doing} ({reason})"
+        ) from error
+
+
+def _file_being_read(error: Exception) -> str | None:
+    """Find the name of the file, which `datasets` does not put into the error, but which its readers hold."""
+    files = [
+        frame.f_locals.get("file")
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+        if frame.f_globals.get("__name__", "").startswith("datasets.packaged_modules.")
+    ]
+    return next((file for file in files if isinstance(file, str)), None)
 
 
 def _column(rows: Iterator[dict], name: str, text_key: str) -> Iterator[str | None]:
-    for number in itertools.count():
-        try:
-            row = next(rows, None)
-        except Exception as error:  # whatever the reader of the data set's files raises
-            reason = " ".join(str(error).split())
-            raise UserError(f"{name}: the train split cannot be read on after row {number} ({reason})") from error
-        if row is None:
-            return
+    for row in rows:
         if text_key not in row:
             raise UserError(f"{name}: no column {text_key!r}; its columns are {', '.join(row)} (--text-key names one)")
         text = row[text_key]

@@ -86,7 +86,8 @@ class _Text:
             if match.end() < len(self._window):
                 self.position = match.end()
                 return self._window[self.position]
-            if not self._read_on():
+            if not self._read_on(1):
+                self.position = match.end()
                 return ""
 
     def next_value(self) -> Any:
@@ -102,11 +103,8 @@ class _Text:
                 value, self.position = _DECODER.raw_decode(self._window, self.position)
                 return value
             except ValueError:
-                # Perhaps the value only goes on. The text at least doubles, so that few attempts are made.
-                while held < MAX_RECORD_CHARS and self._read_on():
-                    if len(self._window) - self.position >= 2 * held:
-                        break
-                if len(self._window) - self.position == held:
+                # Perhaps the value only goes on. The text doubles, so that few attempts are made.
+                if held >= MAX_RECORD_CHARS or not self._read_on(min(held, MAX_RECORD_CHARS - held)):
                     raise
 
     def line(self) -> int:
@@ -116,12 +114,15 @@ class _Text:
         self._counted = self.position
         return self._lines + 1
 
-    def _read_on(self) -> bool:
-        """Let go of what was read and append the next chunk; say whether there was one."""
-        chunk = next(self._chunks, None)
-        if chunk is None:
+    def _read_on(self, num_chars: int) -> bool:
+        """Let go of what was read and append chunks of some length together; say whether there were any."""
+        chunks: list[str] = []
+        while num_chars > 0 and (chunk := next(self._chunks, None)) is not None:
+            chunks.append(chunk)
+            num_chars -= len(chunk)
+        if not chunks:
             return False
         self.line()
-        self._window = self._window[self.position :] + chunk
+        self._window = self._window[self.position :] + "".join(chunks)
         self.position = self._counted = 0
         return True
