@@ -121,7 +121,13 @@ def open_corpus(
         return _open_pairs([prefix], wordpiece)
     if len(prefixes) < len(data_path):
         raise UserError(f"{', '.join(data_path)}: either prefixes of .bin/.idx pairs or raw text, not both")
-    return _open_pairs(prefixes, load_wordpiece(tokenizer) if tokenizer else None)
+    once: dict[str, str] = {}
+    for prefix in prefixes:
+        once.setdefault(os.path.realpath(prefix), prefix)
+    if show_progress and len(once) < len(prefixes):
+        again = len(prefixes) - len(once)
+        print(f"notice: {again} of --data-path name a .bin/.idx pair again, which is read once", file=sys.stderr)
+    return _open_pairs(list(once.values()), load_wordpiece(tokenizer) if tokenizer else None)
 
 
 def _open_pairs(prefixes: Sequence[str], wordpiece: WordPiece | None) -> tuple[TokenStore, WordPiece]:

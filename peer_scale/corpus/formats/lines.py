@@ -19,6 +19,7 @@ HEAD_BYTES = 1 << 16
 """How much of a file's beginning is looked at to see what it is."""
 
 _BLOCK_BYTES = 1 << 17
+_UNWRITTEN = b"\0" * 64  # as a download, or a crash, may leave in a file
 _UTF8_MARK = BYTE_ORDER_MARK.encode()
 # First bytes of the characters that str.strip takes for white space and bytes.strip does not, and of the mark.
 _MAY_BEGIN_WHITE_SPACE = frozenset(b"\x1c\x1d\x1e\x1f\xc2\xe1\xe2\xe3" + _UTF8_MARK[:1])
@@ -93,8 +94,11 @@ class LineFile(FileSource):
         """Return the text of bytes that begin at `position` of the content.
 
         Raises:
-            UserError: they are not UTF-8.
+            UserError: they are not UTF-8, or were never written: what was to come is a run of zeros.
         """
+        unwritten = data.find(_UNWRITTEN)
+        if unwritten >= 0:
+            raise UserError(f"{self.name}: zeros from byte {position + unwritten} on; the file was not written whole")
         try:
             return data.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -133,7 +137,7 @@ def other_encoding(head: bytes) -> str | None:
         return "UTF-32"
     if head.startswith(_UTF16_MARKS):
         return "UTF-16"
-    return "UTF-16 or no text at all" if head.count(0) * 4 > len(head) else None
+    return "UTF-16 or no text" if head.count(0) * 4 > len(head) else None
 
 
 def read_fragments(file: BinaryIO) -> Iterator[Fragment]:

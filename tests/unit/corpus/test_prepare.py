@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 
-from corpus_files import TOOL, contents, run_tool, tokens_of
+from corpus_files import TOOL, contents, copy_pair, run_tool, tokens_of
 from peer_scale.corpus.manifest import PairManifest
 from peer_scale.corpus.prepare import open_corpus, preprocess, train_on_inputs
 from peer_scale.corpus.readers import iter_documents
@@ -234,8 +234,9 @@ def test_pairs_are_opened_as_they_are(tmp_path, pair, wordpiece):
         store, found = opened(path)
         assert store.prefixes == (pair,)
         assert found.digest == wordpiece.digest
-    store, found = opened(pair, f"{pair}.bin")
-    assert store.num_documents == 1200
+    other = copy_pair(pair, tmp_path)
+    store, found = opened(f"{pair}.bin", other, f"{pair}.idx", pair)
+    assert (store.num_documents, store.prefixes) == (1200, (pair, other))
     wordpiece.save(tmp_path / "tokenizer")
     assert opened(pair, tokenizer=str(tmp_path / "tokenizer"))[1].digest == wordpiece.digest
 

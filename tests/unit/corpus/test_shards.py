@@ -29,7 +29,8 @@ COMPRESS = {
     "gz": gzip.compress,
     "bz2": bz2.compress,
     "xz": lzma.compress,
-    "zst": lambda data: pa.compress(data, codec="zstd", asbytes=True),
+    # with a frame to skip, as the parallel compressors write them
+    "zst": lambda data: pa.compress(data, codec="zstd", asbytes=True) + b"\x50\x2a\x4d\x18\x02\0\0\0ab",
 }
 
 
@@ -224,6 +225,18 @@ def test_other_encodings_are_refused_by_name(tmp_path, name, encoding):
     path = write(tmp_path / name, gzip.compress(data) if name.endswith(".gz") else data)
     with pytest.raises(UserError, match=rf"^{path}: UTF-(16|32).*, not UTF-8; convert the file to UTF-8$"):
         documents(path)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz"])
+def test_a_file_that_was_not_written_whole_is_named(tmp_path, name):
+    data = b"one\n\n" * 100 if ".txt" in name else jsonl(*["one"] * 100)
+    zeros = len(data)
+    data += b"\0" * 100 + data
+    path = write(tmp_path / name, gzip.compress(data) if name.endswith(".gz") else data)
+    message = f"{path}: zeros from byte {zeros} on; the file was not written whole"
+    with pytest.raises(UserError) as caught:
+        documents(path)
+    assert str(caught.value) == message
 
 
 # --- JSON that is not one object per line
