@@ -34,8 +34,9 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         "--input",
         nargs="+",
         metavar="P",
-        help=".txt (blank lines between documents), .jsonl, .json (one object per line) or .parquet files, folders of "
-        "them, a Hugging Face data set id (owner/name or owner/name:configuration), or builtin",
+        help=".txt (blank lines between documents), .jsonl, .ndjson, .json or .parquet files, text and JSON also with "
+        ".gz, .bz2, .xz or .zst behind it, folders of them, a Hugging Face data set id (owner/name or "
+        "owner/name:configuration), or builtin",
     )
     parser.add_argument("--tokenizer", metavar="P", help="WordPiece folder, tokenizer.json, vocab.txt or hub id")
     parser.add_argument("--vocab-size", **of(PositiveInt), metavar="N", help="train a tokenizer of this size instead")

@@ -7,11 +7,11 @@ import struct
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 
-from peer_scale.corpus.formats.base import FileSlice, Piece
+from peer_scale.corpus.formats.base import FileSlice, FileSource, Source
 from peer_scale.corpus.store import DTYPE_CODES, INDEX_HEADER, INDEX_MAGIC, INDEX_VERSION
 from peer_scale.corpus.wordpiece import WordPiece
 from peer_scale.errors import UserError
@@ -55,6 +55,14 @@ class WrittenFile:
     sha256: str
 
 
+class _Text(NamedTuple):
+    """What the tokenizer is given at once: a document or a piece of one, and the name of its file."""
+
+    text: str
+    ends_document: bool
+    name: str
+
+
 def token_dtype(vocab_size: int) -> type[np.integer]:
     """Return uint16 where every id fits, else int32."""
     return np.uint16 if vocab_size - 1 <= np.iinfo(np.uint16).max else np.int32
@@ -74,6 +82,34 @@ def in_blocks(items: Iterable[T], size_of: Callable[[T], int], block_size: int) 
         yield block
 
 
+def cut_into_parts(sources: Sequence[Source], text_key: str, part_bytes: int) -> Iterator[PartInput]:
+    """Cut the sources, in order, into inputs of about `part_bytes` each; neighbouring small files share one."""
+    numbers = itertools.count()
+    for are_files, group in itertools.groupby(sources, lambda source: isinstance(source, FileSource)):
+        if are_files:
+            files = (source for source in group if isinstance(source, FileSource))
+            slices = (file_slice for file in files for file_slice in file.slices(part_bytes))
+            for block in in_blocks(slices, lambda file_slice: file_slice.num_bytes, part_bytes):
+                num_bytes = sum(file_slice.num_bytes for file_slice in block)
+                yield PartInput(f"{next(numbers):08d}", slices=tuple(block), num_bytes=num_bytes)
+            continue
+        for source in group:
+            # An eighth, because these travel to the workers through a pipe.
+            for texts in in_blocks(source.documents(text_key), len, part_bytes // 8):
+                # The content is part of the name, because what a hub serves under a name may change.
+                name = f"{next(numbers):08d}-{digest_of(*texts)[:32]}"
+                yield PartInput(name, texts=tuple(texts), num_bytes=sum(map(len, texts)))
+
+
+def digest_of(*texts: str) -> str:
+    """Return the sha256 of texts, each after its length in 8 bytes."""
+    digest = hashlib.sha256()
+    for text in texts:
+        data = text.encode("utf-8", "surrogateescape")  # file names need not be UTF-8
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()
+
+
 def write_part(part_input: PartInput, path: str, tokenizer: WordPiece, text_key: str) -> Part:
     """Tokenise into a part file; this runs in a worker process.
 
@@ -84,13 +120,13 @@ def write_part(part_input: PartInput, path: str, tokenizer: WordPiece, text_key:
     dtype = token_dtype(tokenizer.vocab_size)
     lengths, length, num_tokens = array("q"), 0, 0
     with write_aside(path) as file:
-        for batch in in_blocks(_pieces(part_input, text_key), lambda piece: len(piece.text), _BATCH_CHARS):
-            for ids, (_, ends_document) in zip(tokenizer.encode([text for text, _ in batch]), batch, strict=True):
+        for batch in in_blocks(_texts(part_input, text_key), lambda piece: len(piece.text), _BATCH_CHARS):
+            encoded = tokenizer.encode([piece.text for piece in batch])
+            for ids, (_, ends_document, name) in zip(encoded, batch, strict=True):
                 file.write(np.array(ids, dtype=dtype).tobytes())
                 length += len(ids)
                 if length > _MAX_DOCUMENT_TOKENS:
-                    names = ", ".join(file_slice.source.name for file_slice in part_input.slices)
-                    raise UserError(f"{names}: a document of over {_MAX_DOCUMENT_TOKENS} tokens; cut it by blank lines")
+                    raise UserError(f"{name}: a document of over {_MAX_DOCUMENT_TOKENS} tokens; cut it by blank lines")
                 if ends_document and length:
                     lengths.append(length)
                     num_tokens += length
@@ -125,16 +161,21 @@ def merge_index(parts: Sequence[Part], path: str, dtype: type[np.integer]) -> Wr
     return _write_hashed(path, _index_blocks(parts, dtype))
 
 
-def _pieces(part_input: PartInput, text_key: str) -> Iterator[Piece]:
-    from_files = (piece for file_slice in part_input.slices for piece in file_slice.pieces(text_key))
-    for text, ends_document in itertools.chain(from_files, (Piece(text, True) for text in part_input.texts)):
+def _texts(part_input: PartInput, text_key: str) -> Iterator[_Text]:
+    from_files = (
+        _Text(*piece, file_slice.source.name)
+        for file_slice in part_input.slices
+        for piece in file_slice.pieces(text_key)
+    )
+    given = (_Text(text, True, "the data set") for text in part_input.texts)
+    for text, ends_document, name in itertools.chain(from_files, given):
         start = 0
         while len(text) - start > _BATCH_CHARS:
             # Cut after white space, which no token reaches across.
             cut = text.rfind(" ", start, start + _BATCH_CHARS) + 1 or start + _BATCH_CHARS
-            yield Piece(text[start:cut], False)
+            yield _Text(text[start:cut], False, name)
             start = cut
-        yield Piece(text[start:], ends_document)
+        yield _Text(text[start:], ends_document, name)
 
 
 def _write_hashed(path: str, blocks: Iterable[bytes]) -> WrittenFile:

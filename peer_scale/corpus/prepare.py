@@ -2,23 +2,23 @@
 
 import contextlib
 import glob
-import hashlib
 import itertools
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from peer_scale.corpus.formats.base import FileSource, Source
+from peer_scale.corpus.formats.base import MIN_SAMPLED_BYTES, SAMPLED_BYTES, FileSource, Source
 from peer_scale.corpus.locks import locked
 from peer_scale.corpus.manifest import InputSummary, PairManifest, has_manifest
 from peer_scale.corpus.parts import (
     Part,
     PartInput,
-    in_blocks,
+    cut_into_parts,
+    digest_of,
     merge_bin,
     merge_index,
     read_part,
@@ -26,7 +26,7 @@ from peer_scale.corpus.parts import (
     write_part,
 )
 from peer_scale.corpus.progress import PreparationBar
-from peer_scale.corpus.readers import find_sources, iter_documents
+from peer_scale.corpus.readers import Inputs, find_inputs, iter_documents
 from peer_scale.corpus.store import TokenStore, check_vocab, inspect_pair, pair_fingerprint
 from peer_scale.corpus.wordpiece import WordPiece, load_wordpiece, train_wordpiece
 from peer_scale.corpus.worker_pool import worker_pool
@@ -34,8 +34,10 @@ from peer_scale.errors import UserError
 from peer_scale.storage import write_atomically
 
 PART_BYTES = 1 << 25  # of text per part: much beside what starting a part costs, little beside a worker's memory
+_NAMES_SHOWN = 3
 _TRAINING_CHARS = 200_000_000
-_PARTS_VERSION = 1
+_PARTS_VERSION = 2  # raise it whenever the same files give other documents
+_IDENTITY_THREADS = 8  # many small reads, which wait for a file server rather than a core
 
 
 def preprocess(
@@ -66,10 +68,11 @@ def preprocess(
         UserError: an input is bad, the output cannot be written, or it would overwrite files not made here.
     """
     with _as_user_errors(output_prefix):
-        sources = find_sources(inputs)
+        found = _found(inputs, show_progress)
         os.makedirs(os.path.dirname(os.path.abspath(output_prefix)), exist_ok=True)
         with locked(f"{output_prefix}.lock"):
-            _preprocess(inputs, sources, tokenizer, output_prefix, text_key, workers, show_progress, part_bytes)
+            identities = _identities(found.sources)
+            _preprocess(found, identities, tokenizer, output_prefix, text_key, workers, show_progress, part_bytes)
 
 
 def train_on_inputs(
@@ -118,7 +121,13 @@ def open_corpus(
         return _open_pairs([prefix], wordpiece)
     if len(prefixes) < len(data_path):
         raise UserError(f"{', '.join(data_path)}: either prefixes of .bin/.idx pairs or raw text, not both")
-    return _open_pairs(prefixes, load_wordpiece(tokenizer) if tokenizer else None)
+    once: dict[str, str] = {}
+    for prefix in prefixes:
+        once.setdefault(os.path.realpath(prefix), prefix)
+    if show_progress and len(once) < len(prefixes):
+        again = len(prefixes) - len(once)
+        print(f"notice: {again} of --data-path name a .bin/.idx pair again, which is read once", file=sys.stderr)
+    return _open_pairs(list(once.values()), load_wordpiece(tokenizer) if tokenizer else None)
 
 
 def _open_pairs(prefixes: Sequence[str], wordpiece: WordPiece | None) -> tuple[TokenStore, WordPiece]:
@@ -157,9 +166,10 @@ def _cached(
 ) -> str:
     """Return the prefix of the pair in the cache, which is made where it is not there yet."""
     with _as_user_errors(str(cache_dir)):
-        sources = find_sources(data_path)
+        found = _found(data_path, show_progress)
+        identities = _identities(found.sources)
         made_with = wordpiece.digest if wordpiece else f"trained {vocab_size}"
-        folder = Path(cache_dir, _digest(text_key, *_identities(sources), made_with)[:32])
+        folder = Path(cache_dir, digest_of(text_key, *itertools.chain(*identities), made_with)[:32])
         prefix = str(folder / "corpus")
         if _is_finished(prefix, None):
             return prefix  # without the lock, so that a complete cache may be read-only
@@ -167,7 +177,7 @@ def _cached(
         with locked(f"{prefix}.lock"):
             if wordpiece is None:
                 wordpiece = _trained_once(data_path, vocab_size, text_key, f"{prefix}.tokenizer.json", show_progress)
-            _preprocess(data_path, sources, wordpiece, prefix, text_key, workers, show_progress, PART_BYTES)
+            _preprocess(found, identities, wordpiece, prefix, text_key, workers, show_progress, PART_BYTES)
     return prefix
 
 
@@ -189,9 +199,16 @@ def _train(inputs: tuple[str, ...], vocab_size: int, text_key: str) -> WordPiece
     return train_wordpiece(documents, vocab_size)
 
 
+def _found(paths: Sequence[str], show_notice: bool) -> Inputs:
+    found = find_inputs(paths)
+    if show_notice and found.notice:
+        print(found.notice, file=sys.stderr, flush=True)
+    return found
+
+
 def _preprocess(
-    inputs: Sequence[str],
-    sources: Sequence[Source],
+    inputs: Inputs,
+    identities: Sequence[Sequence[str]],
     tokenizer: WordPiece,
     prefix: str,
     text_key: str,
@@ -199,7 +216,8 @@ def _preprocess(
     show_progress: bool,
     part_bytes: int,
 ) -> None:
-    key = _digest(text_key, *_identities(sources), tokenizer.digest, str(_PARTS_VERSION), str(part_bytes))
+    sources = inputs.sources
+    key = digest_of(text_key, *itertools.chain(*identities), tokenizer.digest, str(_PARTS_VERSION), str(part_bytes))
     if _is_finished(prefix, key):
         return
     _refuse_to_overwrite(prefix, sources)
@@ -215,35 +233,19 @@ def _preprocess(
     files = _files(sources)
     total_bytes = sum(file.num_bytes for file in files) if len(files) == len(sources) else None
     with PreparationBar(show_progress, total_bytes) as progress:
-        part_inputs = _part_inputs(sources, text_key, part_bytes)
+        part_inputs = cut_into_parts(sources, text_key, part_bytes)
         parts = _write_parts(part_inputs, tokenizer, str(parts_folder), text_key, workers, progress)
     if not any(part.num_documents for part in parts):
-        raise UserError(f"{', '.join(inputs)}: no document in it")
+        raise UserError(f"{', '.join(path for path, _ in inputs.by_path)}: no document in it")
+    for source, before, after in zip(sources, identities, _identities(sources), strict=True):
+        if before != after:
+            raise UserError(f"{source.name}: changed while it was read; start again when nothing writes to it any more")
     _merge(parts, inputs, tokenizer, prefix, key)
     shutil.rmtree(folder)
 
 
 def _files(sources: Sequence[Source]) -> list[FileSource]:
     return [source for source in sources if isinstance(source, FileSource)]
-
-
-def _part_inputs(sources: Sequence[Source], text_key: str, part_bytes: int) -> Iterator[PartInput]:
-    """Cut the sources, in order, into inputs of about `part_bytes` each; neighbouring small files share one."""
-    numbers = itertools.count()
-    for are_files, group in itertools.groupby(sources, lambda source: isinstance(source, FileSource)):
-        members = list(group)
-        if are_files:
-            slices = (file_slice for file in _files(members) for file_slice in file.slices(part_bytes))
-            for block in in_blocks(slices, lambda file_slice: file_slice.num_bytes, part_bytes):
-                num_bytes = sum(file_slice.num_bytes for file_slice in block)
-                yield PartInput(f"{next(numbers):08d}", slices=tuple(block), num_bytes=num_bytes)
-            continue
-        for source in members:
-            # An eighth, because these travel to the workers through a pipe.
-            for texts in in_blocks(source.documents(text_key), len, part_bytes // 8):
-                # The content is part of the name, because what a hub serves under a name may change.
-                name = f"{next(numbers):08d}-{_digest(*texts)[:32]}"
-                yield PartInput(name, texts=tuple(texts), num_bytes=sum(map(len, texts)))
 
 
 def _write_parts(
@@ -257,31 +259,43 @@ def _write_parts(
     """Write the parts of all inputs that do not lie there finished; return all of them in order."""
     dtype = token_dtype(tokenizer.vocab_size)
     parts: dict[int, Part] = {}
-    pending: dict[Future[Part], tuple[int, int]] = {}
+    pending: dict[Future[Part], tuple[int, PartInput]] = {}
 
     def collect() -> None:
         for future in wait(pending, return_when=FIRST_COMPLETED).done:
-            number, num_bytes = pending.pop(future)
+            number, part_input = pending[future]
             parts[number] = future.result()
-            progress.add(parts[number].num_documents, num_bytes)
+            del pending[future]
+            progress.add(parts[number].num_documents, part_input.num_bytes)
 
-    with worker_pool(workers) as pool:
-        for number, part_input in enumerate(part_inputs):
-            path = os.path.join(folder, part_input.name)
-            finished = read_part(path, dtype)
-            if finished:
-                parts[number] = finished
-                progress.add(finished.num_documents, part_input.num_bytes)
-                continue
-            pending[pool.submit(write_part, part_input, path, tokenizer, text_key)] = (number, part_input.num_bytes)
-            if len(pending) >= 2 * workers:
+    try:
+        with worker_pool(workers) as pool:
+            for number, part_input in enumerate(part_inputs):
+                path = os.path.join(folder, part_input.name)
+                finished = read_part(path, dtype)
+                if finished:
+                    parts[number] = finished
+                    progress.add(finished.num_documents, part_input.num_bytes)
+                    continue
+                pending[pool.submit(write_part, part_input, path, tokenizer, text_key)] = (number, part_input)
+                if len(pending) >= 2 * workers:
+                    collect()
+            while pending:
                 collect()
-        while pending:
-            collect()
+    except BrokenProcessPool as error:
+        raise UserError(_killed_while_reading(part for _, part in pending.values())) from error
     return [parts[number] for number in sorted(parts)]
 
 
-def _merge(parts: Sequence[Part], inputs: Sequence[str], tokenizer: WordPiece, prefix: str, key: str) -> None:
+def _killed_while_reading(part_inputs: Iterable[PartInput]) -> str:
+    names = sorted({file_slice.source.name for part_input in part_inputs for file_slice in part_input.slices})
+    shown = ", ".join(names[:_NAMES_SHOWN]) + (f" or {len(names) - _NAMES_SHOWN} more" * (len(names) > _NAMES_SHOWN))
+    return (
+        f"{shown or 'the data set'}: a worker process was killed while it read this (out of memory? use fewer workers)"
+    )
+
+
+def _merge(parts: Sequence[Part], inputs: Inputs, tokenizer: WordPiece, prefix: str, key: str) -> None:
     # What lies there goes first: at no time may old and new files pass for a pair.
     for ending in ("json", "idx", "bin"):
         for stale in [f"{prefix}.{ending}", *glob.glob(f"{glob.escape(prefix)}.{ending}.*.tmp")]:
@@ -301,13 +315,12 @@ def _merge(parts: Sequence[Part], inputs: Sequence[str], tokenizer: WordPiece, p
         idx_bytes=index.num_bytes,
         idx_sha256=index.sha256,
         fingerprint=pair_fingerprint(prefix),
-        inputs=tuple(map(_summary, inputs)),
+        inputs=tuple(_summary(path, _files(sources)) for path, sources in inputs.by_path),
     )
     manifest.write(prefix)
 
 
-def _summary(name: str) -> InputSummary:
-    files = _files(find_sources([name]))
+def _summary(name: str, files: Sequence[FileSource]) -> InputSummary:
     return InputSummary(name, len(files), sum(file.num_bytes for file in files))
 
 
@@ -336,16 +349,13 @@ def _refuse_to_overwrite(prefix: str, sources: Sequence[Source]) -> None:
                 raise UserError(f"{output}: exists and was not made here; delete it or choose another output prefix")
 
 
-def _identities(sources: Sequence[Source]) -> list[str]:
-    return [identity for source in sources for identity in source.identity()]
-
-
-def _digest(*texts: str) -> str:
-    digest = hashlib.sha256()
-    for text in texts:
-        data = text.encode("utf-8", "surrogateescape")  # file names need not be UTF-8
-        digest.update(len(data).to_bytes(8, "little") + data)
-    return digest.hexdigest()
+def _identities(sources: Sequence[Source]) -> list[list[str]]:
+    """Return the identity of each source; for a large corpus, each file may be read in its share of places."""
+    sampled_bytes = SAMPLED_BYTES
+    if sum(file.num_bytes for file in _files(sources)) > SAMPLED_BYTES:
+        sampled_bytes = max(MIN_SAMPLED_BYTES, SAMPLED_BYTES // len(sources))
+    with ThreadPoolExecutor(_IDENTITY_THREADS) as pool:
+        return list(pool.map(lambda source: source.identity(sampled_bytes), sources))
 
 
 @contextlib.contextmanager

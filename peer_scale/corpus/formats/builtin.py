@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from peer_scale.corpus.formats.base import Source
+from peer_scale.corpus.formats.base import SAMPLED_BYTES, Source
 from peer_scale.corpus.worker_pool import worker_pool
 
 _NAME = "builtin"
@@ -55,7 +55,7 @@ class BuiltinCorpus(Source):
     def takes(cls, name: str) -> bool:
         return name == _NAME
 
-    def identity(self) -> list[str]:
+    def identity(self, sampled_bytes: int = SAMPLED_BYTES) -> list[str]:
         """Name what the documents are made from: the interpreter's and each package's version."""
         versions = [f"builtin {_EXTRACTION}", f"python {platform.python_version()}"]
         for distribution in _PACKAGES:

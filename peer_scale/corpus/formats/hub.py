@@ -1,11 +1,11 @@
 """Data sets of the Hugging Face hub, streamed through the `datasets` library."""
 
-import itertools
 import re
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from peer_scale.corpus.formats.base import Source, usable_documents
+from peer_scale.corpus.formats.base import SAMPLED_BYTES, Source, usable_documents
 from peer_scale.errors import UserError
 
 # owner/name or name, optionally followed by :configuration
@@ -20,7 +20,7 @@ class HubDataset(Source):
     def takes(cls, name: str) -> bool:
         return _HUB_ID.match(name) is not None
 
-    def identity(self) -> list[str]:
+    def identity(self, sampled_bytes: int = SAMPLED_BYTES) -> list[str]:
         return [f"hub {self.name}"]
 
     def documents(self, text_key: str) -> Iterator[str]:
@@ -31,7 +31,7 @@ class HubDataset(Source):
             # Asked first because load_dataset tries half a minute for a name that nothing answers to.
             revision = HfApi().dataset_info(name).sha
         except Exception as error:
-            reason = str(error).splitlines()[0]
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise UserError(
                 f"{self.name}: neither an existing path nor a data set that can be loaded ({reason})"
             ) from error
@@ -42,17 +42,36 @@ def load_hub_documents(name: str, configuration: str | None, revision: str | Non
     """Stream the text of a data set's `train` split.
 
     Raises:
-        UserError: it cannot be loaded, has no such column, or a value of it is not a string.
+        UserError: it cannot be loaded or read, has no such column, or a value of it is not a string.
     """
+    yield from usable_documents(_column(_rows(name, configuration, revision), name, text_key))
+
+
+def _rows(name: str, configuration: str | None, revision: str | None) -> Iterator[dict]:
     import datasets
 
+    number = 0
     try:
-        rows = iter(datasets.load_dataset(name, configuration, split="train", revision=revision, streaming=True))
-        first = next(rows, None)
-    except Exception as error:
+        for row in datasets.load_dataset(name, configuration, split="train", revision=revision, streaming=True):
+            yield row
+            number += 1
+    except Exception as error:  # whatever the reader of the data set's files raises
         reason = " ".join(str(error).split())
-        raise UserError(f"{name}: the data set's train split cannot be loaded ({reason})") from error
-    yield from usable_documents(_column(itertools.chain([first] if first else [], rows), name, text_key))
+        doing = f"read on after row {number}" if number else "loaded"
+        file = _file_being_read(error)
+        raise UserError(
+            f"{name}{f', {file}' if file else ''}: the data set's train split cannot be {doing} ({reason})"
+        ) from error
+
+
+def _file_being_read(error: Exception) -> str | None:
+    """Find the name of the file, which `datasets` does not put into the error, but which its readers hold."""
+    files = [
+        frame.f_locals.get("file")
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+        if frame.f_globals.get("__name__", "").startswith("datasets.packaged_modules.")
+    ]
+    return next((file for file in files if isinstance(file, str)), None)
 
 
 def _column(rows: Iterator[dict], name: str, text_key: str) -> Iterator[str | None]:

@@ -1,10 +1,11 @@
 """Parquet files: one row per document, one of whose columns holds the text."""
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from peer_scale.corpus.formats.base import FileSlice, FileSource, Piece, usable_documents
+from peer_scale.corpus.formats.base import FAILURES, FileSlice, FileSource, Piece, named_failures, usable_documents
 from peer_scale.errors import UserError
 
 _ROWS_PER_BATCH = 1024
@@ -34,13 +35,10 @@ class ParquetFile(FileSource):
     def _texts(self, start: int, stop: int, text_key: str) -> Iterator[str | None]:
         with self._open() as file:
             self._check_column(file.schema_arrow, text_key)
-            groups = range(start, stop)
-            for batch in file.iter_batches(batch_size=_ROWS_PER_BATCH, row_groups=groups, columns=[text_key]):
-                try:
-                    texts = batch.column(text_key).to_pylist()
-                except UnicodeDecodeError as error:
-                    raise UserError(f"{self.name}: column {text_key!r} holds text that is not UTF-8") from error
-                yield from texts
+            for group in range(start, stop):
+                with self._failures_of(group, text_key):
+                    for batch in file.iter_batches(_ROWS_PER_BATCH, row_groups=[group], columns=[text_key]):
+                        yield from batch.column(text_key).to_pylist()
 
     def _check_column(self, schema: Any, text_key: str) -> None:
         import pyarrow
@@ -51,7 +49,8 @@ class ParquetFile(FileSource):
         kind = schema.field(text_key).type
         if pyarrow.types.is_dictionary(kind):
             kind = kind.value_type
-        if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
+        # A column that is null in every row may have the type null.
+        if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view(), pyarrow.null()):
             raise UserError(f"{self.name}: column {text_key!r} holds {kind}, not strings")
 
     def _open(self) -> Any:
@@ -59,6 +58,22 @@ class ParquetFile(FileSource):
         import pyarrow.parquet
 
         try:
-            return pyarrow.parquet.ParquetFile(self.name)
-        except pyarrow.ArrowInvalid as error:
+            with named_failures(self.name):
+                return pyarrow.parquet.ParquetFile(self.name, page_checksum_verification=True)
+        except pyarrow.ArrowException as error:
             raise UserError(f"{self.name}: not a parquet file ({' '.join(str(error).split())})") from error
+
+    @contextlib.contextmanager
+    def _failures_of(self, group: int, text_key: str) -> Iterator[None]:
+        """Raise what fails while a row group is read as a UserError that names it."""
+        import pyarrow
+
+        try:
+            yield
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{self.name}, row group {group}: column {text_key!r} holds text that is not UTF-8"
+            ) from error
+        except (*FAILURES, pyarrow.ArrowException) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{self.name}, row group {group}: damaged or cut short ({reason})") from error

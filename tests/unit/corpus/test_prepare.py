@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 
-from corpus_files import TOOL, contents, run_tool, tokens_of
+from corpus_files import TOOL, contents, copy_pair, run_tool, tokens_of
 from peer_scale.corpus.manifest import PairManifest
 from peer_scale.corpus.prepare import open_corpus, preprocess, train_on_inputs
 from peer_scale.corpus.readers import iter_documents
@@ -32,7 +32,10 @@ def digest(*texts: str) -> str:
 
 
 def identities(folder: Path) -> list[str]:
-    return [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in sorted(folder.iterdir())]
+    return [
+        f"{path} {path.stat().st_size} {path.stat().st_mtime_ns} {hashlib.sha256(path.read_bytes()).hexdigest()}"
+        for path in sorted(folder.iterdir())
+    ]
 
 
 def indexed_dataset(prefix: str):
@@ -109,7 +112,7 @@ def test_the_manifest_describes_the_pair(pair, raw, wordpiece):
     assert manifest["num_documents"] == 600
     assert manifest["num_tokens"] == Path(f"{pair}.bin").stat().st_size // 2
     assert manifest["tokenizer_digest"] == wordpiece.digest
-    assert manifest["key"] == digest("text", *identities(raw), wordpiece.digest, "1", "50000")
+    assert manifest["key"] == digest("text", *identities(raw), wordpiece.digest, "2", "50000")
     assert manifest["fingerprint"] == pickle.loads(pickle.dumps(TokenStore.open([pair])))._pairs[0].fingerprint
     assert manifest["inputs"] == [
         {"path": str(raw), "files": 103, "bytes": sum(path.stat().st_size for path in raw.iterdir())}
@@ -233,8 +236,9 @@ def test_pairs_are_opened_as_they_are(tmp_path, pair, wordpiece):
         store, found = opened(path)
         assert store.prefixes == (pair,)
         assert found.digest == wordpiece.digest
-    store, found = opened(pair, f"{pair}.bin")
-    assert store.num_documents == 1200
+    other = copy_pair(pair, tmp_path)
+    store, found = opened(f"{pair}.bin", other, f"{pair}.idx", pair)
+    assert (store.num_documents, store.prefixes) == (1200, (pair, other))
     wordpiece.save(tmp_path / "tokenizer")
     assert opened(pair, tokenizer=str(tmp_path / "tokenizer"))[1].digest == wordpiece.digest
 
@@ -260,7 +264,7 @@ def test_raw_text_is_tokenised_once_into_the_cache(tmp_path, raw, wordpiece):
     given = str(tmp_path / "tokenizer")
     store, found = opened(raw, tokenizer=given, cache=cache)
     assert (store.num_documents, found.digest) == (600, wordpiece.digest)
-    # Caches of earlier versions are found by the same names.
+    # Later versions must find caches by the same names.
     folder = digest("text", *identities(raw), wordpiece.digest)[:32]
     assert store.prefixes == (str(cache / folder / "corpus"),)
     stamp = os.stat(f"{store.prefixes[0]}.bin").st_mtime_ns

@@ -166,7 +166,7 @@ BAD_FILES = [
     ("missing/folder/x", None, "no such file or folder"),
     ("a.txt", "", "the file is empty"),
     ("a.txt", "\n \n", "holds no document"),
-    ("a.md", "text", "unknown kind of file; the endings read are .txt, .jsonl, .json, .parquet"),
+    ("a.md", "text", r"unknown kind of file; the kinds read are \.txt, \.jsonl, \.ndjson, \.json, \.parquet, text and"),
     ("a.txt", b"caf\xe9 au lait", "not UTF-8 at byte 3"),
     ("a.txt", b"one\n\ntwo\n\n\xff", "not UTF-8 at byte 10"),
     ("a.txt", b"x" * 3_000_000 + b"\xc3", "not UTF-8 at byte 3000000"),
@@ -174,7 +174,8 @@ BAD_FILES = [
     ("a.jsonl", '{"text": "a"}\n\n{"text": "b"', r"line 3: not JSON \(.*\); every line must be one JSON object"),
     ("a.jsonl", '{"text": "a"}\n{"body": "b"}', r"line 2: no key 'text'; its keys are body \(--text-key"),
     ("a.jsonl", '{"text": 5}', "line 1: the value of 'text' is a int, not a string"),
-    ("a.json", "[1, 2]", "line 1: a JSON list, not an object with the key 'text'"),
+    ("a.json", "[1, 2]", "line 1: a JSON int, not an object with the key 'text'"),
+    ("a.jsonl", '"text"', "line 1: a JSON str, not an object with the key 'text'"),
     ("a.parquet", "no parquet", "not a parquet file"),
 ]
 
