@@ -115,7 +115,8 @@ def _joins(char: str, normalizer: normalizers.Normalizer | None = None) -> bool:
 
 
 def _is_lost_letter(char: str) -> bool:
-    base, *rest = unicodedata.normalize("NFD", char)
+    decomposed = unicodedata.normalize("NFD", char)
+    base, rest = decomposed[0], decomposed[1:]
     if unicodedata.category(base) == "Mn":
         return not any(first <= ord(base) <= last for first, last in _DIACRITICS)
     if not base.isalpha() or not any(unicodedata.category(mark) == "Mn" for mark in rest):

@@ -149,7 +149,8 @@ def check_case(path: str, vocab: Mapping[str, int], settings: TokenizerSettings)
 
 def unreached_notice(path: str, backend: Tokenizer) -> tuple[str, ...]:
     """Return a line where a good share of a vocabulary cannot occur in what the normaliser leaves of a text."""
-    tokens = _words(backend.get_vocab())
+    vocab = backend.get_vocab()
+    tokens = _words(dict(sorted(vocab.items(), key=lambda item: item[1])))
     unreached = [token for token in tokens if "".join(backend.normalizer.normalize_str(token).split()) != token]
     if len(unreached) <= _UNREACHED_FROM * len(tokens):
         return ()

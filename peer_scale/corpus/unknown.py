@@ -2,6 +2,8 @@
 
 from dataclasses import astuple, dataclass
 
+from peer_scale.corpus.alphabet import BERT_WORD_CHARS
+
 _NOTICE_ABOVE = 0.01
 
 
@@ -46,10 +48,11 @@ class UnknownCounts:
         _, words, characters = self._percentages(num_tokens)
         lost = f"{characters} of the characters and {words} of the words are lost as [UNK]"
         if 2 * self.long_characters > self.unknown_characters:
-            return (
-                f"{lost}, most of them in words of over {word_chars} characters, as scripts without spaces give them; "
-                "put spaces between the words, or leave --tokenizer out to train a vocabulary for them"
-            )
+            reason = f"most of them in words of over {word_chars} characters, as scripts without spaces give them"
+            remedy = "put spaces between the words"
+            if word_chars <= BERT_WORD_CHARS:
+                remedy += ", or leave --tokenizer out and have a vocabulary trained on this text"
+            return f"{lost}, {reason}; {remedy}"
         return (
             f"{lost}, because the vocabulary lacks characters of theirs; "
             "a vocabulary trained on this text, or a larger --vocab-size, keeps more"

@@ -196,8 +196,8 @@ def train_wordpiece(documents: Iterable[str], vocab_size: int) -> WordPiece:
         raise UserError(f"a vocabulary of {vocab_size} is too small to train: at least {MIN_VOCAB_SIZE}")
     texts = documents if isinstance(documents, Sequence) else list(documents)
     counts = count_characters(texts)
-    config = {"strip_accents": False} if loses_letters(counts) else {}
-    backend = BertWordPieceTokenizer(**config)
+    strip_accents = False if loses_letters(counts) else None
+    backend = BertWordPieceTokenizer(strip_accents=strip_accents)
     alphabet = choose_alphabet(counts, backend.normalizer, vocab_size)
     if not alphabet.chars:
         raise UserError("no text to train a tokenizer on")
@@ -222,7 +222,7 @@ def train_wordpiece(documents: Iterable[str], vocab_size: int) -> WordPiece:
             vocab |= {form: len(vocab) + number for number, form in enumerate(forms)}
     # Made anew, because the trainer's tokenizer takes the "##x" for special tokens.
     word_chars = LONG_WORD_CHARS if long_words else BERT_WORD_CHARS
-    return _wordpiece(_bert_tokenizer(vocab, config, word_chars), "the trained tokenizer")
+    return _wordpiece(_bert_tokenizer(vocab, {"strip_accents": strip_accents}, word_chars), "the trained tokenizer")
 
 
 def _bert_tokenizer(vocab: dict[str, int], config: Mapping[str, Any], word_chars: int = BERT_WORD_CHARS) -> Tokenizer:
