@@ -8,8 +8,9 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 
-from tokenizers import normalizers, pre_tokenizers
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
 
 COVERAGE = 0.9999  # of a text's characters; the others become [UNK], each with the whole of its word
 BERT_WORD_CHARS = 100  # a longer word becomes [UNK]: the limit of BERT, and of transformers where it reads a vocab.txt
@@ -19,9 +20,9 @@ _LETTERS_LOST_ABOVE = 0.001  # share of a text's characters
 _LONG_WORDS_ABOVE = 0.01
 # Marks that are no script's own: combining diacritics and variation selectors.
 _DIACRITICS = ((0x0300, 0x036F), (0x1AB0, 0x1AFF), (0x1DC0, 0x1DFF), (0x20D0, 0x20FF), (0xFE00, 0xFE2F))
-# Finds what may be a long word, faster than the pre-tokenizer: no white space, no ASCII punctuation, no ideographs.
-_INSIDE_WORD = r"[^\s!-/:-@\[-`{-~\u3000-\u303f\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]"
-_MAYBE_LONG = re.compile(rf"(?<!{_INSIDE_WORD}){_INSIDE_WORD}{{{BERT_WORD_CHARS + 1},}}")
+# What may be inside a word, found faster than by the pre-tokenizer: no white space, no ASCII punctuation.
+_NO_WORD = r"\s!-/:-@\[-`{-~\u3000-\u303f"
+_IDEOGRAPHS = r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 
 
 @dataclass(frozen=True)
@@ -54,20 +55,43 @@ def loses_letters(counts: Counter[str]) -> bool:
     return lost > _LETTERS_LOST_ABOVE * counts.total()
 
 
-def has_long_words(texts: Iterable[str], num_chars: int, normalizer: normalizers.Normalizer) -> bool:
+def has_long_words(texts: Iterable[str], num_chars: int, backend: Tokenizer) -> bool:
     """Say whether words over BERT's limit, as scripts without spaces give them, hold a good share of the characters.
 
     Args:
         texts: the texts.
         num_chars: how many characters they have.
-        normalizer: of the tokenizer; words are what BERT's pre-tokenizer makes of its result.
+        backend: a tokenizer whose normaliser and pre-tokenizer are BERT's.
     """
-    splitter, lost = pre_tokenizers.BertPreTokenizer(), 0
-    for text in texts:
-        for found in _MAYBE_LONG.findall(text):
-            words = splitter.pre_tokenize_str(normalizer.normalize_str(found))
-            lost += sum(len(word) for word, _ in words if len(word) > BERT_WORD_CHARS)
+    lost = sum(sum(long_word_lengths(text, BERT_WORD_CHARS, backend)) for text in texts)
     return lost > _LONG_WORDS_ABOVE * num_chars
+
+
+def long_word_lengths(text: str, limit: int, backend: Tokenizer) -> list[int]:
+    """Return the lengths of a text's words that have more than `limit` characters once they are normalised.
+
+    Args:
+        text: the text.
+        limit: the longest word that is not meant.
+        backend: the tokenizer; where it is not of BERT's kind, none are found.
+    """
+    normalizer, splitter = backend.normalizer, backend.pre_tokenizer
+    if not isinstance(normalizer, normalizers.BertNormalizer):
+        return []
+    if not isinstance(splitter, pre_tokenizers.BertPreTokenizer):
+        return []
+    lengths = []
+    # Normalising makes up to three characters of one: it takes the syllables of Hangul apart.
+    for found in _long_runs(limit // 3 + 1, normalizer.handle_chinese_chars).findall(text):
+        words = splitter.pre_tokenize_str(normalizer.normalize_str(found))
+        lengths += [len(word) for word, _ in words if len(word) > limit]
+    return lengths
+
+
+@cache
+def _long_runs(length: int, between_ideographs: bool) -> re.Pattern[str]:
+    char = f"[^{_NO_WORD}{_IDEOGRAPHS if between_ideographs else ''}]"
+    return re.compile(f"(?<!{char}){char}{{{length},}}")
 
 
 def choose_alphabet(counts: Counter[str], normalizer: normalizers.Normalizer, vocab_size: int) -> Alphabet:

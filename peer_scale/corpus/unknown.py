@@ -13,7 +13,7 @@ class UnknownCounts:
 
     Attributes:
         words: number of words and signs, as the tokenizer splits the text.
-        characters: number of characters that are not white space.
+        characters: number of characters, white space left out, after normalising.
         unknown_words: words that became [UNK]; so many tokens are [UNK].
         unknown_characters: characters of these words.
         long_words, long_characters: those of them that became [UNK] for their length alone.

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import AddedToken, Tokenizer, models, processors
+from tokenizers import AddedToken, Tokenizer, models, normalizers, processors
 from tokenizers.implementations import BertWordPieceTokenizer
 
 from peer_scale.corpus import tokenizer_folder
@@ -32,6 +32,7 @@ from peer_scale.corpus.alphabet import (
     choose_alphabet,
     count_characters,
     has_long_words,
+    long_word_lengths,
     loses_letters,
 )
 from peer_scale.corpus.unknown import UnknownCounts
@@ -82,18 +83,37 @@ class WordPiece:
         """Return each text's ids as `encode` does, as int64 arrays, and what of the texts became [UNK]."""
         encoded, sums = [], np.zeros(6, dtype=np.int64)
         unknown_id = self.backend.token_to_id(self.backend.model.unk_token)
-        for text, encoding in zip(texts, self.backend.encode_batch(texts, add_special_tokens=False), strict=True):
-            ids = np.array(encoding.ids, dtype=np.int64)
+        for text, row in zip(texts, self.encode(texts), strict=True):
+            ids = np.array(row, dtype=np.int64)
             encoded.append(ids)
-            sums[:2] += self.starts_word[ids].sum(), sum(map(len, text.split()))
-            unknown = np.flatnonzero(ids == unknown_id)
-            if len(unknown):
-                offsets = encoding.offsets
-                words = [text[slice(*offsets[position])] for position in unknown]
-                long_words = [word for word in words if self._is_long(word)]
-                sums[2:4] += len(words), sum(map(len, words))
-                sums[4:] += len(long_words), sum(map(len, long_words))
+            # Offsets would say it too, but the library takes a third longer where it notes them.
+            characters = known = self._piece_lengths[ids].sum()
+            num_unknown, long_words = np.count_nonzero(ids == unknown_id), []
+            if num_unknown:
+                characters = max(known, self._num_characters(text))
+                long_words = long_word_lengths(text, self.word_chars, self.backend)
+            words = np.count_nonzero(self.starts_word[ids])
+            sums += (words, characters, num_unknown, characters - known, len(long_words), sum(long_words))
         return encoded, UnknownCounts(*sums.tolist())
+
+    @cached_property
+    def _piece_lengths(self) -> np.ndarray:
+        """Int64 array [vocab_size]: number of each piece's characters that are not white space; 0 for [UNK]."""
+        model, lengths = self.backend.model, np.zeros(self.vocab_size, dtype=np.int64)
+        for token, id_ in self.backend.get_vocab().items():
+            if token != model.unk_token:
+                lengths[id_] = len("".join(token.removeprefix(model.continuing_subword_prefix).split()))
+        return lengths
+
+    def _num_characters(self, text: str) -> int:
+        """Return how many characters, white space left out, the normaliser leaves of a text."""
+        if isinstance(self.backend.normalizer, normalizers.BertNormalizer):
+            return len(text.translate(self._normalized))
+        return len("".join((self.backend.normalizer.normalize_str(text) if self.backend.normalizer else text).split()))
+
+    @cached_property
+    def _normalized(self) -> "_NormalizedCharacters":
+        return _NormalizedCharacters(self.backend.normalizer)
 
     @property
     def word_chars(self) -> int:
@@ -111,13 +131,6 @@ class WordPiece:
                 "long stretches without spaces"
             )
         return lines
-
-    def _is_long(self, word: str) -> bool:
-        # Normalising makes at most four characters of one (of Greek with accents).
-        if 4 * len(word) <= self.word_chars:
-            return False
-        normalizer = self.backend.normalizer
-        return len(normalizer.normalize_str(word) if normalizer else word) > self.word_chars
 
     def to_json(self) -> str:
         """Return the content of a `tokenizer.json`."""
@@ -148,6 +161,18 @@ class WordPiece:
     def __reduce__(self) -> tuple[Callable[[str], "WordPiece"], tuple[str]]:
         # The backend's own pickle forgets encode_special_tokens.
         return wordpiece_from_json, (self.backend.to_str(),)
+
+
+class _NormalizedCharacters(dict[int, str]):
+    """A table for `str.translate`: what BERT's normaliser, which takes each character alone, leaves of it."""
+
+    def __init__(self, normalizer: normalizers.Normalizer) -> None:
+        super().__init__()
+        self._normalizer = normalizer
+
+    def __missing__(self, code: int) -> str:
+        self[code] = "".join(self._normalizer.normalize_str(chr(code)).split())
+        return self[code]
 
 
 def wordpiece_from_json(content: str, name: str = "tokenizer.json") -> WordPiece:
@@ -201,7 +226,7 @@ def train_wordpiece(documents: Iterable[str], vocab_size: int) -> WordPiece:
     alphabet = choose_alphabet(counts, backend.normalizer, vocab_size)
     if not alphabet.chars:
         raise UserError("no text to train a tokenizer on")
-    long_words = has_long_words(texts, counts.total(), backend.normalizer)
+    long_words = has_long_words(texts, counts.total(), backend)
     # Left alone, the trainer numbers the "##x" of single characters in the order of a randomly seeded hash map, and
     # breaks ties between merges by these numbers. Naming them all beforehand makes it deterministic.
     continuing = [_PREFIX + char for char in alphabet.continuing]
