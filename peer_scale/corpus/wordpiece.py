@@ -93,7 +93,8 @@ class WordPiece:
                 characters = max(known, self._num_characters(text))
                 long_words = long_word_lengths(text, self.word_chars, self.backend)
             words = np.count_nonzero(self.starts_word[ids])
-            sums += (words, characters, num_unknown, characters - known, len(long_words), sum(long_words))
+            lost = characters - known
+            sums += np.array([words, characters, num_unknown, lost, len(long_words), sum(long_words)])
         return encoded, UnknownCounts(*sums.tolist())
 
     @cached_property
@@ -226,7 +227,7 @@ def train_wordpiece(documents: Iterable[str], vocab_size: int) -> WordPiece:
     alphabet = choose_alphabet(counts, backend.normalizer, vocab_size)
     if not alphabet.chars:
         raise UserError("no text to train a tokenizer on")
-    long_words = has_long_words(texts, counts.total(), backend)
+    long_words = has_long_words(texts, counts.total(), Tokenizer.from_str(backend.to_str()))
     # Left alone, the trainer numbers the "##x" of single characters in the order of a randomly seeded hash map, and
     # breaks ties between merges by these numbers. Naming them all beforehand makes it deterministic.
     continuing = [_PREFIX + char for char in alphabet.continuing]
