@@ -2,14 +2,16 @@
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 
 from pydantic import PositiveFloat, PositiveInt
 
 from peer_scale.commands.outcome import exit_code
+from peer_scale.corpus.manifest import PairManifest
 from peer_scale.corpus.prepare import PART_BYTES, preprocess, train_on_inputs
 from peer_scale.corpus.store import verify
-from peer_scale.corpus.wordpiece import load_wordpiece
+from peer_scale.corpus.wordpiece import WordPiece, load_wordpiece
 from peer_scale.errors import UserError
 from peer_scale.settings.arguments import Parser, of
 
@@ -90,3 +92,15 @@ def _run(args: argparse.Namespace) -> None:
         show_progress=True,
         part_bytes=max(1, round(args.part_megabytes * 1e6)),
     )
+    _tell(args.output_prefix, tokenizer)
+
+
+def _tell(prefix: str, tokenizer: WordPiece) -> None:
+    lines = [f"notice: {text}" for text in tokenizer.notices]
+    manifest = PairManifest.read(prefix)
+    if manifest and manifest.unknown:
+        lines.append(manifest.unknown.describe(manifest.num_tokens))
+        notice = manifest.unknown.notice(manifest.num_tokens, tokenizer.word_chars)
+        lines += [f"notice: {notice}"] if notice else []
+    for line in lines:
+        print(line, file=sys.stderr)

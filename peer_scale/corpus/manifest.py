@@ -3,12 +3,14 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from peer_scale.corpus.unknown import UnknownCounts
 from peer_scale.errors import UserError
 from peer_scale.storage import write_atomically
 
@@ -40,6 +42,7 @@ class PairManifest:
         bin_bytes, bin_sha256, idx_bytes, idx_sha256: size and checksum of each file.
         fingerprint: digest of samples of both files, as `store.pair_fingerprint` computes it.
         inputs: what the pair was made from.
+        unknown: what of its text became [UNK]; None where an earlier version made the pair, which did not count it.
     """
 
     key: str
@@ -53,6 +56,7 @@ class PairManifest:
     idx_sha256: str
     fingerprint: str
     inputs: tuple[InputSummary, ...]
+    unknown: UnknownCounts | None = None
 
     @classmethod
     def read(cls, prefix: str) -> "PairManifest | None":
@@ -77,6 +81,8 @@ class PairManifest:
     def write(self, prefix: str) -> None:
         """Write the manifest whole, or not at all."""
         content = {"format": _FORMAT, "version": _VERSION, **asdict(self)}
+        if self.unknown is None:
+            del content["unknown"]
         write_atomically(Path(f"{prefix}.json"), (json.dumps(content, indent=2) + "\n").encode())
 
     def check(self, prefix: str, fingerprint: str) -> None:
@@ -116,6 +122,17 @@ class PairManifest:
 def has_manifest(prefix: str) -> bool:
     """Say whether there is a manifest, of whatever version."""
     return _content(prefix) is not None
+
+
+def unknown_counts(prefixes: Iterable[str]) -> UnknownCounts | None:
+    """Sum what of the pairs' texts became [UNK]; None where it was not counted for one of them."""
+    total = UnknownCounts()
+    for prefix in prefixes:
+        manifest = PairManifest.read(prefix)
+        if manifest is None or manifest.unknown is None:
+            return None
+        total += manifest.unknown
+    return total
 
 
 def _content(prefix: str) -> dict[str, Any] | None:

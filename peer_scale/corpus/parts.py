@@ -6,22 +6,24 @@ import os
 import struct
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 
 from peer_scale.corpus.formats.base import FileSlice, FileSource, Source
 from peer_scale.corpus.store import DTYPE_CODES, INDEX_HEADER, INDEX_MAGIC, INDEX_VERSION
+from peer_scale.corpus.unknown import UnknownCounts
 from peer_scale.corpus.wordpiece import WordPiece
 from peer_scale.errors import UserError
 from peer_scale.storage import write_aside
 
 T = TypeVar("T")
 
-# A part is: the tokens, the documents' lengths as int64, and this: number of documents, number of tokens, magic.
-_TRAILER = struct.Struct("<QQ8s")
-_MAGIC = b"PEERPART"
+# A part is: the tokens, the documents' lengths as int64, and this: number of documents, number of tokens, what of the
+# text became [UNK], magic.
+_TRAILER = struct.Struct(f"<QQ{len(fields(UnknownCounts))}Q8s")
+_MAGIC = b"PEERPRT2"
 _BATCH_CHARS = 1 << 19  # text handed to the tokenizer at once; its result is some hundred times larger than the ids
 _MAX_DOCUMENT_TOKENS = np.iinfo(np.int32).max  # the .idx holds lengths as int32
 _COPY_BYTES = 1 << 22
@@ -45,6 +47,7 @@ class Part:
     path: str
     num_documents: int
     num_tokens: int
+    unknown: UnknownCounts
 
 
 @dataclass(frozen=True)
@@ -118,12 +121,13 @@ def write_part(part_input: PartInput, path: str, tokenizer: WordPiece, text_key:
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     dtype = token_dtype(tokenizer.vocab_size)
-    lengths, length, num_tokens = array("q"), 0, 0
+    lengths, length, num_tokens, unknown = array("q"), 0, 0, UnknownCounts()
     with write_aside(path) as file:
         for batch in in_blocks(_texts(part_input, text_key), lambda piece: len(piece.text), _BATCH_CHARS):
-            encoded = tokenizer.encode([piece.text for piece in batch])
+            encoded, counts = tokenizer.encode_and_count([piece.text for piece in batch])
+            unknown += counts
             for ids, (_, ends_document, name) in zip(encoded, batch, strict=True):
-                file.write(np.array(ids, dtype=dtype).tobytes())
+                file.write(ids.astype(dtype).tobytes())
                 length += len(ids)
                 if length > _MAX_DOCUMENT_TOKENS:
                     raise UserError(f"{name}: a document of over {_MAX_DOCUMENT_TOKENS} tokens; cut it by blank lines")
@@ -132,8 +136,8 @@ def write_part(part_input: PartInput, path: str, tokenizer: WordPiece, text_key:
                     num_tokens += length
                     length = 0
         file.write(lengths.tobytes())
-        file.write(_TRAILER.pack(len(lengths), num_tokens, _MAGIC))
-    return Part(path, len(lengths), num_tokens)
+        file.write(_TRAILER.pack(len(lengths), num_tokens, *astuple(unknown), _MAGIC))
+    return Part(path, len(lengths), num_tokens, unknown)
 
 
 def read_part(path: str, dtype: type[np.integer]) -> Part | None:
@@ -146,9 +150,11 @@ def read_part(path: str, dtype: type[np.integer]) -> Part | None:
         trailer = file.read()
     if len(trailer) < _TRAILER.size:
         return None
-    num_documents, num_tokens, magic = _TRAILER.unpack(trailer)
+    num_documents, num_tokens, *unknown, magic = _TRAILER.unpack(trailer)
     expected = num_tokens * np.dtype(dtype).itemsize + num_documents * 8 + _TRAILER.size
-    return Part(path, num_documents, num_tokens) if magic == _MAGIC and size == expected else None
+    if magic != _MAGIC or size != expected:
+        return None
+    return Part(path, num_documents, num_tokens, UnknownCounts(*unknown))
 
 
 def merge_bin(parts: Sequence[Part], path: str, dtype: type[np.integer]) -> WrittenFile:

@@ -28,6 +28,7 @@ from peer_scale.corpus.parts import (
 from peer_scale.corpus.progress import PreparationBar
 from peer_scale.corpus.readers import Inputs, find_inputs, iter_documents
 from peer_scale.corpus.store import TokenStore, check_vocab, inspect_pair, pair_fingerprint
+from peer_scale.corpus.unknown import UnknownCounts
 from peer_scale.corpus.wordpiece import WordPiece, load_wordpiece, train_wordpiece
 from peer_scale.corpus.worker_pool import worker_pool
 from peer_scale.errors import UserError
@@ -87,7 +88,11 @@ def train_on_inputs(
         print(f"training a WordPiece tokenizer of {vocab_size} on {', '.join(inputs)}", file=sys.stderr, flush=True)
     # The trainer's threads would make every later fork of this process print a warning.
     with _as_user_errors(", ".join(inputs)), worker_pool(1) as pool:
-        return pool.submit(_train, tuple(inputs), vocab_size, text_key).result()
+        wordpiece = pool.submit(_train, tuple(inputs), vocab_size, text_key).result()
+    if show_progress:
+        for line in wordpiece.departures():
+            print(line, file=sys.stderr, flush=True)
+    return wordpiece
 
 
 def open_corpus(
@@ -316,6 +321,7 @@ def _merge(parts: Sequence[Part], inputs: Inputs, tokenizer: WordPiece, prefix: 
         idx_sha256=index.sha256,
         fingerprint=pair_fingerprint(prefix),
         inputs=tuple(_summary(path, _files(sources)) for path, sources in inputs.by_path),
+        unknown=sum((part.unknown for part in parts), UnknownCounts()),
     )
     manifest.write(prefix)
 

@@ -15,18 +15,27 @@ import hashlib
 import json
 import os
 import re
-import unicodedata
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import AddedToken, Tokenizer, models, processors
+from tokenizers import AddedToken, Tokenizer, models, normalizers, processors
 from tokenizers.implementations import BertWordPieceTokenizer
 
+from peer_scale.corpus import tokenizer_folder
+from peer_scale.corpus.alphabet import (
+    BERT_WORD_CHARS,
+    LONG_WORD_CHARS,
+    choose_alphabet,
+    count_characters,
+    has_long_words,
+    long_word_lengths,
+    loses_letters,
+)
+from peer_scale.corpus.unknown import UnknownCounts
 from peer_scale.errors import UserError
 from peer_scale.storage import write_atomically
 
@@ -34,7 +43,6 @@ PAD, UNK, CLS, SEP, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
 SPECIAL_TOKENS = (PAD, UNK, CLS, SEP, MASK)
 MIN_VOCAB_SIZE = 64
 _PREFIX = "##"
-_MAX_ALPHABET = 1000  # BERT's: a character beyond the most frequent ones becomes [UNK]
 _HUB_ID = re.compile(r"^\w[\w.-]*(?:/[\w.-]+)?$")
 
 
@@ -47,6 +55,7 @@ class WordPiece:
         vocab_size: 1 + the largest id.
         cls_id, sep_id, pad_id, mask_id: ids of the special tokens.
         digest: sha256 of what decides the ids, the same whatever kind of file the tokenizer came from.
+        notices: lines on what a user would not expect of the file that it came from.
     """
 
     backend: Tokenizer
@@ -56,6 +65,7 @@ class WordPiece:
     pad_id: int
     mask_id: int
     digest: str
+    notices: tuple[str, ...] = ()
 
     @cached_property
     def starts_word(self) -> np.ndarray:
@@ -69,6 +79,60 @@ class WordPiece:
         """Return each text's ids, without special tokens and untruncated."""
         return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def encode_and_count(self, texts: list[str]) -> tuple[list[np.ndarray], UnknownCounts]:
+        """Return each text's ids as `encode` does, as int64 arrays, and what of the texts became [UNK]."""
+        encoded, sums = [], np.zeros(6, dtype=np.int64)
+        unknown_id = self.backend.token_to_id(self.backend.model.unk_token)
+        for text, row in zip(texts, self.encode(texts), strict=True):
+            ids = np.array(row, dtype=np.int64)
+            encoded.append(ids)
+            # Offsets would say it too, but the library takes a third longer where it notes them.
+            characters = known = self._piece_lengths[ids].sum()
+            num_unknown, long_words = np.count_nonzero(ids == unknown_id), []
+            if num_unknown:
+                characters = max(known, self._num_characters(text))
+                long_words = long_word_lengths(text, self.word_chars, self.backend)
+            words = np.count_nonzero(self.starts_word[ids])
+            lost = characters - known
+            sums += np.array([words, characters, num_unknown, lost, len(long_words), sum(long_words)])
+        return encoded, UnknownCounts(*sums.tolist())
+
+    @cached_property
+    def _piece_lengths(self) -> np.ndarray:
+        """Int64 array [vocab_size]: number of each piece's characters that are not white space; 0 for [UNK]."""
+        model, lengths = self.backend.model, np.zeros(self.vocab_size, dtype=np.int64)
+        for token, id_ in self.backend.get_vocab().items():
+            if token != model.unk_token:
+                lengths[id_] = len("".join(token.removeprefix(model.continuing_subword_prefix).split()))
+        return lengths
+
+    def _num_characters(self, text: str) -> int:
+        """Return how many characters, white space left out, the normaliser leaves of a text."""
+        if isinstance(self.backend.normalizer, normalizers.BertNormalizer):
+            return len(text.translate(self._normalized))
+        return len("".join((self.backend.normalizer.normalize_str(text) if self.backend.normalizer else text).split()))
+
+    @cached_property
+    def _normalized(self) -> "_NormalizedCharacters":
+        return _NormalizedCharacters(self.backend.normalizer)
+
+    @property
+    def word_chars(self) -> int:
+        """Length of the longest word that does not become [UNK] for its length alone."""
+        return self.backend.model.max_input_chars_per_word
+
+    def departures(self) -> list[str]:
+        """Say in a line each where a trained tokenizer differs from BERT's lower-casing one, as its text asked."""
+        lines = []
+        if self.backend.normalizer.strip_accents is False:
+            lines.append("accents are not stripped, because this would take letters from the text")
+        if self.word_chars > BERT_WORD_CHARS:
+            lines.append(
+                f"words of up to {self.word_chars} characters are kept (BERT: {BERT_WORD_CHARS}), because the text has "
+                "long stretches without spaces"
+            )
+        return lines
+
     def to_json(self) -> str:
         """Return the content of a `tokenizer.json`."""
         return self.backend.to_str(pretty=True)
@@ -79,11 +143,11 @@ class WordPiece:
         Raises:
             UserError: the folder cannot be written.
         """
-        by_id = sorted(self.backend.get_vocab().items(), key=lambda item: item[1])
-        names = {"unk_token": UNK, "sep_token": SEP, "pad_token": PAD, "cls_token": CLS, "mask_token": MASK}
+        by_id = sorted(self.backend.get_vocab(with_added_tokens=False).items(), key=lambda item: item[1])
+        names = dict(tokenizer_folder.SPECIAL_NAMES)
         contents = {
             "tokenizer.json": self.to_json(),
-            "tokenizer_config.json": json.dumps(_transformers_class(self.backend) | names, indent=2) + "\n",
+            "tokenizer_config.json": json.dumps(_transformers_config(self.backend) | names, indent=2) + "\n",
             "special_tokens_map.json": json.dumps(names, indent=2) + "\n",
         }
         if all(id_ == line for line, (_, id_) in enumerate(by_id)):  # a vocab.txt's ids are its line numbers
@@ -98,6 +162,18 @@ class WordPiece:
     def __reduce__(self) -> tuple[Callable[[str], "WordPiece"], tuple[str]]:
         # The backend's own pickle forgets encode_special_tokens.
         return wordpiece_from_json, (self.backend.to_str(),)
+
+
+class _NormalizedCharacters(dict[int, str]):
+    """A table for `str.translate`: what BERT's normaliser, which takes each character alone, leaves of it."""
+
+    def __init__(self, normalizer: normalizers.Normalizer) -> None:
+        super().__init__()
+        self._normalizer = normalizer
+
+    def __missing__(self, code: int) -> str:
+        self[code] = "".join(self._normalizer.normalize_str(chr(code)).split())
+        return self[code]
 
 
 def wordpiece_from_json(content: str, name: str = "tokenizer.json") -> WordPiece:
@@ -145,46 +221,43 @@ def train_wordpiece(documents: Iterable[str], vocab_size: int) -> WordPiece:
     if vocab_size < MIN_VOCAB_SIZE:
         raise UserError(f"a vocabulary of {vocab_size} is too small to train: at least {MIN_VOCAB_SIZE}")
     texts = documents if isinstance(documents, Sequence) else list(documents)
-    backend = BertWordPieceTokenizer()
-    alphabet = _alphabet(texts, backend.normalizer, min(_MAX_ALPHABET, vocab_size // 4))
-    if not alphabet:
+    counts = count_characters(texts)
+    strip_accents = False if loses_letters(counts) else None
+    backend = BertWordPieceTokenizer(strip_accents=strip_accents)
+    alphabet = choose_alphabet(counts, backend.normalizer, vocab_size)
+    if not alphabet.chars:
         raise UserError("no text to train a tokenizer on")
+    long_words = has_long_words(texts, counts.total(), Tokenizer.from_str(backend.to_str()))
     # Left alone, the trainer numbers the "##x" of single characters in the order of a randomly seeded hash map, and
     # breaks ties between merges by these numbers. Naming them all beforehand makes it deterministic.
-    continuing = [_PREFIX + char for char in alphabet if not _stands_alone(char)]
+    continuing = [_PREFIX + char for char in alphabet.continuing]
     backend.train_from_iterator(
         iter(texts),
         vocab_size=vocab_size,
         min_frequency=2,
         special_tokens=[*SPECIAL_TOKENS, *continuing],
-        initial_alphabet=alphabet,
-        limit_alphabet=len(alphabet),
+        initial_alphabet=list(alphabet.chars),
+        limit_alphabet=len(alphabet.chars),
         show_progress=False,
         wordpieces_prefix=_PREFIX,
     )
+    vocab = backend.get_vocab()
+    for char, joins in alphabet.others:
+        forms = [char, _PREFIX + char] if joins else [char]
+        if len(vocab) + len(forms) <= vocab_size:
+            vocab |= {form: len(vocab) + number for number, form in enumerate(forms)}
     # Made anew, because the trainer's tokenizer takes the "##x" for special tokens.
-    return _wordpiece(_bert_tokenizer(backend.get_vocab(), {}), "the trained tokenizer")
+    word_chars = LONG_WORD_CHARS if long_words else BERT_WORD_CHARS
+    return _wordpiece(_bert_tokenizer(vocab, {"strip_accents": strip_accents}, word_chars), "the trained tokenizer")
 
 
-def _alphabet(texts: Iterable[str], normalizer: Any, size: int) -> list[str]:
-    counts: Counter[str] = Counter()
-    for text in texts:
-        counts.update(normalizer.normalize_str(text))
-    letters = [(-count, char) for char, count in counts.items() if not char.isspace()]
-    return sorted(char for _, char in sorted(letters)[:size])
-
-
-def _stands_alone(char: str) -> bool:
-    """Say whether BERT's pre-tokenizer makes a word of this character alone (ASCII symbols and punctuation)."""
-    return (char.isascii() and not char.isalnum()) or unicodedata.category(char).startswith("P")
-
-
-def _bert_tokenizer(vocab: dict[str, int], config: dict[str, Any]) -> Tokenizer:
+def _bert_tokenizer(vocab: dict[str, int], config: Mapping[str, Any], word_chars: int = BERT_WORD_CHARS) -> Tokenizer:
     """Make BERT's tokenizer of a vocabulary that has the special tokens.
 
     Args:
         vocab: id by token.
         config: the content of a tokenizer_config.json.
+        word_chars: length of the longest word that does not become [UNK].
     """
     backend = BertWordPieceTokenizer(
         vocab,
@@ -193,7 +266,9 @@ def _bert_tokenizer(vocab: dict[str, int], config: dict[str, Any]) -> Tokenizer:
         lowercase=config.get("do_lower_case", True),
         wordpieces_prefix=_PREFIX,
     )
-    return Tokenizer.from_str(backend.to_str())
+    content = json.loads(backend.to_str())
+    content["model"]["max_input_chars_per_word"] = word_chars
+    return Tokenizer.from_str(json.dumps(content))
 
 
 def _wordpiece(backend: Tokenizer, name: str) -> WordPiece:
@@ -232,44 +307,42 @@ def _digest(backend: Tokenizer) -> str:
 
 
 def _load_folder(folder: str, name: str) -> WordPiece:
-    for file in ("tokenizer.json", "vocab.txt"):
-        path = os.path.join(folder, file)
-        if os.path.exists(path):
-            return _load_file(path)
+    path = os.path.join(folder, "tokenizer.json")
+    if os.path.exists(path):
+        wordpiece = _load_file(path)
+        tokenizer_folder.check_agreement(wordpiece.backend, tokenizer_folder.read_settings(folder), folder)
+        return wordpiece
+    path = os.path.join(folder, "vocab.txt")
+    if os.path.exists(path):
+        return _load_file(path)
     raise UserError(f"{name}: holds neither tokenizer.json nor vocab.txt")
 
 
 def _load_file(path: str) -> WordPiece:
-    try:
-        content = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: the tokenizer cannot be read ({error})") from error
+    content = tokenizer_folder.read_text(path)
     if path.endswith(".json"):
-        return wordpiece_from_json(content, path)
+        wordpiece = wordpiece_from_json(content, path)
+        return replace(wordpiece, notices=tokenizer_folder.split_special_notice(path, wordpiece.backend))
     vocab = {line.rstrip("\r"): id_ for id_, line in enumerate(content.removesuffix("\n").split("\n"))}
     for token in SPECIAL_TOKENS:
         if token not in vocab:
             raise UserError(
                 f"{path}: the vocabulary lacks {token}; a BERT or ELECTRA vocab.txt has it, one token per line"
             )
-    return _wordpiece(_bert_tokenizer(vocab, _config_beside(path)), path)
-
-
-def _config_beside(vocab_path: str) -> dict[str, Any]:
-    path = os.path.join(os.path.dirname(vocab_path), "tokenizer_config.json")
-    if not os.path.exists(path):
-        return {}
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from error
+    folder = os.path.dirname(path)
+    settings = tokenizer_folder.read_settings(folder)
+    tokenizer_folder.check_case(path, vocab, settings)
+    backend = _bert_tokenizer(vocab, settings.flags)
+    notices = tokenizer_folder.unreached_notice(path, backend)
+    tokenizer_folder.add_tokens(backend, settings, folder)
+    return replace(_wordpiece(backend, path), notices=notices)
 
 
 def _download(name: str) -> str:
     from huggingface_hub import snapshot_download
 
     try:
-        return snapshot_download(name, allow_patterns=["tokenizer.json", "vocab.txt", "tokenizer_config.json"])
+        return snapshot_download(name, allow_patterns=["tokenizer.json", "vocab.txt", *tokenizer_folder.FILES])
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise UserError(
@@ -277,15 +350,21 @@ def _download(name: str) -> str:
         ) from error
 
 
-def _transformers_class(backend: Tokenizer) -> dict[str, Any]:
-    """Choose the class by which transformers gives the same ids; BertTokenizer makes its normaliser from these keys."""
+def _transformers_config(backend: Tokenizer) -> dict[str, Any]:
+    """Choose the class by which transformers gives the same ids, and the keys of which it makes its tokenizer."""
     content = json.loads(backend.to_str())
-    normalizer, pre_tokenizer = content["normalizer"] or {}, content["pre_tokenizer"] or {}
-    if (normalizer.get("type"), pre_tokenizer.get("type")) != ("BertNormalizer", "BertPreTokenizer"):
-        return {"tokenizer_class": "PreTrainedTokenizerFast"}
-    return {
-        "tokenizer_class": "BertTokenizer",
-        "do_lower_case": normalizer["lowercase"],
-        "strip_accents": normalizer["strip_accents"],
-        "tokenize_chinese_chars": normalizer["handle_chinese_chars"],
+    tokens = content["added_tokens"]
+    own = {}
+    if any(token["content"] not in SPECIAL_TOKENS for token in tokens):
+        own["added_tokens_decoder"] = {str(token.pop("id")): token for token in tokens}
+    normalizer = content["normalizer"] or {}
+    config = {
+        "do_lower_case": normalizer.get("lowercase"),
+        "strip_accents": normalizer.get("strip_accents"),
+        "tokenize_chinese_chars": normalizer.get("handle_chinese_chars"),
     }
+    if normalizer.get("type") == "BertNormalizer":
+        made = json.loads(_bert_tokenizer(content["model"]["vocab"], config).to_str())
+        if all(made[part] == content[part] for part in ("normalizer", "pre_tokenizer", "model")):
+            return {"tokenizer_class": "BertTokenizer", **config, **own}
+    return {"tokenizer_class": "PreTrainedTokenizerFast", **own}

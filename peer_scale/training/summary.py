@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from peer_scale.corpus.manifest import unknown_counts
 from peer_scale.kernels.availability import fused_kernels
 from peer_scale.models.config import EncoderShape
 from peer_scale.parallel.topology import Topology
@@ -15,9 +16,10 @@ from peer_scale.training.data import Corpus
 
 
 def startup_summary(run: RunConfig, topology: Topology, corpus: Corpus, num_parameters: int, peak: float | None) -> str:
-    """A few aligned lines: model, objective, data, batch, layout, device, kernels."""
+    """A few aligned lines: model, objective, data, batch, layout, device, kernels; then what is worth a notice."""
     training, model, data_parallel = run.training, run.model, topology.size("dp")
     optimizer_offload = run.deepspeed["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
+    unknown = unknown_counts(corpus.store.prefixes)
     lines = {
         "model": f"{run.name}, {num_parameters / 1e6:.2f} M parameters: {_networks(run)}",
         "objective": f"{run.objective.describe()}; {run.masking.mask_fraction:.0%} of the tokens are selected",
@@ -25,6 +27,7 @@ def startup_summary(run: RunConfig, topology: Topology, corpus: Corpus, num_para
         f"vocabulary {model.vocab_size:,}",
         "trained on": f"{_share(corpus.training, corpus)}, {len(corpus.training):,} samples per epoch",
         "held out": _held_out(run, corpus),
+        **({"unknown": unknown.describe(corpus.store.num_tokens)} if unknown else {}),
         "batch": f"{training.global_batch_size} x {training.seq_length} tokens "
         f"({training.micro_batch_size} a micro-batch, {run.num_micro_batches} accumulated, {data_parallel} ranks); "
         f"{training.train_iters:,} steps, lr {training.lr:g}",
@@ -36,7 +39,11 @@ def startup_summary(run: RunConfig, topology: Topology, corpus: Corpus, num_para
         **{f"kernel: {name}": state for name, state in fused_kernels(topology.device).items()},
     }
     width = max(map(len, lines))
-    return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
+    aligned = [f"{name:<{width}}  {text}" for name, text in lines.items()]
+    notices = list(corpus.tokenizer.notices)
+    if unknown and (lost := unknown.notice(corpus.store.num_tokens, corpus.tokenizer.word_chars)):
+        notices.append(lost)
+    return "\n".join([*aligned, *(f"notice: {text}" for text in notices)])
 
 
 def _held_out(run: RunConfig, corpus: Corpus) -> str:
