@@ -61,6 +61,9 @@ def _check_reduction(parsed: Any) -> None:
         raise UserError(
             "the ds_config's gradient_predivide_factor has no effect with prescale_gradients: give one of them"
         )
+    if zero.stage == 3 and parsed.gradient_predivide_factor != 1:
+        key = "the ds_config's gradient_predivide_factor"
+        raise UserError(f"{key} must be 1 under ZeRO-3: DeepSpeed leaves the gradients divided by it")
     if zero.stage == 1 or not zero.reduce_scatter:
         return
     for key, is_given in (

@@ -146,8 +146,10 @@ def test_a_ds_config(line, tmp_path, content, said):
 AT_START = [
     ({**zero(), "prescale_gradients": True}, "prescale_gradients needs zero_optimization.reduce_scatter false under "
      "ZeRO-2"),
-    ({**zero(3), "gradient_predivide_factor": 2.0}, "gradient_predivide_factor needs zero_optimization.reduce_scatter "
-     "false under ZeRO-3"),
+    ({**zero(2), "gradient_predivide_factor": 2.0}, "gradient_predivide_factor needs zero_optimization.reduce_scatter "
+     "false under ZeRO-2"),
+    ({**zero(3, reduce_scatter=False), "gradient_predivide_factor": 2.0}, "gradient_predivide_factor must be 1 under "
+     "ZeRO-3: DeepSpeed leaves the gradients divided by it"),
     ({**zero(reduce_scatter=False), "prescale_gradients": True, "gradient_predivide_factor": 2.0},
      "gradient_predivide_factor has no effect with prescale_gradients: give one of them"),
     (zero(3, offload_optimizer={"device": "nvme"}), "zero_optimization.offload_optimizer.device nvme needs "
