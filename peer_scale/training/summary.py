@@ -29,13 +29,13 @@ def startup_summary(run: RunConfig, topology: Topology, corpus: Corpus, num_para
         "held out": _held_out(run, corpus),
         **({"unknown": unknown.describe(corpus.store.num_tokens)} if unknown else {}),
         "batch": f"{training.global_batch_size} x {training.seq_length} tokens "
-        f"({training.micro_batch_size} a micro-batch, {run.num_micro_batches} accumulated, {data_parallel} ranks); "
+        f"({training.micro_batch_size} per micro-batch, {run.num_micro_batches} accumulated, {data_parallel} ranks); "
         f"{training.train_iters:,} steps, lr {training.lr:g}",
         "layout": f"data parallel {data_parallel}, tensor parallel {run.tensor_parallel}"
         f"{' with sequence parallelism' if run.sequence_parallel else ''}, "
         f"pipeline parallel {run.pipeline_parallel}, ZeRO-{run.zero_stage}, optimizer offload: {optimizer_offload}",
         "device": f"{_device(topology.device)}, {training.precision}, "
-        + ("peak not known (no MFU)" if peak is None else f"peak {peak / 1e12:.3g} TFLOP/s a rank"),
+        + ("peak not known (no MFU)" if peak is None else f"peak {peak / 1e12:.3g} TFLOP/s per rank"),
         **{f"kernel: {name}": state for name, state in fused_kernels(topology.device).items()},
     }
     width = max(map(len, lines))
@@ -76,4 +76,4 @@ def _shape(shape: EncoderShape) -> str:
 def _device(device: torch.device) -> Any:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads a rank"
+    return f"CPU, {torch.get_num_threads()} threads per rank"

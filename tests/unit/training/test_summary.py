@@ -9,7 +9,7 @@ from peer_scale.corpus.manifest import PairManifest
 from peer_scale.corpus.wordpiece import SPECIAL_TOKENS
 from peer_scale.parallel.topology import single_process_topology
 from peer_scale.settings.run import DataConfig
-from peer_scale.training.data import open_data
+from peer_scale.training.data import cut_into_samples, open_text
 from peer_scale.training.summary import startup_summary
 from small_runs import small_run
 
@@ -23,7 +23,7 @@ def test_what_is_lost_as_unknown_is_told_where_it_was_counted(tmp_path, counted)
     tokenizer, cache = str(tmp_path / "vocab.txt"), tmp_path / "cache"
     given = DataConfig(data_path=(str(tmp_path / "text.txt"),), tokenizer=tokenizer, cache_dir=cache)
     run = replace(small_run(), data=replace(given, validation_fraction=0))
-    corpus = open_data(run, show_progress=False)
+    corpus = cut_into_samples(run, *open_text(run, show_progress=False), "tokens")
     if not counted:
         (prefix,) = corpus.store.prefixes
         manifest = PairManifest.read(prefix)
