@@ -52,8 +52,8 @@ def train_and_probe(flags: list[str], out: str) -> list[dict]:
         engines.append(build_engine(*args, **kwargs))
         return engines[-1]
 
-    def loaded(*args):
-        progress = load_checkpoint(*args)
+    def loaded(*args, **kwargs):
+        progress = load_checkpoint(*args, **kwargs)
         dump(engines[-1], Path(out) / "loaded")
         return progress
 

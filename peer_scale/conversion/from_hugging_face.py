@@ -39,15 +39,15 @@ from peer_scale.settings.presets import Preset
 from peer_scale.storage import new_folder, write_atomically
 
 MODEL_FILE = "model.yaml"
-_FLAGS = {"ElectraForPreTraining": "--discriminator", "ElectraForMaskedLM": "--generator"}
-"""Where models with heads that have one place belong. BERT's heads are left out where there is no place for them."""
+_FLAGS = {"ElectraForPreTraining": ("--discriminator",), "ElectraForMaskedLM": ("--generator", "--bert")}
+"""Where models with heads belong. BERT's heads are left out where there is no place for them."""
 
 
 def check_class(folder: HuggingFaceFolder, flag: str) -> None:
     """Raise UserError where the folder's model is of a class that belongs to another flag than `flag`."""
-    belongs = _FLAGS.get(folder.class_name, flag)
-    if belongs != flag:
-        raise UserError(f"{flag} {folder.name}: holds an {folder.class_name}, which belongs to {belongs}")
+    belongs = _FLAGS.get(folder.class_name, (flag,))
+    if flag not in belongs:
+        raise UserError(f"{flag} {folder.name}: holds an {folder.class_name}, which belongs to {' or '.join(belongs)}")
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,8 @@ def test_dropout_leaves_replicated_weights_equal_and_survives_recomputation(row,
     again = replace(layout, recompute=True)
     recomputed = watched_run(rank_pools, tmp_path, text_file, again, *dropout)[0]
     assert losses(recomputed) == pytest.approx(losses(first), rel=1e-6)
-    without = watched_run(rank_pools, tmp_path, text_file, layout)[0]
+    (tmp_path / "without").mkdir()
+    without = watched_run(rank_pools, tmp_path / "without", text_file, layout)[0]
     assert losses(without)[-1] != pytest.approx(losses(first)[-1], rel=1e-5)
 
 

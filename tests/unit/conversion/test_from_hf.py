@@ -284,9 +284,10 @@ def test_what_is_refused(saved, refused, run, tmp_path, wordpiece):
     assert "a roberta model" in changed("bert", leave, {"model_type": "roberta"})
     assert "type_vocab_size is 1" in changed("bert", leave, {"type_vocab_size": 1})
     generator, discriminator = saved / "generator", saved / "discriminator"
-    belongs = f"{generator}: holds an ElectraForMaskedLM, which belongs to --generator\n"
+    belongs = f"{generator}: holds an ElectraForMaskedLM, which belongs to --generator or --bert\n"
     assert refused("--discriminator", generator) == f"error: --discriminator {belongs}"
-    assert refused("--bert", generator) == f"error: --bert {belongs}"
+    belongs = f"{discriminator}: holds an ElectraForPreTraining, which belongs to --discriminator\n"
+    assert refused("--bert", discriminator) == f"error: --bert {belongs}"
     assert refused("--discriminator", discriminator, "--generator", discriminator).endswith(
         f"--generator {discriminator}: holds an ElectraForPreTraining, which belongs to --discriminator\n"
     )

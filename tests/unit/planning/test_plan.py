@@ -60,7 +60,7 @@ def held_by(engine):
 
 @contextlib.contextmanager
 def train_step_replaced(replacement):
-    """Within, a trainer's step is `replacement(plain_step, trainer, step, micro_batches)`."""
+    """Within, a trainer's step is `replacement(plain_step, trainer, step, *batches)`."""
     from peer_scale.training.trainer import Trainer
 
     plain_step = Trainer.train_step
@@ -75,7 +75,7 @@ def observed_run(flags):
     """Train two steps; gives what the engine holds between the last two backward calls."""
     found = []
 
-    def train_step(plain_step, trainer, step, micro_batches):
+    def train_step(plain_step, trainer, step, *batches):
         if step == 2:
             engine, update = trainer.engine, type(trainer.engine).step
 
@@ -85,7 +85,7 @@ def observed_run(flags):
                 return update(engine, *args, **kwargs)
 
             engine.step = look
-        return plain_step(trainer, step, micro_batches)
+        return plain_step(trainer, step, *batches)
 
     with train_step_replaced(train_step):
         train_in_pool(flags)
@@ -178,11 +178,11 @@ def sent_in_a_step(flags):
 
     found = []
 
-    def train_step(plain_step, trainer, step, micro_batches):
+    def train_step(plain_step, trainer, step, *batches):
         if step < 4:
-            return plain_step(trainer, step, micro_batches)
-        with Counter(trainer.topology, len(trainer.engine.module.sums) + 1) as counter:
-            record = plain_step(trainer, step, micro_batches)
+            return plain_step(trainer, step, *batches)
+        with Counter(trainer.topology, len(trainer.engine.module.sums) + 2) as counter:
+            record = plain_step(trainer, step, *batches)
         found.append(counter.sent)
         return record
 
