@@ -85,13 +85,3 @@ def test_exit_duration_stops_both_ranks_after_one_step(two_ranks, tmp_path, text
     flags = flags_for(tmp_path, text_file, 2, "log", "--exit-duration-in-mins", 0)
     metrics = two_ranks.run(train_in_pool, list(map(str, flags)))[0]
     assert len(metrics) < 5
-
-
-def test_loading_an_empty_folder_starts_fresh_and_says_so(tmp_path, text_file):
-    (tmp_path / "empty").mkdir()
-    flags = flags_for(tmp_path, text_file, 2, "log", "--load", tmp_path / "empty")
-    flags[flags.index("--train-iters") + 1] = 2
-    done = pretrain(*flags)
-    assert done.returncode == 0, done.stderr
-    assert "starting fresh" in done.stdout
-    assert len(read_metrics(tmp_path / "log")) == 2

@@ -44,6 +44,7 @@ def test_ratios_are_paired():
     assert (result.ours_ms, result.peer_ms) == (10_000.0, 30_000.0)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     out = tmp_path / "bench.json"
     rows = ["step-transformers-bf16", "step-plain-loop", "step-matrix-products", "head-forward", "head-backward"]
