@@ -32,11 +32,11 @@ peer pp2 zero2 mb4
 peer pp2 zero2 mb2 offload
 teams pp2 zero3 mb2
 peer pp4 zero3 mb2
-bert dp2 pp2 zero2 mb1
 teams tp2 pp2 sp zero1 mb4
 """
 
 SLOW = """
+bert dp2 pp2 zero2 mb1
 peer dp2 zero3 mb4
 bert dp2 zero3 mb4
 electra dp2 zero2 mb2

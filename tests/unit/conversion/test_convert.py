@@ -140,7 +140,7 @@ def masked_lm_logits(model, batch, mask):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_ranker_opens_as_electra_for_pre_training(stage, checkpoints, tmp_path):
     folder = checkpoints[stage]
     output = tmp_path / "deep" / "hf"

@@ -168,7 +168,9 @@ def interrupted_by(number: int, arguments: list[str], prefix: Path) -> tuple[int
     return process.returncode, stderr, sorted(parts_folder.glob("*/????????"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGTERM, signal.SIGINT))]
+)
 def test_an_interrupted_run_leaves_no_process_and_goes_on_to_the_same_bytes(
     tmp_path, tool_arguments, uninterrupted, number
 ):

@@ -97,7 +97,7 @@ def test_the_fingerprint_tells_contents_and_sizes_apart(tmp_path):
     assert len(set(found)) == 3
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_opening_says_nothing(pair):
     code = (
         "import logging, sys; logging.basicConfig(level=logging.DEBUG)\n"

@@ -286,7 +286,7 @@ def extra_memory(n, vocab, hidden):
     return forward, backward, working_memory(lambda: torch.ones(2**26), cpu)
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's account of memory")
 def test_extra_memory():
     n, vocab = 4096, 131072
