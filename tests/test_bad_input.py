@@ -172,7 +172,7 @@ def test_disk_full_while_saving(small_disk, tmp_path, text_file):
     flags = (*corpus(text_file), "--save", small_disk / "save")
     done = pretrain(*flags, "--train-iters", 6, "--save-interval", 2, "--keep-last", 9, launcher=torchrun(2))
     assert done.returncode != 0
-    assert done.stderr.count("error: --save") == 1
+    assert done.stderr.count("error: --save") == 1, done.stderr
     assert "exitcode  : 2" in done.stderr
     assert "could not be" in done.stderr and "older ones stay good" in done.stderr
     kept = sorted((small_disk / "save").glob("step_*"))

@@ -16,7 +16,7 @@ from peer_scale.quiet import silence_libraries
 from peer_scale.settings.flags import build_parser
 
 # A launcher ends all ranks when the first one does: the others wait until rank 0 has spoken.
-_SECONDS_FOR_RANK_0_TO_SPEAK = 4.0
+_SECONDS_FOR_RANK_0_TO_SPEAK = 20.0
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:

@@ -2,7 +2,7 @@
 
 import multiprocessing
 import signal
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -110,7 +110,7 @@ class _MicroBatchSampler(Sampler[list[int]]):
 
 def micro_batches(
     dataset: ExampleDataset, plan: BatchPlan, *, first_step: int, last_step: int, num_workers: int
-) -> Generator[StepBatches, None, None]:
+) -> Iterator[StepBatches]:
     """Give this rank's micro-batches of each step in [first_step, last_step), counted from 0."""
     loader = DataLoader(
         _Samples(dataset),

@@ -2,7 +2,6 @@
 
 import argparse
 import atexit
-import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -147,8 +146,7 @@ def _train(run: RunConfig, topology: Topology, coordinator: RankCoordinator, fol
         last_step=run.training.train_iters,
         num_workers=run.data.num_workers,
     )
-    with contextlib.closing(steps):  # ends the data workers
-        trainer.fit(steps)
+    trainer.fit(steps)
 
 
 def _engine_and_runner(
