@@ -18,6 +18,8 @@ from peer_scale.settings.resolve import resolve
 from peer_scale.training.job import plan_pipeline
 from runs import PROJECT, SMALL, corpus, ds_config, outside_of_ranks, torchrun, train_in_fp16, train_in_pool
 
+pytestmark = pytest.mark.heavy
+
 COMPUTE = (Forward, Backward)
 
 

@@ -15,6 +15,8 @@ from peer_scale.samples.windows import Windows
 from runs import pretrain, torchrun, train_in_pool
 from token_files import write_index, write_pair
 
+pytestmark = pytest.mark.heavy
+
 NUM_DOCUMENTS, LENGTH = 300, 90
 BAD_IDS = [(np.uint16, 30_522), (np.uint16, 65_535), (np.int32, -1), (np.int32, -5), (np.int32, 2**31 - 1)]
 
