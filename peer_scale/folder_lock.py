@@ -13,13 +13,14 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from peer_scale.errors import UserError
+from peer_scale.storage import read_json_object
 
 OWNER = ".owner.json"
 _BEAT_SECONDS, _STALE_SECONDS = 10.0, 60.0
-_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # file systems without locks
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+"""What file systems without locks answer."""
 
 
 class FolderLock:
@@ -38,29 +39,12 @@ class FolderLock:
 
     def acquire(self, *, use_locks: bool = True) -> None:
         """Become the owner at once, or raise UserError naming the process that is; OSError where the disk fails."""
-        while self._descriptor is None and self._heartbeat is None:
-            if not use_locks:
-                self._heartbeat = self._first_beat()
-                return
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            try:
-                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if _names(self._path, descriptor):
-                    os.ftruncate(descriptor, 0)
-                    os.pwrite(descriptor, self._content(), 0)
-                    self._descriptor = descriptor
-                    return
-            except OSError as error:
-                use_locks = error.errno not in _NO_LOCKS
-                if error.errno in (errno.EACCES, errno.EAGAIN):
-                    raise self._refusal() from None
-                if use_locks:
-                    raise
-            finally:
-                if self._descriptor is None:
-                    os.close(descriptor)
-                    if not use_locks:
-                        self._path.unlink(missing_ok=True)
+        if use_locks and _has_locks(self._path.parent):
+            self._descriptor = self._locked()
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, self._content(), 0)
+        else:
+            self._heartbeat = self._first_beat()
 
     def release(self) -> None:
         """Let the next one in."""
@@ -72,12 +56,27 @@ class FolderLock:
             os.close(self._descriptor)
         self._descriptor = self._heartbeat = None
 
+    def _locked(self) -> int:
+        """Open and lock the file; the descriptor holds the lock."""
+        while True:
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                os.close(descriptor)
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    raise self._refusal() from None
+                raise
+            if _names(self._path, descriptor):
+                return descriptor
+            os.close(descriptor)  # its owner removed the file in between
+
     def _content(self) -> bytes:
         owner = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         return json.dumps({**owner, "slurm_job": self._job} if self._job else owner).encode()
 
     def _refusal(self) -> UserError:
-        owner = _read(self._path)
+        owner = read_json_object(self._path) or {}
         who = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in owner.items()) or "a process"
         return UserError(f"{self._flag} {self._path.parent}: another run is at work there ({who}); give another folder")
 
@@ -95,7 +94,7 @@ class FolderLock:
             return _Heartbeat(self._path)
 
     def _is_stale(self) -> bool:
-        owner = _read(self._path)
+        owner = read_json_object(self._path) or {}
         if owner.get("host") == socket.gethostname() and not _is_alive(owner.get("process")):
             return True
         with tempfile.NamedTemporaryFile(dir=self._path.parent) as now:  # by the file server's own clock
@@ -124,19 +123,24 @@ class _Heartbeat:
                 os.utime(self._path)
 
 
+def _has_locks(folder: Path) -> bool:
+    """Try on a file of its own: the folder's may be another run's, kept by a heartbeat."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                return False
+            raise
+    return True
+
+
 def _names(path: Path, descriptor: int) -> bool:
     """Say whether the path still leads to the open file."""
     try:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
     except FileNotFoundError:
         return False
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
-        return {}
 
 
 def _is_alive(process: object) -> bool:

@@ -1,12 +1,13 @@
 """Writing files so that a partial one is never taken for a whole one, and checking that a folder can be written."""
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from peer_scale.errors import UserError
 
@@ -67,10 +68,25 @@ def fsync_folder(folder: Path) -> None:
 
 def require_writable_folder(folder: Path, flag: str) -> None:
     """Make `folder` if need be and write a byte into it; UserError naming the flag where that fails."""
-    try:
+    with named_if_unwritable(folder, flag):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"x")
             file.flush()
+
+
+@contextlib.contextmanager
+def named_if_unwritable(folder: Path, flag: str) -> Iterator[None]:
+    """Raise what the disk raises in the block as a UserError that names the flag and its folder."""
+    try:
+        yield
     except OSError as error:
         raise UserError(f"{flag} {folder}: cannot be written: {error.strerror}") from None
+
+
+def read_json_object(path: Path) -> dict[str, Any] | None:
+    """Read a small file of ours; None where it is not there, or is no whole JSON object."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None

@@ -14,6 +14,7 @@ import dataclasses
 import re
 import shutil
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 
 from peer_scale.checkpoints.manifest import MANIFEST, Manifest, read_manifest
@@ -45,7 +46,6 @@ class CheckpointFolder:
         """Take the folder over for `run`, which goes on from the checkpoint that `resumed` is of."""
         self._path, self._keep_last, self._keep_every = path, keep_last, keep_every
         self._run, self._last = run, None if resumed is None else resumed.number
-        self._savings: dict[Path, Saving | None] | None = None
 
     def remove_unfinished(self) -> None:
         """Delete what an earlier run left half-written or half-deleted."""
@@ -65,8 +65,6 @@ class CheckpointFolder:
 
     def commit(self, step: int, manifest: Manifest) -> list[Path]:
         """Make what was begun the newest checkpoint; give folders out of the way that are now to be deleted."""
-        if self._savings is None:
-            self._savings = {folder: _saving(folder) for folder in committed(self._path)}
         aside = self._aside(step)
         saving = None
         if self._run is not None:
@@ -84,7 +82,6 @@ class CheckpointFolder:
 
     def _put_away(self, folder: Path) -> Path:
         """Take a checkpoint's name from it before any of its files go; `latest` must not name it then."""
-        assert self._savings is not None
         self._savings.pop(folder, None)
         latest = self._path / LATEST
         if latest.is_file() and latest.read_text() == folder.name:
@@ -92,6 +89,11 @@ class CheckpointFolder:
         away = self._path / f"{_REMOVING}{folder.name}"
         shutil.rmtree(away, ignore_errors=True)
         return folder.replace(away)
+
+    @cached_property
+    def _savings(self) -> dict[Path, Saving | None]:
+        """The committed checkpoints, read when the first one is added: only one process does that."""
+        return {folder: read_manifest(folder).sections.saving for folder in committed(self._path)}
 
     def _aside(self, step: int) -> Path:
         return self._path / f"{_WRITING}{_PREFIX}{step:08d}"
@@ -109,16 +111,14 @@ def superfluous(savings: Mapping[Path, Saving | None], keep_last: int, keep_ever
 
 def _lineage(savings: Mapping[Path, Saving | None]) -> set[Path]:
     """Find the checkpoints that the newest one goes back to; the others are of ways that the run has left."""
-    by_number = {_number(saving): folder for folder, saving in savings.items() if saving is not None}
+    numbered = {saving.number: (folder, saving.after) for folder, saving in savings.items() if saving is not None}
     lineage = {folder for folder, saving in savings.items() if saving is None}
-    number = max(by_number, default=None)
-    while number in by_number:
-        folder = by_number[number]
+    number = max(numbered, default=None)
+    while number in numbered:
+        folder, number = numbered[number]
         lineage.add(folder)
-        saving = savings[folder]
-        number = None if saving is None else saving.after
     if number is not None:  # that one is deleted; what it went back to is as old or older
-        lineage |= {folder for each, folder in by_number.items() if each < number}
+        lineage |= {folder for each, (folder, _) in numbered.items() if each < number}
     return lineage
 
 
@@ -129,10 +129,6 @@ def _number(saving: Saving | None) -> int:
 def _age(folder: Path, saving: Saving | None) -> tuple[int, int]:
     """Give what orders checkpoints by their saving; those of versions that did not number them are ordered by step."""
     return _number(saving), step_of(folder)
-
-
-def _saving(folder: Path) -> Saving | None:
-    return read_manifest(folder).sections.saving
 
 
 def step_of(folder: Path) -> int:

@@ -20,11 +20,6 @@ _SPLIT = "data.split"  # is taken over by the run that goes on: `with_split_of`
 _OF_TRAINING = ("hidden_dropout", "attention_dropout", "init_std")
 
 
-def differences_of_run(manifest: Manifest, own: Sections) -> str:
-    """Say in which fields the run that saved the checkpoint and the one that `own` describes differ; empty: in none."""
-    return differences_of_identities(_of(manifest.sections.as_json(), _SECTIONS), own)
-
-
 def differences_of_weights(manifest: Manifest, own: Sections, tensor_parallel: TensorParallel) -> str:
     """Say why the checkpoint's weights cannot begin the run that `own` describes; empty where they can.
 
@@ -33,16 +28,20 @@ def differences_of_weights(manifest: Manifest, own: Sections, tensor_parallel: T
     saved, here = manifest.sections.as_json(), own.as_json()
     for sections in (saved, here):
         sections["model"] = {key: value for key, value in sections["model"].items() if key not in _OF_TRAINING}
-    differences = _differences(_of(saved, _SECTIONS_OF_WEIGHTS), _of(here, _SECTIONS_OF_WEIGHTS))
-    return _told(differences or _differences(_shapes(manifest), _model_shapes(own, tensor_parallel)))
+    found = _differences(_of(saved, _SECTIONS_OF_WEIGHTS), _of(here, _SECTIONS_OF_WEIGHTS))
+    return _told(found or _differences(_shapes(manifest), _model_shapes(own, tensor_parallel)))
+
+
+def differences(manifest: Manifest, own: Sections, tensor_parallel: TensorParallel) -> str:
+    """Say why the run that `own` describes cannot go on from the checkpoint; empty where it can."""
+    if manifest.sections.imported is None:
+        return differences_of_identities(_of(manifest.sections.as_json(), _SECTIONS), own)
+    return differences_of_weights(manifest, own, tensor_parallel)
 
 
 def check_identity(folder: Path, manifest: Manifest, own: Sections, tensor_parallel: TensorParallel) -> None:
     """Raise UserError naming every field in which the checkpoint and the run that `own` describes differ."""
-    if manifest.sections.imported is None:
-        told = differences_of_run(manifest, own)
-    else:
-        told = differences_of_weights(manifest, own, tensor_parallel)
+    told = differences(manifest, own, tensor_parallel)
     if told:
         raise UserError(f"--load {folder}: saved by another run: {told}")
 
@@ -72,8 +71,8 @@ def changes(manifest: Manifest, own: Sections) -> str:
     """Say, for the user, what of layout and training differs from the run that saved; empty where nothing does."""
     saved, here = manifest.sections.as_json(), own.as_json()
     names = [name for name in ("layout", "training") if saved.get(name) is not None]
-    differences = [d for name in names for d in _differences(saved[name], here[name])]
-    return ", ".join(f"{where} {saved} -> {here}" for where, saved, here in differences)
+    found = [difference for name in names for difference in _differences(saved[name], here[name])]
+    return ", ".join(f"{where} {saved} -> {here}" for where, saved, here in found)
 
 
 def _told(differences: list[tuple[str, Any, Any]]) -> str:

@@ -1,13 +1,12 @@
 """Keeping two processes from writing the same files at once."""
 
 import contextlib
-import errno
 import os
 from collections.abc import Iterator
 
 from filelock import FileLock
 
-_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # file systems without locks
+from peer_scale.folder_lock import NO_LOCKS
 
 
 @contextlib.contextmanager
@@ -31,7 +30,7 @@ def locked(path: str) -> Iterator[None]:
     try:
         lock.acquire()
     except OSError as error:
-        if error.errno not in _NO_LOCKS:
+        if error.errno not in NO_LOCKS:
             raise
     try:
         yield

@@ -31,6 +31,7 @@ from peer_scale.samples.loader import BatchPlan, end_workers, micro_batches
 from peer_scale.settings.config_file import run_yaml
 from peer_scale.settings.resolve import resolve
 from peer_scale.settings.run import RunConfig
+from peer_scale.storage import named_if_unwritable
 from peer_scale.training.callbacks.checkpointing import Checkpointing
 from peer_scale.training.callbacks.closing import ClosingSummary
 from peer_scale.training.callbacks.console import ProgressLine
@@ -101,9 +102,7 @@ def _train(run: RunConfig, topology: Topology, coordinator: RankCoordinator, fol
     if start.manifest is not None and not start.only_weights:
         sections = with_split_of(start.manifest, sections)
     corpus = coordinator.everyone(lambda: cut_into_samples(run, store, tokenizer, split_of(sections)))
-    said = coordinator.first_rank(lambda: folders.prepare_logs(start.run, start.step, sections, run_yaml(run)))
-    if said:
-        say(said)
+    coordinator.first_rank(lambda: folders.prepare_logs(start.run, start.step, sections, run_yaml(run), say))
 
     pipeline = plan_pipeline(run) if topology.size("pp") > 1 else None
     part = pipeline.placement.stages[topology.rank("pp")] if pipeline else None
@@ -135,7 +134,7 @@ def _train(run: RunConfig, topology: Topology, coordinator: RankCoordinator, fol
         engine,
         runner,
         Meter(run, dist.get_world_size(), peak, skipped_steps=engine.skipped_steps),
-        _callbacks(run, topology, coordinator, corpus, plan, sections, state, progress, warmup_steps, start),
+        _callbacks(run, topology, coordinator, corpus, plan, sections, state, warmup_steps, start),
         progress=progress,
         warmup_steps=warmup_steps,
     )
@@ -179,7 +178,6 @@ def _callbacks(
     plan: BatchPlan,
     sections: Sections,
     state: TrainingState,
-    progress: Progress,
     warmup_steps: int,
     start: StartingPoint,
 ) -> list[Callback]:
@@ -188,8 +186,8 @@ def _callbacks(
     if output.eval_interval is not None and corpus.validation is not None:
         callbacks.append(Validation(corpus.validation, plan, output.eval_interval, output.eval_iters))
     if topology.is_first_rank:
-        callbacks.append(ProgressLine(run, progress.step, run.objective.notices(warmup_steps)))
-    callbacks += coordinator.everyone(lambda: _reporting(run, progress.step) if topology.is_first_rank else [])
+        callbacks.append(ProgressLine(run, start.step, run.objective.notices(warmup_steps)))
+    callbacks += coordinator.everyone(lambda: _reporting(run, start.step) if topology.is_first_rank else [])
     if output.exit_duration_in_mins is not None:
         callbacks.append(StopAfter(output.exit_duration_in_mins))
     if output.exit_signal_handler:
@@ -203,7 +201,7 @@ def _callbacks(
         )
         callbacks.append(Checkpointing(writer, output.save_interval))
     if topology.is_first_rank:
-        callbacks.append(ClosingSummary(run, progress.step))
+        callbacks.append(ClosingSummary(run, start.step))
     return [*callbacks, StopOnInterrupt(output.save)]
 
 
@@ -211,10 +209,8 @@ def _reporting(run: RunConfig, step: int) -> list[Callback]:
     log_dir = run.output.log_dir
     callbacks: list[Callback] = [MonitorEvents(log_dir, run.deepspeed)]
     if log_dir is not None:
-        try:
+        with named_if_unwritable(log_dir, "--log-dir"):
             callbacks.append(MetricsFile(log_dir / METRICS, step))
-        except OSError as error:
-            raise UserError(f"--log-dir {log_dir}: cannot be written: {error.strerror}") from None
     return callbacks
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from peer_scale.checkpoints.identity import differences_of_identities, identity_of
 from peer_scale.checkpoints.sections import Sections
 from peer_scale.errors import UserError
 from peer_scale.folder_lock import FolderLock
 from peer_scale.settings.run import OutputConfig
-from peer_scale.storage import require_writable_folder, write_atomically
+from peer_scale.storage import named_if_unwritable, read_json_object, require_writable_folder, write_atomically
 
 METRICS, DROPPED = "metrics.jsonl", "metrics.dropped.jsonl"
 RUN_YAML, TENSORBOARD = "run.yaml", "tensorboard"
@@ -36,12 +36,9 @@ class RunFolders:
                 continue
             require_writable_folder(path, flag)
             if path.resolve() not in claimed:
-                lock = FolderLock(path, flag)
-                try:
-                    lock.acquire()
-                except OSError as error:
-                    raise UserError(f"{flag} {path}: cannot be written: {error.strerror}") from None
-                self._locks.append(lock)
+                self._locks.append(FolderLock(path, flag))
+                with named_if_unwritable(path, flag):
+                    self._locks[-1].acquire()
                 claimed.add(path.resolve())
 
     def release(self) -> None:
@@ -54,8 +51,8 @@ class RunFolders:
         assert self._output.save is not None
         return _set_aside(self._output.save, _OF_CHECKPOINTS)
 
-    def prepare_logs(self, run: str, step: int, own: Sections, run_yaml: str) -> str | None:
-        """Make --log-dir ready for the run that `own` describes and that goes on after `step`; give what to say.
+    def prepare_logs(self, run: str, step: int, own: Sections, run_yaml: str, say: Callable[[str], None]) -> None:
+        """Make --log-dir ready for the run that `own` describes and that goes on after `step`; `say` what is moved.
 
         Metrics are this run's where its name stands beside them. Those of a run with the same settings that is not
         gone on from are set aside, since nothing of it may be lost and a command may be started again before its first
@@ -66,23 +63,20 @@ class RunFolders:
         """
         folder = self._output.log_dir
         if folder is None:
-            return None
-        try:
-            said = self._check_logs(folder, run, step, own)
+            return
+        with named_if_unwritable(folder, "--log-dir"):
+            self._check_logs(folder, run, step, own, say)
             record = {"run": run, "model": own.provenance.model, "identity": identity_of(own)}
             write_atomically(folder / _RUN, json.dumps(record).encode())
             write_atomically(folder / RUN_YAML, run_yaml.encode())
-        except OSError as error:
-            raise UserError(f"--log-dir {folder}: cannot be written: {error.strerror}") from None
-        return said
 
-    def _check_logs(self, folder: Path, run: str, step: int, own: Sections) -> str | None:
+    def _check_logs(self, folder: Path, run: str, step: int, own: Sections, say: Callable[[str], None]) -> None:
         metrics = folder / METRICS
         if not metrics.is_file() or not metrics.stat().st_size:
-            return None
-        record = _read(folder / _RUN)
+            return
+        record = read_json_object(folder / _RUN)
         if (record is None and step) or (record is not None and record.get("run") == run):
-            return None
+            return
         who = "a run" if record is None else f"{record.get('model')} {record.get('run')}"
         told = "" if record is None else differences_of_identities(record.get("identity", {}), own)
         is_same = record is not None and not told and not step
@@ -90,7 +84,7 @@ class RunFolders:
             raise UserError(
                 f"--log-dir {folder}: holds the metrics of another run ({who}{': ' if told else ''}{told}); {SET_ASIDE}"
             )
-        return f"--log-dir {folder}: the logs of {who} are now in {_set_aside(folder, _OF_LOGS)}"
+        say(f"--log-dir {folder}: the logs of {who} are now in {_set_aside(folder, _OF_LOGS)}")
 
 
 def _set_aside(folder: Path, patterns: tuple[str, ...]) -> Path:
@@ -102,10 +96,3 @@ def _set_aside(folder: Path, patterns: tuple[str, ...]) -> Path:
         for path in sorted(folder.glob(pattern)):
             path.replace(aside / path.name)
     return aside
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peer_scale.checkpoints.folder import newest, require_found, step_of
-from peer_scale.checkpoints.identity import changes, check_identity, differences_of_run, differences_of_weights
+from peer_scale.checkpoints.identity import changes, check_identity, differences, differences_of_weights
 from peer_scale.checkpoints.manifest import Manifest
 from peer_scale.checkpoints.sections import Saving, Sections, split_of
 from peer_scale.errors import UserError
@@ -89,10 +89,7 @@ def _in_save(
     if save is None or found is None:
         return None
     folder, manifest = found
-    if manifest.sections.imported is None:
-        told = differences_of_run(manifest, own)
-    else:
-        told = differences_of_weights(manifest, own, tensor_parallel)
+    told = differences(manifest, own, tensor_parallel)
     if told and output.set_aside and (load is None or save.resolve() not in load.resolve().parents):
         say(f"--save {save}: {_name(manifest)} is now in {folders.set_aside_save()}")
         return None

@@ -51,8 +51,7 @@ def run(output: OutputConfig, own=RUN, steps=0, save_every=1, mark="", killed=Fa
         start = find_start(output, own, RANKS, folders, said.append, dict(environ))
         kept = None
         if output.log_dir is not None:
-            notice = folders.prepare_logs(start.run, start.step, own, "run.yaml's text")
-            said += [notice] if notice else []
+            folders.prepare_logs(start.run, start.step, own, "run.yaml's text", said.append)
             metrics = MetricsFile(output.log_dir / "metrics.jsonl", start.step)
         if output.save is not None:
             kept = CheckpointFolder(
