@@ -1,5 +1,6 @@
 import importlib
 import inspect
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,26 @@ def refusal(capfd, tmp_path):
         return captured.err
 
     return run
+
+
+@pytest.fixture
+def mount_disk(tmp_path):
+    """Mount a small disk, of a size as `mount` writes it; gives its folder. Skips where that is not allowed."""
+    mounted = []
+
+    def mount(size: str) -> Path:
+        folder = tmp_path / "disk"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"cannot mount a small file system here: {done.stderr.strip()}")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 @pytest.fixture(scope="module")

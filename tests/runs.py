@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
@@ -44,6 +46,17 @@ def train_in_pool(flags: list[str]) -> list[dict]:
     run = resolve(args, dist.get_world_size())
     train(run, arrange_ranks(run, torch.device("cpu")), RankCoordinator())
     return read_metrics(args.log_dir)
+
+
+def train_to_refusal(flags: list[str]) -> str | None:
+    """As `train_in_pool`, for a run that is refused: gives the line."""
+    from peer_scale.errors import UserError
+
+    try:
+        train_in_pool(flags)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _number_modules_afresh() -> None:
@@ -90,6 +103,15 @@ def pretrain(*flags: object, launcher: tuple[str, ...] = (), timeout: float = 24
     return subprocess.run(
         command, capture_output=True, text=True, timeout=timeout, env=environment | environ, cwd=PROJECT, check=False
     )
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+    """Wait for something that a trainer does; fail with what it has said where it ends or takes too long."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.stderr.read() if process.stderr else process.args
+        assert time.monotonic() < deadline, "the run did not get that far"
+        time.sleep(0.02)
 
 
 def outside_of_ranks() -> dict[str, str]:

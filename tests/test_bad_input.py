@@ -6,7 +6,6 @@ What is wrong with settings is tested in tests/unit/settings; here a few of them
 import json
 import re
 import shutil
-import subprocess
 
 import numpy as np
 import pytest
@@ -153,22 +152,9 @@ def test_loading_what_does_not_fit(refused, checkpoint):
     assert "peer_scale.json" in refused("--load", checkpoint)
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system with room for one checkpoint, but not for two."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", disk], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a small file system here: {mounted.stderr.decode().strip()}")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
-
-
 @pytest.mark.slow
-def test_disk_full_while_saving(small_disk, tmp_path, text_file):
+def test_disk_full_while_saving(mount_disk, tmp_path, text_file):
+    small_disk = mount_disk("24m")  # room for one checkpoint, but not for two
     flags = (*corpus(text_file), "--save", small_disk / "save")
     done = pretrain(*flags, "--train-iters", 6, "--save-interval", 2, "--keep-last", 9, launcher=torchrun(2))
     assert done.returncode != 0

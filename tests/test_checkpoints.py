@@ -13,8 +13,7 @@ from checkpoint_runs import flags_for, without_times
 from peer_scale.checkpoints.folder import committed, newest
 from peer_scale.checkpoints.pieces import write_tensors
 from peer_scale.commands import convert
-from peer_scale.errors import UserError
-from runs import read_metrics, train_in_pool
+from runs import read_metrics, train_in_pool, train_to_refusal
 
 # --- the tool
 
@@ -137,13 +136,6 @@ def test_what_reshape_refuses(saved, copy, tool, tmp_path):
 
 
 # --- the trainer
-
-
-def train_to_refusal(flags):
-    try:
-        train_in_pool(flags)
-    except UserError as error:
-        return str(error)
 
 
 def test_the_trainer_names_what_is_damaged_on_all_ranks(two_ranks, copy, text_file, tmp_path):

@@ -5,13 +5,12 @@ import json
 import signal
 import subprocess
 import sys
-import time
 
 import psutil
 import pytest
 
 from checkpoint_runs import without_times
-from runs import PROJECT, SMALL, corpus, ds_config, pretrain, read_metrics, torchrun, train_in_pool
+from runs import PROJECT, SMALL, corpus, ds_config, pretrain, read_metrics, torchrun, train_in_pool, wait_until
 
 
 def flags_for(folder, text_file, stage, log_dir, *more):
@@ -29,12 +28,8 @@ def start(flags, ranks):
 
 
 def kill_after_step(process, log_dir, step):
-    deadline = time.monotonic() + 120
     metrics = log_dir / "metrics.jsonl"
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < step:
-        assert process.poll() is None, process.stderr.read().decode()
-        assert time.monotonic() < deadline, "the run did not get that far"
-        time.sleep(0.02)
+    wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= step, process)
     for victim in (psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)):
         with contextlib.suppress(psutil.NoSuchProcess):
             victim.kill()
@@ -66,11 +61,7 @@ def test_stopping_on_a_signal_saves_and_keeps_the_last_checkpoints(tmp_path, tex
     )
     flags[flags.index("--train-iters") + 1] = 100_000
     process = start([*flags, "--exit-signal-handler"], ranks=2)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "save" / "step_00000006").exists():
-        assert process.poll() is None, process.stderr.read().decode()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until((tmp_path / "save" / "step_00000006").exists, process)
     process.send_signal(signal.SIGTERM)  # torchrun passes it on to both ranks
     process.wait(60)
     kept = sorted(path.name for path in (tmp_path / "save").glob("step_*"))

@@ -5,22 +5,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import torch.distributed as dist
 
 from checkpoint_runs import flags_for
 from peer_scale.checkpoints.folder import newest
 from peer_scale.pretrain import main
-from runs import PROJECT, SMALL, outside_of_ranks, read_metrics, train_in_pool
-
-
-def wait_until(condition, process):
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+from runs import PROJECT, SMALL, outside_of_ranks, read_metrics, train_in_pool, train_to_refusal, wait_until
 
 
 def test_a_run_that_is_joined_by_another_robbed_of_its_logs_and_interrupted(tmp_path, text_file, capfd):
@@ -81,10 +72,3 @@ def test_weights_begin_a_run_with_a_fresh_optimizer_on_any_ranks(one_rank, two_r
     assert [line["step"] for line in curves[0]] == [1, 2, 3, 4]
     for one, two in zip(*curves, strict=True):
         assert abs(one["loss"] - two["loss"]) < 1e-5 * one["loss"]
-
-
-def train_to_refusal(flags):
-    try:
-        train_in_pool(flags)
-    except ValueError as error:
-        return str(error)

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -186,18 +185,10 @@ def _fill_disk(ballast, is_full):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
+def small_disk(mount_disk):
     """Mount a disk of 16 pages; gives its folder and what fills it up or makes room."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if (
-        os.geteuid()
-        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], check=False).returncode
-    ):
-        pytest.skip("only root can mount a disk")
-
-    yield folder, lambda is_full: _fill_disk(folder / "ballast", is_full)
-    subprocess.run(["umount", "--lazy", folder], check=True)
+    folder = mount_disk("64k")
+    return folder, lambda is_full: _fill_disk(folder / "ballast", is_full)
 
 
 def test_a_full_disk_delays_lines_and_loses_none(small_disk, capsys):
