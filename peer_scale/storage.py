@@ -1,6 +1,7 @@
 """Writing files so that a partial one is never taken for a whole one, and checking that a folder can be written."""
 
 import contextlib
+import glob
 import json
 import os
 import shutil
@@ -33,6 +34,13 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write a small file whole, or not at all."""
     with write_aside(path) as file:
         file.write(content)
+
+
+def remove_unfinished_writes(*paths: str | os.PathLike[str]) -> None:
+    """Delete what killed writers left beside `paths`; no other process may be writing these now."""
+    for path in paths:
+        for leftover in glob.glob(f"{glob.escape(os.fspath(path))}.*.tmp"):
+            Path(leftover).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from peer_scale.checkpoints.manifest import MANIFEST, Manifest, read_manifest
 from peer_scale.checkpoints.pieces import check_size
 from peer_scale.checkpoints.sections import Saving
 from peer_scale.errors import UserError
-from peer_scale.storage import fsync_folder, write_atomically
+from peer_scale.storage import fsync_folder, remove_unfinished_writes, write_atomically
 
 LATEST = "latest"
 _PREFIX, _WRITING, _REMOVING = "step_", ".writing_", ".removing_"
@@ -51,6 +51,7 @@ class CheckpointFolder:
         """Delete what an earlier run left half-written or half-deleted."""
         for leftover in (*self._path.glob(f"{_WRITING}*"), *self._path.glob(f"{_REMOVING}*")):
             shutil.rmtree(leftover, ignore_errors=True)
+        remove_unfinished_writes(self._path / LATEST)
 
     def begin(self, step: int) -> Path:
         """Make an empty folder to write the checkpoint of `step` into."""

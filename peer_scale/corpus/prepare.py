@@ -1,7 +1,6 @@
 """From raw text to a Megatron `.bin/.idx` pair, in parallel and resumable, and from `--data-path` to an open store."""
 
 import contextlib
-import glob
 import itertools
 import os
 import shutil
@@ -32,7 +31,7 @@ from peer_scale.corpus.unknown import UnknownCounts
 from peer_scale.corpus.wordpiece import WordPiece, load_wordpiece, train_wordpiece
 from peer_scale.corpus.worker_pool import worker_pool
 from peer_scale.errors import UserError
-from peer_scale.storage import write_atomically
+from peer_scale.storage import remove_unfinished_writes, write_atomically
 
 PART_BYTES = 1 << 25  # of text per part: much beside what starting a part costs, little beside a worker's memory
 _NAMES_SHOWN = 3
@@ -303,8 +302,8 @@ def _killed_while_reading(part_inputs: Iterable[PartInput]) -> str:
 def _merge(parts: Sequence[Part], inputs: Inputs, tokenizer: WordPiece, prefix: str, key: str) -> None:
     # What lies there goes first: at no time may old and new files pass for a pair.
     for ending in ("json", "idx", "bin"):
-        for stale in [f"{prefix}.{ending}", *glob.glob(f"{glob.escape(prefix)}.{ending}.*.tmp")]:
-            Path(stale).unlink(missing_ok=True)
+        Path(f"{prefix}.{ending}").unlink(missing_ok=True)
+    remove_unfinished_writes(*(f"{prefix}.{ending}" for ending in ("json", "idx", "bin", "tokenizer.json")))
     dtype = token_dtype(tokenizer.vocab_size)
     data = merge_bin(parts, f"{prefix}.bin", dtype)
     index = merge_index(parts, f"{prefix}.idx", dtype)

@@ -11,7 +11,13 @@ from peer_scale.checkpoints.sections import Sections
 from peer_scale.errors import UserError
 from peer_scale.folder_lock import FolderLock
 from peer_scale.settings.run import OutputConfig
-from peer_scale.storage import named_if_unwritable, read_json_object, require_writable_folder, write_atomically
+from peer_scale.storage import (
+    named_if_unwritable,
+    read_json_object,
+    remove_unfinished_writes,
+    require_writable_folder,
+    write_atomically,
+)
 
 METRICS, DROPPED = "metrics.jsonl", "metrics.dropped.jsonl"
 RUN_YAML, TENSORBOARD = "run.yaml", "tensorboard"
@@ -66,6 +72,7 @@ class RunFolders:
             return
         with named_if_unwritable(folder, "--log-dir"):
             self._check_logs(folder, run, step, own, say)
+            remove_unfinished_writes(folder / _RUN, folder / RUN_YAML)
             record = {"run": run, "model": own.provenance.model, "identity": identity_of(own)}
             write_atomically(folder / _RUN, json.dumps(record).encode())
             write_atomically(folder / RUN_YAML, run_yaml.encode())

@@ -121,3 +121,12 @@ def test_going_back_and_forth_at_random(seed, tmp_path):
 def test_what_was_saved_last_is_never_superfluous(tmp_path):
     savings = {tmp_path / "step_00000009": Saving("a", 1), tmp_path / "step_00000001": Saving("a", 2, after=None)}
     assert superfluous(savings, 1, None) == [tmp_path / "step_00000009"]
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path):
+    save(CheckpointFolder(tmp_path, 2), 1)
+    for name in ("latest.123.tmp", ".writing_step_00000002/x", ".removing_step_00000003/x"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("half")
+    CheckpointFolder(tmp_path, 2).remove_unfinished()
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["latest", "step_00000001"]

@@ -138,6 +138,7 @@ def sharded_heads(cases, chunk_sizes):
     return results
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("pool", ["one_rank", "two_ranks", "four_ranks"])
 def test_over_shards(pool, request):
     """Every field has the same bits whatever the number of shards and the size of chunks."""
@@ -262,6 +263,7 @@ def count_bytes(n, vocabs):
     return counts
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("pool", ["two_ranks", "four_ranks"])
 def test_bytes_sent_by_a_rank(pool, request):
     n = 37

@@ -172,6 +172,7 @@ def sharded_heads(cases, chunk_sizes):
     return results
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("pool", ["two_ranks", "four_ranks"])
 def test_over_shards(pool, request):
     """The same bits whatever the number of shards and the size of chunks."""

@@ -111,6 +111,7 @@ LAYOUTS = [  # ranks, TP, PP, ZeRO stage, precision
 ]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("ranks", "tensor", "pipeline", "stage", "precision"), LAYOUTS)
 def test_state_is_predicted_to_the_byte(ranks, tensor, pipeline, stage, precision, request, tmp_path, text_file):
     pool = request.getfixturevalue({1: "one_rank", 2: "two_ranks", 4: "four_ranks"}[ranks])
@@ -222,6 +223,7 @@ TRAFFIC = [  # model, ranks, TP, PP, ZeRO stage, more flags
 ]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("name", "ranks", "tensor", "pipeline", "stage", "more"), TRAFFIC)
 def test_traffic_is_what_a_run_sends(name, ranks, tensor, pipeline, stage, more, request, tmp_path, text_file):
     pool = request.getfixturevalue({1: "one_rank", 2: "two_ranks", 4: "four_ranks"}[ranks])
