@@ -100,11 +100,21 @@ class Objective(ABC):
 
 
 class SumsLayout:
-    """Order of the sums in the vector that travels between ranks, and the metrics made of them."""
+    """Order of the sums in the vector that travels between ranks, and the metrics made of them.
+
+    After the losses come `selected` positions, non-pad `tokens`, and `token_pairs`, the sum of the sequences' squared
+    lengths, which attention's cost goes by.
+    """
 
     def __init__(self, objective: Objective) -> None:
         self._objective = objective
-        self.names = [*(loss.name for loss in objective.losses), "selected", "tokens", *objective.sum_names]
+        self.names = [
+            *(loss.name for loss in objective.losses),
+            "selected",
+            "tokens",
+            "token_pairs",
+            *objective.sum_names,
+        ]
 
     def __len__(self) -> int:
         return len(self.names)

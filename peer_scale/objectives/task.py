@@ -50,9 +50,7 @@ class PretrainingTask(nn.Module):
         """
         mail, given = dict(values or {}), dict[str, Tensor]()
         losses: dict[str, Tensor] = {}
-        sums = (
-            {"selected": batch.is_selected.sum(), "tokens": batch.attention_mask.sum()} if self._counts(works) else {}
-        )
+        sums = self._sizes(batch) if self._counts(works) else {}
         for name in works:
             outcome = self._run(self.graph.work(name), batch, step, mail)
             losses |= outcome.losses
@@ -79,6 +77,10 @@ class PretrainingTask(nn.Module):
         """Say whether these works count the micro-batch's positions: the first work does, where it begins."""
         first = self.graph.works[0]
         return first.name in works and self.part.has_embeddings
+
+    def _sizes(self, batch: Batch) -> dict[str, Tensor]:
+        lengths = batch.attention_mask.sum(1)
+        return {"selected": batch.is_selected.sum(), "tokens": lengths.sum(), "token_pairs": lengths.square().sum()}
 
     def _weighted(self, losses: Mapping[str, Tensor], step: StepInfo) -> Tensor | None:
         counts = step.counts._asdict()

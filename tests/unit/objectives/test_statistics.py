@@ -46,6 +46,7 @@ def test_figures_against_a_plain_count():
     of_generator = {"mlm_loss": 30.0, "mlm_correct": ((ranks == 1) & is_selected).sum()}
     of_generator |= {"selected_square": 4.0, "selected_variation": 1.0}
     counts = {"tqr_loss": 60.0, "selected": is_selected.sum(), "tokens": is_token.sum()}
+    counts["token_pairs"] = is_token.sum(1).square().sum()
     sums |= of_generator | counts
     assert sums.keys() == set(layout.names) and len(layout) == len(layout.names)
     figures = layout.metrics([float(sums[name]) for name in layout.names])
