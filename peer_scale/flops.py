@@ -75,6 +75,22 @@ def actual_train_flops(
     return float(samples * total)
 
 
+def square_cost_ratio(model: ModelConfig, objective: Objective, size: SampleSize) -> float:
+    """Give what a pair of tokens of one sequence costs (attention) over what a token costs (all else).
+
+    A sequence of n tokens costs n + ratio * n * n. Both terms are read off the costs of a full sequence and of one that
+    is twice as long.
+    """
+    full, double = (
+        actual_train_flops(
+            model, objective, SampleSize(times * size.seq_length, times * size.num_predictions), samples=1
+        )
+        for times in (1, 2)
+    )
+    of_pairs = (double - 2 * full) / 2
+    return of_pairs / (full - of_pairs) / size.seq_length
+
+
 def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
     """Dense peak FLOP/s of a GPU for matrix products of `dtype` (fp32 with TF32 off); None where it is not known.
 

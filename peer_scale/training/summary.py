@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from peer_scale.corpus.manifest import unknown_counts
 from peer_scale.kernels.availability import fused_kernels
 from peer_scale.models.config import EncoderShape
 from peer_scale.parallel.topology import Topology
+from peer_scale.samples.examples import NUM_SPECIAL_TOKENS
 from peer_scale.samples.loader import ExampleDataset
 from peer_scale.settings.run import RunConfig
 from peer_scale.training.data import Corpus
@@ -29,7 +31,7 @@ def startup_summary(run: RunConfig, topology: Topology, corpus: Corpus, num_para
         "held out": _held_out(run, corpus),
         **({"unknown": unknown.describe(corpus.store.num_tokens)} if unknown else {}),
         "batch": f"{training.global_batch_size} x {training.seq_length} tokens "
-        f"({training.micro_batch_size} per micro-batch, {run.num_micro_batches} accumulated, {data_parallel} ranks); "
+        f"({_micro_batches(run, corpus.training, data_parallel)}, {data_parallel} ranks); "
         f"{training.train_iters:,} steps, lr {training.lr:g}",
         "layout": f"data parallel {data_parallel}, tensor parallel {run.tensor_parallel}"
         f"{' with sequence parallelism' if run.sequence_parallel else ''}, "
@@ -44,6 +46,18 @@ def startup_summary(run: RunConfig, topology: Topology, corpus: Corpus, num_para
     if unknown and (lost := unknown.notice(corpus.store.num_tokens, corpus.tokenizer.word_chars)):
         notices.append(lost)
     return "\n".join([*aligned, *(f"notice: {text}" for text in notices)])
+
+
+def _micro_batches(run: RunConfig, samples: ExampleDataset, data_parallel: int) -> str:
+    training, budget = run.training, run.training.micro_batch_tokens
+    if budget is None:
+        return f"{training.micro_batch_size} per micro-batch, {run.num_micro_batches} accumulated"
+    share = training.global_batch_size // data_parallel
+    mean = samples.windows.num_tokens / len(samples) + NUM_SPECIAL_TOKENS
+    most = math.ceil(share / (budget // training.seq_length))
+    usual = min(most, math.ceil(share * mean / budget))
+    number = f"{most}" if usual == most else f"about {usual} of {most} at most"
+    return f"up to {budget:,} tokens per micro-batch, {number} accumulated"
 
 
 def _held_out(run: RunConfig, corpus: Corpus) -> str:

@@ -8,8 +8,9 @@ import torch
 
 from peer_scale.corpus.prepare import open_corpus
 from peer_scale.samples.examples import ExampleBuilder, sample_stream
-from peer_scale.samples.loader import BatchPlan, ExampleDataset, micro_batches
+from peer_scale.samples.loader import ExampleDataset, micro_batches
 from peer_scale.samples.masking import MaskingConfig
+from peer_scale.samples.shares import BatchPlan
 from peer_scale.samples.split import Part
 from peer_scale.samples.windows import SeededOrder, Windows
 
@@ -121,7 +122,7 @@ def test_a_step_holds_the_same_samples_for_every_layout(corpus):
     def step_ids(ranks, micro, workers):
         batches = []
         for rank in range(ranks):
-            plan = BatchPlan(micro, 12, rank, ranks)
+            plan = BatchPlan(12, micro, data_parallel_rank=rank, data_parallel_size=ranks)
             steps = micro_batches(dataset(corpus), plan, first_step=3, last_step=5, num_workers=workers)
             batches.append([torch.cat([b.input_ids for b in step.batches]) for step in steps])
         together = [torch.cat(parts) for parts in zip(*batches, strict=True)]
