@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from peer_scale.errors import UserError
-from peer_scale.samples.examples import NUM_SPECIAL_TOKENS, Batch, ExampleBuilder, collate
+from peer_scale.samples.examples import NUM_SPECIAL_TOKENS, Batch, Example, ExampleBuilder, collate
 from peer_scale.samples.shares import BatchPlan
 from peer_scale.samples.windows import SeededOrder, Windows
 
@@ -49,10 +49,10 @@ class ExampleDataset(Dataset):
     def __len__(self) -> int:
         return len(self.windows)
 
-    def __getitem__(self, sample: int) -> tuple:
+    def __getitem__(self, sample: int) -> Example:
         return self.example(sample, self._order[sample])
 
-    def example(self, sample: int, window: int) -> tuple:
+    def example(self, sample: int, window: int) -> Example:
         """Make a sample of its window's tokens."""
         return self.builder.build(self.windows.tokens(window, self.builder.tokenizer.vocab_size), sample)
 
@@ -84,7 +84,7 @@ class _Examples(Dataset):
     def __init__(self, dataset: ExampleDataset) -> None:
         self._dataset = dataset
 
-    def __getitem__(self, sample: _Sample) -> tuple[tuple, Fault | None]:
+    def __getitem__(self, sample: _Sample) -> tuple[Example, Fault | None]:
         number, window = sample
         try:
             return self._dataset.example(number, window), None
@@ -92,7 +92,7 @@ class _Examples(Dataset):
             return self._dataset.builder.stand_in(number), Fault(number, str(error))
 
 
-def _collate(samples: list[tuple[tuple, Fault | None]]) -> tuple[Batch, Fault | None]:
+def _collate(samples: list[tuple[Example, Fault | None]]) -> tuple[Batch, Fault | None]:
     examples, faults = zip(*samples, strict=True)
     return collate(examples), _first(faults)
 
