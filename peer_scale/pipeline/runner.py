@@ -13,6 +13,7 @@ from torch import Tensor
 from peer_scale.objectives.engine import Engine
 from peer_scale.objectives.graph import Value
 from peer_scale.objectives.works import StepInfo
+from peer_scale.parallel.sequence import num_rows
 from peer_scale.parallel.topology import Topology
 from peer_scale.pipeline.dataflow import taken_at, taking_stages
 from peer_scale.pipeline.instructions import Backward, Forward, Instruction, Message, OptimizerStep, Recv, Send
@@ -192,11 +193,11 @@ class PipelineRunner:
             return torch.empty(shape, dtype=dtype, device=device)
         network = self._graph.work(message.value).network
         assert network is not None, "only networks have hidden states"
-        micro_batch, seq_length = batch.input_ids.shape
-        if self._topology.sequence_parallel:
-            seq_length //= self._topology.size("tp")
+        rows = num_rows(
+            batch.sequences.num_tokens, self._topology.size("tp"), sequence_parallel=self._topology.sequence_parallel
+        )
         width = self._graph.shape(network).hidden_size
-        return torch.empty((seq_length, micro_batch, width), dtype=self._dtype, device=device)
+        return torch.empty((rows, width), dtype=self._dtype, device=device)
 
 
 def num_backward_calls(instructions: Sequence[Instruction]) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from peer_scale.errors import UserError
-from peer_scale.samples.examples import Batch, ExampleBuilder, collate
+from peer_scale.samples.examples import Batch, Example, ExampleBuilder, collate
 from peer_scale.samples.windows import SeededOrder, Windows
 
 
@@ -68,7 +68,7 @@ class ExampleDataset(Dataset):
     def __len__(self) -> int:
         return len(self.windows)
 
-    def __getitem__(self, sample: int) -> tuple:
+    def __getitem__(self, sample: int) -> Example:
         tokens = self.windows.tokens(self._order[sample], self.builder.tokenizer.vocab_size)
         return self.builder.build(tokens, sample)
 
@@ -82,14 +82,14 @@ class _Samples(Dataset):
     def __init__(self, dataset: ExampleDataset) -> None:
         self._dataset = dataset
 
-    def __getitem__(self, sample: int) -> tuple[tuple, Fault | None]:
+    def __getitem__(self, sample: int) -> tuple[Example, Fault | None]:
         try:
             return self._dataset[sample], None
         except UserError as error:
             return self._dataset.builder.stand_in(sample), Fault(sample, str(error))
 
 
-def _collate(samples: list[tuple[tuple, Fault | None]]) -> tuple[Batch, Fault | None]:
+def _collate(samples: list[tuple[Example, Fault | None]]) -> tuple[Batch, Fault | None]:
     examples, faults = zip(*samples, strict=True)
     return collate(examples), _first(faults)
 

@@ -297,11 +297,6 @@ class RunConfig:
                     raise UserError(f"--tensor-model-parallel-size {size} does not divide the {role}'s {name} {value}")
         if self.sequence_parallel and size == 1:
             raise UserError("--sequence-parallel needs --tensor-model-parallel-size of 2 or more")
-        if self.sequence_parallel and self.training.seq_length % size:
-            raise UserError(
-                f"--tensor-model-parallel-size {size} does not divide --seq-length {self.training.seq_length}, "
-                "as --sequence-parallel needs"
-            )
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from peer_scale.corpus.manifest import unknown_counts
+from peer_scale.kernels.attention import describe_attention
 from peer_scale.kernels.availability import fused_kernels
 from peer_scale.models.config import EncoderShape
 from peer_scale.parallel.topology import Topology
@@ -36,6 +37,7 @@ def startup_summary(run: RunConfig, topology: Topology, corpus: Corpus, num_para
         f"pipeline parallel {run.pipeline_parallel}, ZeRO-{run.zero_stage}, optimizer offload: {optimizer_offload}",
         "device": f"{_device(topology.device)}, {training.precision}, "
         + ("peak not known (no MFU)" if peak is None else f"peak {peak / 1e12:.3g} TFLOP/s per rank"),
+        "kernel: attention": _attention(run, topology),
         **{f"kernel: {name}": state for name, state in fused_kernels(topology.device).items()},
     }
     width = max(map(len, lines))
@@ -59,6 +61,12 @@ def _share(samples: ExampleDataset, corpus: Corpus) -> str:
     windows = samples.windows
     share = windows.num_tokens / corpus.store.num_tokens
     return f"{share:.2%} of the tokens ({windows.num_tokens:,}), of {windows.part.num_documents:,} document(s)"
+
+
+def _attention(run: RunConfig, topology: Topology) -> str:
+    dtype, sizes = run.compute_dtype, {shape.head_size for shape in run.model.networks.values()}
+    ways = {describe_attention(topology.device, dtype, size, has_score_bias=False) for size in sorted(sizes)}
+    return "; ".join(sorted(ways))
 
 
 def _networks(run: RunConfig) -> str:

@@ -1,10 +1,10 @@
 """Samples: every token once an epoch, within documents; selection and uniforms pure functions of seed and sample."""
 
+import itertools
 from collections import Counter
 
 import numpy as np
 import pytest
-import torch
 
 from peer_scale.corpus.prepare import open_corpus
 from peer_scale.samples.examples import ExampleBuilder, sample_stream
@@ -62,21 +62,19 @@ def test_examples_are_two_segments_with_the_right_number_selected(corpus):
     samples = dataset(corpus)
     singles = 0
     for number in range(400):
-        ids, masked, types, is_token, positions, is_selected, uniforms, _ = samples[number]
-        length = int(is_token.sum())
+        ids, masked, types, chosen, uniforms, _ = samples[number]
+        length = len(ids)
         assert ids[0] == tokenizer.cls_id and ids[length - 1] == tokenizer.sep_id
-        assert (ids[length:] == tokenizer.pad_id).all()
-        separators = np.flatnonzero(ids[:length] == tokenizer.sep_id)
+        separators = np.flatnonzero(ids == tokenizer.sep_id)
         singles += len(separators) == 1
         if len(separators) == 2:
             assert (types[: separators[0] + 1] == 0).all()
-            assert (types[separators[0] + 1 : length] == 1).all()
+            assert (types[separators[0] + 1 :] == 1).all()
             assert tokenizer.starts_word[ids[separators[0] + 1]]
-        chosen = positions[is_selected]
-        assert len(chosen) == max(1, round(0.15 * length)) == len(set(chosen))
+        assert len(chosen) == len(uniforms) == max(1, round(0.15 * length)) == len(set(chosen))
         assert not np.isin(ids[chosen], (tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id, tokenizer.mask_id)).any()
         assert (masked[chosen] == tokenizer.mask_id).all()
-        untouched = np.setdiff1d(np.arange(SEQ_LENGTH), chosen)
+        untouched = np.setdiff1d(np.arange(length), chosen)
         np.testing.assert_array_equal(masked[untouched], ids[untouched])
         assert ((uniforms >= 0) & (uniforms < 1)).all()
     assert 15 <= singles <= 80
@@ -87,10 +85,10 @@ def test_selection_covers_all_positions_evenly(corpus):
     samples = dataset(corpus)
     full = 0
     for number in range(1500):
-        _, _, _, is_token, positions, is_selected, _, _ = samples[number]
-        if is_token.all():
+        example = samples[number]
+        if len(example.input_ids) == SEQ_LENGTH:
             full += 1
-            counts.update(positions[is_selected].tolist())
+            counts.update(example.positions.tolist())
     assert full > 300
     expected = sum(counts.values()) / (SEQ_LENGTH - 2.9)
     inner = [counts[p] for p in range(2, SEQ_LENGTH - 1)]
@@ -101,8 +99,7 @@ def test_part_of_the_selected_can_stay_visible(corpus):
     samples = dataset(corpus, mask_probability=0.85)
     kept = total = 0
     for number in range(300):
-        ids, masked, _, _, positions, is_selected, _, _ = samples[number]
-        chosen = positions[is_selected]
+        ids, masked, _, chosen, _, _ = samples[number]
         kept += int((masked[chosen] == ids[chosen]).sum())
         total += len(chosen)
     assert 0.11 < kept / total < 0.19
@@ -113,8 +110,12 @@ def test_samples_depend_on_seed_and_number_alone(corpus):
     for number in (0, 17, len(again) + 17):
         for one, two in zip(dataset(corpus)[number], again[number], strict=True):
             np.testing.assert_array_equal(one, two)
-    assert any((a != b).any() for a, b in zip(again[0], other[0], strict=True))
+    assert any(not np.array_equal(a, b) for a, b in zip(again[0], other[0], strict=True))
     assert sample_stream(1, 2).random_raw() != sample_stream(2, 1).random_raw()
+
+
+def sequences_of(batch):
+    return [tuple(ids.tolist()) for ids in batch.input_ids.split(batch.sequences.lengths)]
 
 
 def test_a_step_holds_the_same_samples_for_every_layout(corpus):
@@ -123,9 +124,8 @@ def test_a_step_holds_the_same_samples_for_every_layout(corpus):
         for rank in range(ranks):
             plan = BatchPlan(micro, 12, rank, ranks)
             steps = micro_batches(dataset(corpus), plan, first_step=3, last_step=5, num_workers=workers)
-            batches.append([torch.cat([b.input_ids for b in step.batches]) for step in steps])
-        together = [torch.cat(parts) for parts in zip(*batches, strict=True)]
-        return [sorted(map(tuple, step.tolist())) for step in together]
+            batches.append([[ids for b in step.batches for ids in sequences_of(b)] for step in steps])
+        return [sorted(itertools.chain(*parts)) for parts in zip(*batches, strict=True)]
 
     reference = step_ids(1, 12, 0)
     assert reference == step_ids(2, 3, 0) == step_ids(3, 2, 2)
@@ -137,10 +137,10 @@ def test_extra_uniforms_change_nothing_else(corpus):
     for number in range(50):
         left, right = plain[number], extra[number]
         assert all(np.array_equal(a, b) for a, b in zip(left[:-1], right[:-1], strict=True))
-        width = len(left[4])
+        width = len(left.positions)
         assert left[-1].shape == (width, 0)
         assert right[-1].shape == (width, 4)
         assert ((right[-1] >= 0) & (right[-1] < 1)).all()
-    drawn = np.concatenate([extra[number][-1][extra[number][5]].ravel() for number in range(50)])
+    drawn = np.concatenate([extra[number].extra_uniforms.ravel() for number in range(50)])
     assert abs(drawn.mean() - 0.5) < 4 * (1 / 12 / len(drawn)) ** 0.5
     assert len(np.unique(drawn)) > 0.99 * len(drawn)
