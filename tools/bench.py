@@ -31,6 +31,7 @@ from peer_scale.quiet import silence_libraries
 
 silence_libraries()
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from pydantic import PositiveInt  # noqa: E402
@@ -39,7 +40,7 @@ from torch import Tensor  # noqa: E402
 from bench_peers import MissingPeer, Setting, matrix_products, our_task, padded, plain_loop  # noqa: E402
 from bench_preparation import preparation_pair  # noqa: E402
 from bench_processes import peer_step  # noqa: E402
-from bench_text import num_tokens, text_batches  # noqa: E402
+from bench_text import text_batches  # noqa: E402
 from bench_turns import Action, Here, measured, over_batches  # noqa: E402
 from peer_scale.checkpoints.folder import CheckpointFolder  # noqa: E402
 from peer_scale.checkpoints.progress import Progress  # noqa: E402
@@ -56,7 +57,7 @@ from peer_scale.models.generator_head import generator_head  # noqa: E402
 from peer_scale.parallel.coordination import RankCoordinator  # noqa: E402
 from peer_scale.parallel.environment import ProcessEnvironment  # noqa: E402
 from peer_scale.parallel.topology import build_topology, init_process_group  # noqa: E402
-from peer_scale.samples.examples import Batch  # noqa: E402
+from peer_scale.samples.examples import Batch, Example, collate  # noqa: E402
 from peer_scale.settings.arguments import Parser, of  # noqa: E402
 from peer_scale.settings.flags import build_parser  # noqa: E402
 from peer_scale.settings.resolve import resolve  # noqa: E402
@@ -88,22 +89,20 @@ class Result:
 
 def synthetic_batch(run: RunConfig, device: torch.device) -> Batch:
     """Full sequences of random tokens: what is timed does not depend on which."""
-    generator = torch.Generator().manual_seed(0)
+    generator = np.random.default_rng(0)
     size, seq_length = run.training.micro_batch_size, run.training.seq_length
     num_predictions = run.sample_size.num_predictions
-    ids = torch.randint(5, run.model.vocab_size, (size, seq_length), generator=generator)
-    positions = torch.stack([torch.randperm(seq_length, generator=generator)[:num_predictions] for _ in range(size)])
-    positions = positions.sort(1).values
-    return Batch(
-        input_ids=ids,
-        masked_ids=ids.scatter(1, positions, 4),
-        token_types=torch.zeros_like(ids),
-        attention_mask=torch.ones_like(ids, dtype=torch.bool),
-        positions=positions,
-        is_selected=torch.ones_like(positions, dtype=torch.bool),
-        uniforms=torch.rand(positions.shape, generator=generator),
-        extra_uniforms=torch.rand((*positions.shape, run.objective.num_extra_uniforms), generator=generator),
-    ).to(device)
+
+    def example() -> Example:
+        ids = generator.integers(5, run.model.vocab_size, seq_length)
+        positions = np.sort(generator.permutation(seq_length)[:num_predictions])
+        masked_ids = ids.copy()
+        masked_ids[positions] = 4
+        shape = (num_predictions, run.objective.num_extra_uniforms)
+        uniforms, extra_uniforms = generator.random(num_predictions, np.float32), generator.random(shape, np.float32)
+        return Example(ids, masked_ids, np.zeros_like(ids), positions, uniforms, extra_uniforms)
+
+    return collate([example() for _ in range(size)]).to(device)
 
 
 def our_step(setting: Setting) -> Callable[[], object]:
@@ -183,10 +182,8 @@ def kernel_pair(setting: Setting, name: str) -> tuple[Callable[[], object], Call
     """A fused kernel and torch's composition, forward and backward."""
     shape = setting.run.model.generator
     width = shape.ffn_hidden_size if name == "gelu" else shape.hidden_size
-    training, device = setting.run.training, setting.topology.device
-    x, residual, grad = (
-        torch.randn(training.seq_length, training.micro_batch_size, width, device=device).bfloat16() for _ in range(3)
-    )
+    tokens, device = setting.batch.sequences.num_tokens, setting.topology.device
+    x, residual, grad = (torch.randn(tokens, width, device=device).bfloat16() for _ in range(3))
     bias, weight, norm_bias = (torch.ones(width, device=device).bfloat16() for _ in range(3))
     tensors = [t.requires_grad_() for t in (x, bias, residual, weight, norm_bias)]
     dropout = setting.run.model.hidden_dropout
@@ -378,7 +375,7 @@ def measure(row: str, bench: Bench, repeats: int) -> Result:
     if not ROWS[row].is_step:
         return result
     # the calls took the batches in turns, from the second on
-    counts = [num_tokens(setting.batches[number % len(setting.batches)]) for number in range(1, repeats + 1)]
+    counts = [setting.batches[number % len(setting.batches)].sequences.num_tokens for number in range(1, repeats + 1)]
     speed = statistics.median(count / ours_s for count, (ours_s, _) in zip(counts, pairs, strict=True))
     result = replace(result, tokens_per_second=speed)
     if ROWS[row].text_length is not None:

@@ -48,11 +48,16 @@ PeerStep = Callable[[PaddedBatch], None]
 
 def padded(batch: Batch, seq_length: int | None) -> PaddedBatch:
     """Pad a batch to `seq_length` or, where that is None, to its longest sequence."""
-    length = seq_length or int(batch.attention_mask.sum(1).max())
-    selected = torch.zeros_like(batch.attention_mask)
-    rows = torch.arange(len(selected), device=selected.device)[:, None].expand_as(batch.positions)
-    selected[rows[batch.is_selected], batch.positions[batch.is_selected]] = True
-    return PaddedBatch(*(t[:, :length] for t in (batch.input_ids, batch.masked_ids, batch.attention_mask, selected)))
+    sequences, length = batch.sequences, seq_length or batch.sequences.max_length
+    is_token = torch.ones_like(batch.input_ids, dtype=torch.bool)
+    is_selected = torch.zeros_like(is_token).index_fill(0, batch.positions, True)
+
+    def rows(values: Tensor) -> Tensor:
+        filled = values.new_zeros(len(sequences.lengths), length)
+        filled[sequences.sequence_ids, sequences.position_ids] = values
+        return filled
+
+    return PaddedBatch(*map(rows, (batch.input_ids, batch.masked_ids, is_token, is_selected)))
 
 
 def our_task(setting: Setting) -> PretrainingTask:
@@ -75,7 +80,8 @@ def plain_loop(setting: Setting) -> Callable[[], None]:
     holder = nn.ParameterList(masters)
     optimizer = build_optimizer(holder, setting.run.training)
     batch, works = setting.batch, [work.name for work in task.graph.works]
-    info = StepInfo(GlobalCounts(batch.is_selected.sum().float(), batch.attention_mask.sum().float()))
+    selected, tokens = (torch.tensor(float(n)) for n in (batch.selected.num_tokens, batch.sequences.num_tokens))
+    info = StepInfo(GlobalCounts(selected, tokens))
 
     def step() -> None:
         loss, *_ = task(works, batch, info)
@@ -187,8 +193,7 @@ def plain_step(
 
 def matrix_products(setting: Setting) -> Callable[[], None]:
     """Only the step's dense products (attention's left out), forward and both gradients."""
-    model, training = setting.run.model, setting.run.training
-    tokens = training.micro_batch_size * training.seq_length
+    model, tokens = setting.run.model, setting.batch.sequences.num_tokens
     shapes: list[tuple[int, int, int]] = []
     graph = setting.run.objective.graph(model)
     for work in graph.works:

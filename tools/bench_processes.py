@@ -77,7 +77,12 @@ def _serve(connection: Connection, build: Callable[..., Here], arguments: tuple[
             question = connection.recv()
         except EOFError:
             return
-        connection.send(action.memory() if question == _MEMORY else action())
+        answer = None
+        if question == _MEMORY:
+            answer = action.memory()
+        else:
+            action()
+        connection.send(answer)
 
 
 def peer_step(

@@ -67,9 +67,4 @@ def text_batches(flags: list[str], folder: Path) -> tuple[RunConfig, tuple[Batch
     size = run.training.micro_batch_size
     steps = micro_batches(dataset, BatchPlan(size, size), first_step=0, last_step=_NUM_BATCHES, num_workers=0)
     batches = [batch for step in steps for batch in step.batches]
-    return run, tuple(sorted(batches, key=num_tokens, reverse=True))
-
-
-def num_tokens(batch: Batch) -> int:
-    """Count the tokens of a batch that are not padding."""
-    return int(batch.attention_mask.sum())
+    return run, tuple(sorted(batches, key=lambda batch: batch.sequences.num_tokens, reverse=True))
