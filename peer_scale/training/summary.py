@@ -19,7 +19,7 @@ from peer_scale.training.data import Corpus
 
 
 def startup_summary(run: RunConfig, topology: Topology, corpus: Corpus, num_parameters: int, peak: float | None) -> str:
-    """A few aligned lines: model, objective, data, batch, layout, device, kernels; then what is worth a notice."""
+    """Give a few aligned lines: model, objective, data, batch, layout, device, kernels; then what is worth a notice."""
     training, model, data_parallel = run.training, run.model, topology.size("dp")
     optimizer_offload = run.deepspeed["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
     unknown = unknown_counts(corpus.store.prefixes)
