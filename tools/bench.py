@@ -91,7 +91,7 @@ def synthetic_batch(run: RunConfig, device: torch.device) -> Batch:
     """Full sequences of random tokens: what is timed does not depend on which."""
     generator = torch.Generator().manual_seed(0)
     size, seq_length = run.training.micro_batch_size, run.training.seq_length
-    num_predictions = run.sample_size.num_predictions
+    num_predictions = run.masking.num_predictions(seq_length)
     ids = torch.randint(5, run.model.vocab_size, (size, seq_length), generator=generator)
     positions = torch.stack([torch.randperm(seq_length, generator=generator)[:num_predictions] for _ in range(size)])
     positions = positions.sort(1).values
