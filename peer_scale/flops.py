@@ -56,19 +56,20 @@ def actual_train_flops(
     samples: float,
     activation_checkpointing: bool = False,
 ) -> float:
-    """Count the FLOPs that training on `samples` sequences really executes: its matrix products.
+    """Count the FLOPs that training on `samples` times `size` really executes: its matrix products.
 
     2 FLOPs per multiply-add. Look-ups and element-wise work count nothing, backward is twice forward, and shared layers
-    count in each pass. Activation checkpointing runs the layers' forward pass once more. Padded positions count like
-    others: they are computed like others.
+    count in each pass. Activation checkpointing runs the layers' forward pass once more. Padding counts nothing. `size`
+    may be the mean or the sum over sequences of different lengths, since all costs are linear in it.
     """
     graph = objective.graph(model)
-    total = 0
+    total: float = 0
     for work in graph.works:
-        layers = 0
+        layers: float = 0
         if work.network is not None:
             shape = graph.shape(work.network)
-            layers = (shape.num_layers + work.end_layers) * layer_matmul_flops(shape, size.seq_length)
+            one = layer_matmul_flops(shape, size.tokens, size.token_pairs)
+            layers = (shape.num_layers + work.end_layers) * one
         others = size.count((*work.begin_costs, *work.end_costs), "flops")
         times = 3 if work.has_backward else 1
         total += times * (layers + others) + (layers if activation_checkpointing and work.has_backward else 0)

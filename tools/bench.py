@@ -91,7 +91,7 @@ def synthetic_batch(run: RunConfig, device: torch.device) -> Batch:
     """Full sequences of random tokens: what is timed does not depend on which."""
     generator = np.random.default_rng(0)
     size, seq_length = run.training.micro_batch_size, run.training.seq_length
-    num_predictions = run.sample_size.num_predictions
+    num_predictions = run.masking.num_predictions(seq_length)
 
     def example() -> Example:
         ids = generator.integers(5, run.model.vocab_size, seq_length)

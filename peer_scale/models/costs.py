@@ -3,11 +3,14 @@
 from peer_scale.models.config import EncoderShape, ModelConfig
 
 
-def layer_matmul_flops(shape: EncoderShape, seq_length: int) -> int:
-    """Count one layer's forward pass over a sequence: QKV, scores, weighted values, output, FFN."""
+def layer_matmul_flops(shape: EncoderShape, tokens: float, token_pairs: float) -> float:
+    """Count one layer's forward pass: QKV, output and FFN by tokens; scores and weighted values by pairs of them.
+
+    `token_pairs` is the sum of the sequences' squared lengths. Whole numbers give a whole number.
+    """
     hidden, ffn = shape.hidden_size, shape.ffn_hidden_size
-    per_token = 2 * 3 * hidden * hidden + 2 * 2 * hidden * seq_length + 2 * hidden * hidden + 2 * 2 * hidden * ffn
-    return per_token * seq_length
+    per_token = 2 * 3 * hidden * hidden + 2 * hidden * hidden + 2 * 2 * hidden * ffn
+    return per_token * tokens + 2 * 2 * hidden * token_pairs
 
 
 def projection_matmul_flops(model: ModelConfig, shape: EncoderShape) -> int:

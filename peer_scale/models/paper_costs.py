@@ -31,7 +31,7 @@ def paper_layer_flops(shape: EncoderShape, seq_length: int) -> float:
     # The released accounting counts the LayerNorm after attention for one element only; kept, so that totals are equal.
     layer_norms = _LAYER_NORM + _LAYER_NORM * hidden
     per_token = biases + attention_weights + dropouts_and_residuals + layer_norms + _GELU * ffn
-    return layer_matmul_flops(shape, seq_length) + per_token * seq_length
+    return layer_matmul_flops(shape, seq_length, seq_length**2) + per_token * seq_length
 
 
 def paper_embedding_flops(model: ModelConfig, shape: EncoderShape, seq_length: int) -> float:

@@ -63,14 +63,26 @@ class Cost:
 
 @dataclass(frozen=True)
 class SampleSize:
-    """Tokens of a sequence and how many of them are selected for prediction."""
+    """What costs go by: of one sequence, the mean of several, or the sum over them.
 
-    seq_length: int
-    num_predictions: int
+    Attributes:
+        tokens: non-pad ones, the special ones included.
+        selected: how many of them are selected for prediction.
+        token_pairs: squared length, which attention goes by; of several sequences the mean or the sum of the squares.
+    """
 
-    def count(self, costs: tuple[Cost, ...], what: str) -> int:
-        """Sum the field `what` of `costs` over a sequence."""
-        sizes = {"token": self.seq_length, "position": self.num_predictions}
+    tokens: float
+    selected: float
+    token_pairs: float
+
+    @classmethod
+    def of_sequence(cls, tokens: int, selected: int) -> SampleSize:
+        """Give the size of one sequence."""
+        return cls(tokens, selected, tokens**2)
+
+    def count(self, costs: tuple[Cost, ...], what: str) -> float:
+        """Sum the field `what` of `costs`; whole numbers give a whole number."""
+        sizes = {"token": self.tokens, "position": self.selected}
         return sum(sizes[cost.per] * getattr(cost, what) for cost in costs)
 
 

@@ -21,7 +21,10 @@ from peer_scale.pipeline.splits import LayerCounts, Load, Split, best_splits, no
 
 @dataclass(frozen=True)
 class Placement:
-    """The stages of a model, and what their work on one sequence costs (FLOPs; a layer's activations: hidden size)."""
+    """The stages of a model, and what their work on one sequence costs (FLOPs; a layer's activations: hidden size).
+
+    `costs` are those of the sequences that the stages were chosen for; `costs_of` gives those of others.
+    """
 
     graph: Graph
     stages: tuple[ModelPart, ...]
@@ -38,6 +41,10 @@ class Placement:
         Those of its network: the first, with the embeddings, and all that have layers of it; else the first alone.
         """
         return self._paths[work]
+
+    def costs_of(self, size: SampleSize, *, activation_checkpointing: bool = False) -> Costs:
+        """Give each work's costs on each stage for samples of any size."""
+        return _Flops(self.graph, size, layer_backward=3 if activation_checkpointing else 2).costs(self.stages)
 
     @cached_property
     def _paths(self) -> dict[str, tuple[int, ...]]:
@@ -81,22 +88,22 @@ def tied_placements(
 
 @dataclass(frozen=True)
 class _Flops:
-    """FLOPs of one sequence in the actual accounting; `layer_backward` is a layer's backward in forwards."""
+    """FLOPs of one sequence in the actual accounting, in whole numbers; `layer_backward`: of a layer, in forwards."""
 
     graph: Graph
     size: SampleSize
     layer_backward: int
 
     def layer(self, network: str) -> int:
-        return layer_matmul_flops(self.graph.shape(network), self.size.seq_length)
+        return round(layer_matmul_flops(self.graph.shape(network), self.size.tokens, self.size.token_pairs))
 
     def begin(self, work: Work) -> int:
         """Count a work's forward beside its layers, where it begins."""
-        return self.size.count(work.begin_costs, "flops")
+        return round(self.size.count(work.begin_costs, "flops"))
 
     def end(self, work: Work) -> int:
         """Count a work's forward beside its layers and those of its heads, where it ends."""
-        return self.size.count(work.end_costs, "flops")
+        return round(self.size.count(work.end_costs, "flops"))
 
     def load(self, layers: LayerCounts) -> Load:
         """Add up forward and backward, for all works of each network."""

@@ -236,7 +236,7 @@ def _work_costs(
     )
 
 
-def _made_again(part: StageWork, size: SampleSize) -> int:
+def _made_again(part: StageWork, size: SampleSize) -> float:
     """Count the FLOPs of what backward makes once more, since a workspace (chunks of logits) is not kept."""
     return size.count(tuple(cost for cost in part.costs if cost.workspace), "flops")
 

@@ -45,7 +45,7 @@ class Workload:
     @cached_property
     def size(self) -> SampleSize:
         """Give the tokens and selected positions of a full sequence."""
-        return SampleSize(self.seq_length, self.masking.num_predictions(self.seq_length))
+        return SampleSize.of_sequence(self.seq_length, self.masking.num_predictions(self.seq_length))
 
     @property
     def number_bytes(self) -> int:

@@ -71,19 +71,20 @@ def layer_activations(shape: EncoderShape, workload: Workload, layout: ParallelL
     width F: the feed-forward block's activations before and after GELU. On a CPU there are the attention probabilities
     and dropout's masks besides; a GPU's kernels compute and draw them again.
     """
-    tokens = layout.micro_batch_size * workload.seq_length
-    hidden, size = shape.hidden_size, layout.tensor_parallel
-    scatter_along_sequence = size if layout.sequence_parallel else 1
+    size, ranks = workload.size, layout.tensor_parallel
+    tokens, token_pairs = layout.micro_batch_size * size.tokens, layout.micro_batch_size * size.token_pairs
+    hidden = shape.hidden_size
+    scatter_along_sequence = ranks if layout.sequence_parallel else 1
     if layout.activation_checkpointing:
-        return tokens * hidden * workload.number_bytes // scatter_along_sequence
+        return int(tokens * hidden * workload.number_bytes // scatter_along_sequence)
     sums = 2.0
     probabilities = 0.0
     if on_cpu:
         sums += 2 * (workload.model.hidden_dropout > 0)
-        per_token = shape.num_attention_heads * workload.seq_length / size
-        probabilities = per_token * (1 + (workload.model.attention_dropout > 0))
-    numbers = 2 * hidden + sums * hidden / scatter_along_sequence + (4 * hidden + 2 * shape.ffn_hidden_size) / size
-    return int(tokens * (numbers + probabilities) * workload.number_bytes)
+        per_pair = shape.num_attention_heads / ranks * (1 + (workload.model.attention_dropout > 0))
+        probabilities = per_pair * token_pairs
+    per_token = 2 * hidden + sums * hidden / scatter_along_sequence + (4 * hidden + 2 * shape.ffn_hidden_size) / ranks
+    return int((tokens * per_token + probabilities) * workload.number_bytes)
 
 
 def work_activations(part: StageWork, workload: Workload, layout: ParallelLayout, *, on_cpu: bool = False) -> int:
@@ -94,7 +95,7 @@ def work_activations(part: StageWork, workload: Workload, layout: ParallelLayout
     if not part.work.has_backward:
         return 0
     numbers = layout.micro_batch_size * workload.size.count(part.costs, "activations")
-    held = numbers * workload.number_bytes
+    held = round(numbers * workload.number_bytes)
     if part.shape is not None:
         held += part.num_layers * layer_activations(part.shape, workload, layout, on_cpu=on_cpu)
     return held
@@ -107,9 +108,9 @@ def heads_memory(placement: Placement, stage: int, workload: Workload, layout: P
     counted for one micro-batch, while what a network's work keeps is counted for all that are in flight.
     """
     parts = stage_works(placement, stage)
-    workspace = max((workload.size.count(part.costs, "workspace") for part in parts), default=0)
+    workspace = max((workload.size.count(part.costs, "workspace") for part in parts), default=0.0)
     kept = sum(work_activations(part, workload, layout) for part in parts if part.shape is None)
-    return kept + layout.micro_batch_size * workspace * (workload.number_bytes + 4)
+    return kept + round(layout.micro_batch_size * workspace * (workload.number_bytes + 4))
 
 
 def recomputed_layer(workload: Workload, layout: ParallelLayout) -> int:

@@ -38,7 +38,7 @@ def layer_traffic(shape: EncoderShape, workload: Workload, layout: ParallelLayou
 
     Under sequence parallelism each is a gather and a reduce-scatter of the same size together.
     """
-    tokens = layout.micro_batch_size * workload.seq_length
+    tokens = layout.micro_batch_size * workload.size.tokens
     return 2 * all_reduce(tokens * shape.hidden_size * workload.number_bytes, layout.tensor_parallel)
 
 
@@ -56,7 +56,7 @@ def _work_traffic(part: StageWork, workload: Workload, layout: ParallelLayout) -
     total += size * workload.size.count(part.costs, "gathered_bytes") * (ranks - 1)
     if part.shape is None:
         return total
-    tokens, has_backward = size * workload.seq_length, part.work.has_backward
+    tokens, has_backward = size * workload.size.tokens, part.work.has_backward
     times = 1 + (1 + layout.activation_checkpointing) * has_backward
     total += times * part.num_layers * layer_traffic(part.shape, workload, layout)
     if part.begins:
@@ -73,26 +73,26 @@ def pipeline_traffic(placement: Placement, stage: int, workload: Workload, layou
     """Count what a stage sends to other stages for one micro-batch: hidden states, values, and their gradients."""
     done = stage_work(placement, stage, micro=0)
     messages = (message for work in done for message in sends(placement, stage, work))
-    return float(sum(message_bytes(placement.graph, message, workload, layout) for message in messages))
+    return sum((message_bytes(placement.graph, message, workload, layout) for message in messages), 0.0)
 
 
-def message_bytes(graph: Graph, message: Message, workload: Workload, layout: ParallelLayout) -> int:
+def message_bytes(graph: Graph, message: Message, workload: Workload, layout: ParallelLayout) -> float:
     """Give the size of one message; a gradient is as large as what it belongs to."""
     networks = {work.name: work.network for work in graph.works}
     network = networks.get(message.value)
     if network is not None:
         return hidden_states_bytes(graph.shape(network), workload, layout)
     value = graph.value(message.value)
-    positions = layout.micro_batch_size * workload.size.num_predictions
+    positions = layout.micro_batch_size * workload.size.selected
     sizes: Final[dict[ValueFormat, int]] = {"compute": workload.number_bytes, "float32": 4, "int64": 8}
     return positions * (value.width or 1) * sizes[value.format]
 
 
-def hidden_states_bytes(shape: EncoderShape, workload: Workload, layout: ParallelLayout) -> int:
+def hidden_states_bytes(shape: EncoderShape, workload: Workload, layout: ParallelLayout) -> float:
     """Give the size of one message between neighbouring stages; under sequence parallelism a rank sends its slice."""
-    tokens = layout.micro_batch_size * workload.seq_length
+    tokens = layout.micro_batch_size * workload.size.tokens
     split = layout.tensor_parallel if layout.sequence_parallel else 1
-    return tokens * shape.hidden_size * workload.number_bytes // split
+    return tokens / split * shape.hidden_size * workload.number_bytes
 
 
 def zero_traffic(

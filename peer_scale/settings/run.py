@@ -321,9 +321,9 @@ class RunConfig:
 
     @property
     def sample_size(self) -> SampleSize:
-        """Tokens of a full sequence and how many of them are selected."""
+        """Size of a full sequence: what stages and schedules are made for, whatever the text."""
         seq_length = self.training.seq_length
-        return SampleSize(seq_length, self.masking.num_predictions(seq_length))
+        return SampleSize.of_sequence(seq_length, self.masking.num_predictions(seq_length))
 
     @property
     def num_micro_batches(self) -> int | None:

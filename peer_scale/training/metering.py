@@ -12,6 +12,7 @@ import torch
 from peer_scale.checkpoints.progress import Progress
 from peer_scale.errors import TrainingError
 from peer_scale.flops import actual_train_flops, measure_peak_flops, paper_train_flops, peak_flops
+from peer_scale.objectives.graph import SampleSize
 from peer_scale.objectives.objective import SumsLayout
 from peer_scale.samples.loader import Fault
 from peer_scale.settings.run import RunConfig
@@ -37,16 +38,14 @@ class StepRecord:
 
 
 class Meter:
-    """Knows the cost of a sample and the device's peak; `peak` in FLOP/s per device, None where it is not known."""
+    """Knows the costs of a step and the device's peak; `peak` in FLOP/s per device, None where it is not known."""
 
     def __init__(self, run: RunConfig, num_devices: int, peak: float | None, *, skipped_steps: int = 0) -> None:
         self._run, self._num_devices, self._peak = run, num_devices, peak
         self._layout = SumsLayout(run.objective)
-        size = run.sample_size
-        self._paper_flops = paper_train_flops(run.model, run.objective, seq_length=size.seq_length, samples=1)
-        self._actual_flops = actual_train_flops(
-            run.model, run.objective, size, samples=1, activation_checkpointing=run.training.activation_checkpointing
-        )
+        seq_length, samples = run.training.seq_length, run.training.global_batch_size
+        self._positions = samples * seq_length
+        self._paper_flops = paper_train_flops(run.model, run.objective, seq_length=seq_length, samples=1)
         self._skipped_in_a_row = 0
         self._skipped_before = skipped_steps
 
@@ -55,7 +54,7 @@ class Meter:
         return Progress(
             record.step,
             progress.samples + self._run.training.global_batch_size,
-            progress.tokens + self._num_tokens(sums),
+            progress.tokens + int(self._size(sums).tokens),
         )
 
     def metrics(self, sums: list[float], record: StepRecord, progress: Progress) -> dict[str, Any]:
@@ -68,8 +67,8 @@ class Meter:
         losses = {loss.name: metrics.pop(loss.name) for loss in self._run.objective.losses}
         grad_norm = None if record.grad_norm is None else float(record.grad_norm)
         self._check_finite(record, losses, grad_norm)
-        samples = self._run.training.global_batch_size
-        flops_per_second = self._actual_flops * samples / record.step_time / self._num_devices
+        size = self._size(sums)
+        flops_per_second = self._flops(size) / record.step_time / self._num_devices
         return {
             "step": record.step,
             "samples": progress.samples,
@@ -81,7 +80,8 @@ class Meter:
             "loss_scale": record.loss_scale,
             "step_time_s": record.step_time,
             "data_wait_s": record.data_wait,
-            "tokens_per_second": self._num_tokens(sums) / record.step_time,
+            "tokens_per_second": size.tokens / record.step_time,
+            "fill": size.tokens / self._positions,
             "train_flops": self._paper_flops * progress.samples,
             "tflops_per_device": flops_per_second / 1e12,
             "mfu": flops_per_second / self._peak if self._peak else None,
@@ -89,8 +89,19 @@ class Meter:
             **record.extra,
         }
 
-    def _num_tokens(self, sums: list[float]) -> int:
-        return int(sums[self._layout.names.index("tokens")])
+    def _size(self, sums: list[float]) -> SampleSize:
+        """Give the size of the whole step, all its samples together."""
+        tokens, selected, token_pairs = (
+            sums[self._layout.names.index(name)] for name in ("tokens", "selected", "token_pairs")
+        )
+        return SampleSize(tokens, selected, token_pairs)
+
+    def _flops(self, size: SampleSize) -> float:
+        """Count what a step of that size executes."""
+        run = self._run
+        return actual_train_flops(
+            run.model, run.objective, size, samples=1, activation_checkpointing=run.training.activation_checkpointing
+        )
 
     def _check_finite(self, record: StepRecord, losses: dict[str, Any], grad_norm: float | None) -> None:
         if self._run.training.precision == "fp16":

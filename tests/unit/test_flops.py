@@ -161,9 +161,23 @@ def counted_flops(model: ModelConfig, seq_length: int, num_predictions: int, sam
 )
 def test_actual_accounting_equals_torchs_counter(model: ModelConfig, checkpointing: bool) -> None:
     expected = counted_flops(model, seq_length=20, num_predictions=3, samples=2, checkpointing=checkpointing)
-    objective, size = objective_of(model), SampleSize(seq_length=20, num_predictions=3)
+    objective, size = objective_of(model), SampleSize.of_sequence(tokens=20, selected=3)
     found = actual_train_flops(model, objective, size, samples=2, activation_checkpointing=checkpointing)
     assert found == expected
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_sequences_of_different_lengths_count_what_each_of_them_does(checkpointing: bool) -> None:
+    model = ModelConfig(EncoderShape(2, 16, 48, 1), EncoderShape(3, 32, 96, 2), vocab_size=101, embedding_size=24)
+    lengths, selected = (3, 20, 7, 64, 20), (1, 3, 1, 10, 2)
+    one_by_one = [counted_flops(model, *one, 1, checkpointing) for one in zip(lengths, selected, strict=True)]
+    total = SampleSize(sum(lengths), sum(selected), sum(length**2 for length in lengths))
+    mean = SampleSize(total.tokens / 5, total.selected / 5, total.token_pairs / 5)
+    for size, samples in ((total, 1), (mean, 5)):
+        found = actual_train_flops(
+            model, objective_of(model), size, samples=samples, activation_checkpointing=checkpointing
+        )
+        assert found == pytest.approx(sum(one_by_one), rel=1e-12)
 
 
 @pytest.mark.parametrize(

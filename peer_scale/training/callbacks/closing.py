@@ -44,8 +44,8 @@ class ClosingSummary(Callback):
         ended = f"all {total:,} steps done" if step >= total else f"stopped after step {step:,} of {total:,}"
         lines = {
             "run": f"{ended}; {step - self._first_step:,} in this run, {duration(time.perf_counter() - self._begin)}",
-            "seen": f"{last['samples']:,} sequences, {last['tokens']:,} tokens; {last['train_flops']:.3g} FLOPs "
-            "(the paper's accounting)",
+            "seen": f"{last['samples']:,} sequences, {last['tokens']:,} tokens (fill {self._fill:.1%}); "
+            f"{last['train_flops']:.3g} FLOPs (the paper's accounting)",
             "last": self._describe({name: last[name] for name in self._best if last.get(name) is not None}),
             "best": ", ".join(
                 f"{self._label(name)} {value:.4f} (step {at:,})" for name, (value, at) in self._best.items()
@@ -54,6 +54,11 @@ class ClosingSummary(Callback):
         }
         width = max(map(len, lines))
         return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
+
+    @property
+    def _fill(self) -> float:
+        """Share of the padded sequences' positions that were tokens, of all steps so far."""
+        return self._last["tokens"] / (self._last["samples"] * self._run.training.seq_length)
 
     def _describe(self, values: dict[str, float]) -> str:
         return ", ".join(f"{self._label(name)} {value:.4f}" for name, value in values.items())

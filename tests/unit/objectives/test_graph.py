@@ -66,11 +66,14 @@ def test_what_cannot_run_is_refused(works, said):
 
 
 def test_costs_of_a_sequence():
-    size = SampleSize(seq_length=100, num_predictions=15)
+    size = SampleSize.of_sequence(tokens=100, selected=15)
     costs = (Cost("token", flops=3, activations=1), Cost("position", flops=7), Cost("position", flops=2))
     assert size.count(costs, "flops") == 3 * 100 + 9 * 15
     assert size.count(costs, "activations") == 100
     assert size.count((), "workspace") == 0
+    assert size.token_pairs == 10_000
+    mean = SampleSize(tokens=12.5, selected=1.5, token_pairs=300.0)
+    assert mean.count(costs, "flops") == 3 * 12.5 + 9 * 1.5
 
 
 @pytest.mark.parametrize("name", preset_names())

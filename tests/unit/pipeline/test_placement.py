@@ -16,7 +16,7 @@ from peer_scale.pipeline.search import choose_placement
 from peer_scale.settings.presets import find_preset
 
 SEQ_LENGTH, NUM_PREDICTIONS = 64, 10
-SIZE, LONG = SampleSize(SEQ_LENGTH, NUM_PREDICTIONS), SampleSize(512, 77)
+SIZE, LONG = SampleSize.of_sequence(SEQ_LENGTH, NUM_PREDICTIONS), SampleSize.of_sequence(512, 77)
 
 
 def encoder(layers: int, hidden: int) -> EncoderShape:

@@ -39,7 +39,7 @@ LAYOUTS = [
 
 def placed(name: str, num_stages: int) -> Placement:
     preset = find_preset(name)
-    return place(preset.objective.graph(preset.model), num_stages, size=SampleSize(128, 19))
+    return place(preset.objective.graph(preset.model), num_stages, size=SampleSize.of_sequence(128, 19))
 
 
 def counts_of_micro_batches(num_stages: int) -> list[int]:
@@ -294,7 +294,7 @@ works = (
     ),
 )
 graph = Graph((("generator", generator), ("ranker", ranker)), 3, works)
-placement = choose_placement(graph, 4, size=SampleSize(512, 77))
+placement = choose_placement(graph, 4, size=SampleSize.of_sequence(512, 77))
 schedule = build_schedule("two_pass", placement, 24)
 print(hashlib.sha256(repr((placement.stages, placement.costs, schedule.stages)).encode()).hexdigest())
 """

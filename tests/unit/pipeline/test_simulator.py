@@ -128,7 +128,7 @@ def test_greedy_clock_is_the_simulators(seed: int, latency: int) -> None:
     """The scheduler keeps time by ready work, the simulator by instructions that wait: both come to the same."""
     order = list(itertools.permutations(WORK_KINDS))[seed * 119]
     preset = find_preset(("peer-base", "electra-small", "bert-base")[seed % 3])
-    placement = place(preset.objective.graph(preset.model), 3, size=SampleSize(128, 19))
+    placement = place(preset.objective.graph(preset.model), 3, size=SampleSize.of_sequence(128, 19))
     unit = placement.costs.of("mlm_head").forward[0] // 10
     head = WorkCosts((10 * unit, 0, 0), (20 * unit, 0, 0), (0, 0, 0))
     works = dict(placement.costs.works) | {"mlm_head": head}
@@ -165,7 +165,7 @@ def figures(num_stages: int, num_micro_batches: int, kind: Kind) -> tuple[float,
 @lru_cache
 def peer_base(num_stages: int) -> Placement:
     preset = find_preset("peer-base")
-    return choose_placement(preset.objective.graph(preset.model), num_stages, size=SampleSize(512, 77))
+    return choose_placement(preset.objective.graph(preset.model), num_stages, size=SampleSize.of_sequence(512, 77))
 
 
 @pytest.mark.parametrize("num_micro_batches", [8, 12, 16, 24, 32, 48, 64])

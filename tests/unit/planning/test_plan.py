@@ -122,7 +122,7 @@ def test_state_is_predicted_to_the_byte(ranks, tensor, pipeline, stage, precisio
     found = pool.run(observed_run, flags)
     preset = find_preset("peer-tiny")
     model = replace(preset.model, vocab_size=2000, max_position_embeddings=128)
-    placement = choose_placement(preset.objective.graph(model), pipeline, size=SampleSize(64, 10))
+    placement = choose_placement(preset.objective.graph(model), pipeline, size=SampleSize.of_sequence(64, 10))
     layout = ParallelLayout(ranks // tensor // pipeline, tensor, pipeline, stage)
     expected = [
         state_memory(inventory, layout, precision)
@@ -234,7 +234,7 @@ def test_traffic_is_what_a_run_sends(name, ranks, tensor, pipeline, stage, more,
     found = pool.run(sent_in_a_step, flags)
     preset = find_preset(name)
     model = replace(preset.model, vocab_size=2000)
-    placement = choose_placement(preset.objective.graph(model), pipeline, size=SampleSize(64, 10))
+    placement = choose_placement(preset.objective.graph(model), pipeline, size=SampleSize.of_sequence(64, 10))
     layout = ParallelLayout(
         ranks // tensor // pipeline,
         tensor,
@@ -286,7 +286,11 @@ def test_a_whole_models_activations(name, dropout, checkpointing):
         apply_activation_checkpointing(task, check_fn=lambda module: isinstance(module, TransformerLayer))
     parameters = {p.untyped_storage().data_ptr() for p in task.parameters()}
     ids = torch.randint(5, 2000, (size, length))
-    positions = torch.stack([torch.randperm(length)[: work.size.num_predictions] for _ in range(size)]).sort(1).values
+    positions = (
+        torch.stack([torch.randperm(length)[: work.masking.num_predictions(length)] for _ in range(size)])
+        .sort(1)
+        .values
+    )
     every = torch.ones_like(positions, dtype=torch.bool)
     uniforms = torch.rand(positions.shape)
     mask, extra = (
@@ -365,7 +369,7 @@ def test_zero_stages_trade_memory_for_traffic():
 
 def test_traffic_by_hand():
     work = workload("bert-base")
-    placement = choose_placement(work.graph, 2, size=SampleSize(512, 77))
+    placement = choose_placement(work.graph, 2, size=SampleSize.of_sequence(512, 77))
     layout = ParallelLayout(1, 2, 2, 2, 4)
     states = 4 * 512 * 768 * 2
     layers = placement.stages[1].num_layers("generator")

@@ -121,13 +121,13 @@ def test_the_closing_summary_has_the_last_and_the_best(capsys, tmp_path):
     assert capsys.readouterr().out == "", "nothing was trained"
     for step, loss, accuracy in ((17, 9.0, 0.5), (18, 7.0, 0.25), (19, 8.0, None)):
         validated = {"validation_loss": 10.0 - step % 2} if step > 17 else {}
-        counts = {"samples": 6 * step, "tokens": 1000 * step, "train_flops": 1e9 * step}
+        counts = {"samples": 6 * step, "tokens": 100 * step, "train_flops": 1e9 * step}
         summary.on_metrics(metrics_of(step, loss=loss, mlm_accuracy=accuracy, **counts, **validated))
-    trainer.progress = Progress(19, 114, 19000)
+    trainer.progress = Progress(19, 114, 1900)
     summary.on_train_end(trainer)
     out = dict(re.split(" {2,}", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert out["run"].startswith("stopped after step 19 of 20; 3 in this run, 0:00:")
-    assert out["seen"].startswith("114 sequences, 19,000 tokens; 1.9e+10 FLOPs")
+    assert out["seen"].startswith("114 sequences, 1,900 tokens (fill 52.1%); 1.9e+10 FLOPs")
     assert out["last"].startswith("loss 8.0000, ") and "MLM accuracy" not in out["last"]
     assert "loss 7.0000 (step 18), MLM accuracy 0.5000 (step 17)" in out["best"]
     assert "validation loss 9.0000 (step 19)" in out["best"]

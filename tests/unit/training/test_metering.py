@@ -8,14 +8,16 @@ import torch
 
 from peer_scale.checkpoints.progress import Progress
 from peer_scale.errors import TrainingError
-from peer_scale.flops import paper_train_flops
+from peer_scale.flops import actual_train_flops, paper_train_flops
+from peer_scale.objectives.graph import SampleSize
 from peer_scale.objectives.objective import SumsLayout
 from peer_scale.training.metering import Meter, StepRecord
 from small_runs import GLOBAL_BATCH, small_run
 
 ALWAYS = {
     *("step", "samples", "tokens", "loss", "mlm_loss", "lr", "grad_norm", "loss_scale", "step_time_s", "data_wait_s"),
-    *("tokens_per_second", "train_flops", "tflops_per_device", "mfu", "mlm_accuracy", "varying_share"),
+    *("tokens_per_second", "fill", "train_flops", "tflops_per_device", "mfu", "mlm_accuracy"),
+    "varying_share",
 }
 OF_RANKERS = {"replaced_fraction", "rtd_precision", "rtd_recall", "rtd_auc"}
 OF_RANKS = {"tqr_loss", "rank_label_fractions", "rank_concordance", "level_accuracy"}
@@ -38,9 +40,10 @@ def record(step, **changes):
 
 
 def sums_of(run, **named):
-    """Sums by name: 20 selected positions of 150 tokens, losses of 30, and what `named` changes."""
+    """Sums by name: 20 selected positions of 6 sequences of 25 tokens, losses of 30, and what `named` changes."""
     layout = SumsLayout(run.objective)
-    values = {loss.name: 30.0 for loss in run.objective.losses} | {"selected": 20.0, "tokens": 150.0} | named
+    values = {"selected": 20.0, "tokens": 150.0, "token_pairs": 6 * 25.0**2}
+    values = {loss.name: 30.0 for loss in run.objective.losses} | values | named
     return [values.get(name, 0.0) for name in layout.names]
 
 
@@ -57,6 +60,7 @@ def test_a_line_of_metrics(preset):
     assert metrics["loss"] == pytest.approx(sum(loss.weight * expected[loss.name] for loss in run.objective.losses))
     assert metrics["mlm_accuracy"] == 0.25
     assert metrics["tokens_per_second"] == 300
+    assert metrics["fill"] == 150 / (6 * 32)
     assert (metrics["step_time_s"], metrics["data_wait_s"], metrics["lr"]) == (0.5, 0.1, 0.01)
     json.dumps(metrics, allow_nan=False)
 
@@ -71,9 +75,31 @@ def test_flops_and_their_rates():
     assert slow["mfu"] == pytest.approx(slow["tflops_per_device"] * 1e12 / PEAK)
     # two passes' layers: 6 FLOPs per parameter and token; heads and attention come on top
     layer = 4 * 128**2 + 2 * 128 * 512
-    least = 6 * (2 + 4) * layer * 32 * GLOBAL_BATCH / 0.25 / 1e12
+    least = 6 * (2 + 4) * layer * 150 / 0.25 / 1e12
     assert least < fast["tflops_per_device"] < 2 * least
     assert meter(run, peak=None).metrics(sums_of(run), record(1), Progress(1, 6, 150))["mfu"] is None
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_steps_flops_are_those_of_its_own_sequences(checkpointing):
+    run = small_run(activation_checkpointing=checkpointing)
+    lengths, selected = (4, 32, 9, 17, 32, 5), (1, 5, 1, 3, 5, 1)
+    sums = sums_of(run, tokens=sum(lengths), selected=sum(selected), token_pairs=sum(n * n for n in lengths))
+    found = meter(run).metrics(sums, record(3), Progress(3, 18, 450))
+    sizes = [SampleSize.of_sequence(*one) for one in zip(lengths, selected, strict=True)]
+    each = [
+        actual_train_flops(run.model, run.objective, size, samples=1, activation_checkpointing=checkpointing)
+        for size in sizes
+    ]
+    assert found["tflops_per_device"] * 1e12 == pytest.approx(sum(each) / 0.5 / 2, rel=1e-12)
+    full = run.masking.num_predictions(32)
+    sums = sums_of(run, tokens=6 * 32, selected=6 * full, token_pairs=6 * 32**2)
+    found = meter(run).metrics(sums, record(3), Progress(3, 18, 450))
+    expected = actual_train_flops(
+        run.model, run.objective, run.sample_size, samples=6, activation_checkpointing=checkpointing
+    )
+    assert found["tflops_per_device"] * 1e12 == pytest.approx(expected / 0.5 / 2, rel=1e-12)
+    assert found["fill"] == 1
 
 
 def test_progress_adds_up():
