@@ -79,17 +79,11 @@ def actual_train_flops(
 def square_cost_ratio(model: ModelConfig, objective: Objective, size: SampleSize) -> float:
     """Give what a pair of tokens of one sequence costs (attention) over what a token costs (all else).
 
-    A sequence of n tokens costs n + ratio * n * n. Both terms are read off the costs of a full sequence and of one that
-    is twice as long.
+    A sequence of n tokens costs n + ratio * n * n; `size` says how many tokens are selected of how many.
     """
-    full, double = (
-        actual_train_flops(
-            model, objective, SampleSize(times * size.seq_length, times * size.num_predictions), samples=1
-        )
-        for times in (1, 2)
-    )
-    of_pairs = (double - 2 * full) / 2
-    return of_pairs / (full - of_pairs) / size.seq_length
+    of_tokens = actual_train_flops(model, objective, replace(size, token_pairs=0), samples=1 / size.tokens)
+    of_pairs = actual_train_flops(model, objective, SampleSize(0, 0, token_pairs=1), samples=1)
+    return of_pairs / of_tokens
 
 
 def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from batches import Rows
 from peer_scale.commands import plan as plan_command
 from peer_scale.errors import UserError
 from peer_scale.models.config import EncoderShape
@@ -276,7 +277,6 @@ def test_a_whole_models_activations(name, dropout, checkpointing):
     from peer_scale.objectives.task import PretrainingTask
     from peer_scale.objectives.works import GlobalCounts, StepInfo
     from peer_scale.parallel.topology import single_process_topology
-    from peer_scale.samples.examples import Batch
 
     size, length = 8, 128
     work = workload(name, precision="fp32", seq_length=length)
@@ -286,19 +286,15 @@ def test_a_whole_models_activations(name, dropout, checkpointing):
         apply_activation_checkpointing(task, check_fn=lambda module: isinstance(module, TransformerLayer))
     parameters = {p.untyped_storage().data_ptr() for p in task.parameters()}
     ids = torch.randint(5, 2000, (size, length))
-    positions = (
-        torch.stack([torch.randperm(length)[: work.masking.num_predictions(length)] for _ in range(size)])
-        .sort(1)
-        .values
-    )
-    every = torch.ones_like(positions, dtype=torch.bool)
-    uniforms = torch.rand(positions.shape)
-    mask, extra = (
-        torch.ones_like(ids, dtype=torch.bool),
-        torch.rand(*positions.shape, work.objective.num_extra_uniforms),
-    )
-    batch = Batch(ids, ids, torch.zeros_like(ids), mask, positions, every, uniforms, extra)
-    outside = {t.untyped_storage().data_ptr() for t in batch}
+    number = work.masking.num_predictions(length)
+    positions = torch.stack([torch.randperm(length)[:number] for _ in range(size)]).sort(1).values
+    every, uniforms = torch.ones_like(positions, dtype=torch.bool), torch.rand(positions.shape)
+    extra = torch.rand(*positions.shape, work.objective.num_extra_uniforms)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    batch = Rows(ids, ids, torch.zeros_like(ids), mask, positions, every, uniforms, extra).batch()
+    *tensors, sequences, selected = batch
+    tensors += [tensor for of in (sequences, selected) for tensor in (of.boundaries, of.position_ids, of.sequence_ids)]
+    outside = {t.untyped_storage().data_ptr() for t in tensors}
     kept: dict[int, torch.Tensor] = {}
 
     def keep(tensor):
@@ -322,6 +318,7 @@ def test_a_layers_activations(dropout):
     """Against what autograd really keeps of one layer on the CPU."""
     from peer_scale.models.layers import TransformerLayer
     from peer_scale.parallel.topology import single_process_topology
+    from peer_scale.sequences import Sequences
 
     shape = EncoderShape(num_layers=1, hidden_size=128, ffn_hidden_size=512, num_attention_heads=2)
     work = workload("peer-tiny", precision="fp32")
@@ -335,9 +332,9 @@ def test_a_layers_activations(dropout):
             kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    hidden = torch.randn(work.seq_length, 4, 128, requires_grad=True)
+    hidden = torch.randn(4 * work.seq_length, 128, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = layer(hidden, torch.ones(4, work.seq_length, dtype=torch.bool))
+        output = layer(hidden, Sequences.of([work.seq_length] * 4))
     kept.pop(output.untyped_storage().data_ptr(), None)
     expected = layer_activations(shape, work, ParallelLayout(1, micro_batch_size=4), on_cpu=True)
     assert storage_bytes(kept.values()) == pytest.approx(expected, rel=0.15)

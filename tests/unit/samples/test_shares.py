@@ -149,11 +149,11 @@ def test_hardly_a_micro_batch_more_than_the_tokens_need(budget):
 @pytest.mark.parametrize("name", preset_names())
 def test_the_ratio_gives_the_costs_of_any_length(name):
     preset = find_preset(name)
-    size = SampleSize(128, 19)
+    size = SampleSize.of_sequence(128, 19)
     ratio = square_cost_ratio(preset.model, preset.objective, size)
 
     def flops(times):
-        size = SampleSize(128 * times, 19 * times)
+        size = SampleSize.of_sequence(128 * times, 19 * times)
         return actual_train_flops(preset.model, preset.objective, size, samples=1)
 
     def by_ratio(tokens):
