@@ -76,6 +76,19 @@ def actual_train_flops(
     return float(samples * total)
 
 
+def square_cost_ratio(model: ModelConfig, objective: Objective, size: SampleSize) -> float:
+    """Give what a pair of tokens of one sequence costs (attention) over what a token costs (all else).
+
+    A sequence of n tokens costs n + ratio * n * n. A token costs what it does in a sample of `size`, with the share of
+    tokens that are selected there.
+    """
+    of_tokens, of_pairs = (
+        actual_train_flops(model, objective, part, samples=1)
+        for part in (SampleSize(size.tokens, size.selected, 0), SampleSize(0, 0, size.token_pairs))
+    )
+    return (of_pairs / size.token_pairs) / (of_tokens / size.tokens)
+
+
 def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
     """Dense peak FLOP/s of a GPU for matrix products of `dtype` (fp32 with TF32 off); None where it is not known.
 

@@ -24,6 +24,14 @@ def write_raw_text(folder: Path, text: str) -> None:
         (folder / f"c{number:03d}.txt").write_text(document)
 
 
+def write_uneven_text(path: Path, text: str) -> None:
+    """Write documents of one word to some hundred, as many short ones as the words of `text` allow."""
+    words = text.split()
+    rng = random.Random(0)
+    documents = [rng.sample(words, round(150 ** rng.random())) for _ in range(400)]
+    path.write_text("\n\n".join(" ".join(document) for document in documents) + "\n")
+
+
 def copy_pair(prefix: str, folder: Path) -> str:
     for ending in PAIR_ENDINGS:
         shutil.copy(f"{prefix}.{ending}", folder / f"corpus.{ending}")

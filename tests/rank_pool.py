@@ -8,6 +8,7 @@ import contextlib
 import gc
 import importlib
 import multiprocessing
+import multiprocessing.context
 import os
 import random
 import socket
@@ -79,8 +80,7 @@ class RankPool:
         return RankFailure(what + logs)
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["peer_scale.training.job"])
+        context = fork_server()
         folder = Path(tempfile.mkdtemp(prefix="ranks-"))
         port = free_port()
         self._logs = [folder / f"rank{rank}.log" for rank in range(self.world_size)]
@@ -138,6 +138,25 @@ class RankPools:
             pool.renew()
 
 
+def fork_server() -> multiprocessing.context.ForkServerContext:
+    """Give what starts processes as forks of the one that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["peer_scale.training.job"])
+    return context
+
+
+def become_rank(rank: int, world_size: int, port: int, log: str) -> None:
+    """Tell this process what a launcher tells a rank, and send all that it says to the end of `log`."""
+    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    # What was imported stays: the collector need not look at half a million objects, which takes half a second.
+    gc.freeze()
+
+
 def free_port() -> int:
     """Below the range from which outgoing connections take theirs: those could have it before it is used."""
     while True:
@@ -148,11 +167,7 @@ def free_port() -> int:
 
 
 def _serve(pipe: Connection, rank: int, world_size: int, port: int, log: str, threads: int) -> None:
-    stream = open(log, "w", buffering=1)  # noqa: SIM115 (open as long as the process lives)
-    os.dup2(stream.fileno(), 1)
-    os.dup2(stream.fileno(), 2)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    become_rank(rank, world_size, port, log)
     from peer_scale.quiet import silence_libraries
 
     silence_libraries()
@@ -168,7 +183,6 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int, log: str, th
         except BaseException:
             pipe.send((False, traceback.format_exc()))
         _end_groups_of_runs()
-        sys.stdout.flush()
     dist.destroy_process_group()
 
 

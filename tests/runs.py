@@ -45,6 +45,7 @@ def train_in_pool(flags: list[str]) -> list[dict]:
     args = build_parser().parse_args([*SMALL, "--num-workers", "0", *flags])
     run = resolve(args, dist.get_world_size())
     train(run, arrange_ranks(run, torch.device("cpu")), RankCoordinator())
+    dist.barrier()  # the first rank may still be writing its last line
     return read_metrics(args.log_dir)
 
 

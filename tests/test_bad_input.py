@@ -14,7 +14,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from peer_scale.corpus.wordpiece import train_wordpiece
 from peer_scale.pretrain import main
-from runs import SMALL, corpus, pretrain, torchrun
+from runs import SMALL, corpus, pretrain, torchrun, train_in_pool
 
 
 @pytest.fixture
@@ -130,11 +130,10 @@ def test_all_ranks_end_together_and_only_the_first_speaks(tmp_path, text_file):
 
 
 @pytest.fixture
-def checkpoint(tmp_path, text_file):
+def checkpoint(one_rank, tmp_path, text_file):
     save = tmp_path / "save"
-    flags = (*corpus(text_file), "--train-iters", 2, "--save", save)
-    done = pretrain(*flags)
-    assert done.returncode == 0, done.stderr
+    flags = (*corpus(text_file), "--train-iters", 2, "--save", save, "--log-dir", tmp_path / "log")
+    one_rank.run(train_in_pool, list(map(str, flags)))
     return save
 
 

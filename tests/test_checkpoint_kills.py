@@ -1,78 +1,29 @@
 """A run that is killed while it saves loads at its last committed step and goes on as if nothing had happened."""
 
-import multiprocessing
-import os
 import random
-import sys
 import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from checkpoint_runs import flags_for, without_times
+from forked_ranks import ForkedRanks
 from peer_scale.checkpoints.folder import committed, newest
 from peer_scale.checkpoints.pieces import check_file
-from rank_pool import free_port
 from runs import read_metrics, train_in_pool
 
 
-def rank_of_run(rank, ranks, port, log, flags):
-    """The body of a process that is there to be killed."""
-    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(stream, 1)
-    os.dup2(stream, 2)
-    sys.stdout.reconfigure(line_buffering=True)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_SIZE=str(ranks))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
-    train_in_pool(flags)
-    torch.distributed.destroy_process_group()
-
-
-class KilledRuns:
-    """Two ranks, forked from a server that has imported everything: starting them takes a second or two."""
-
-    def __init__(self, folder):
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["peer_scale.training.job", "test_checkpoint_kills"])
-        self._log = folder / "ranks.log"
-
-    def start(self, flags):
-        self._log.write_text("")
-        port = free_port()
-        processes = [
-            self._context.Process(target=rank_of_run, args=(rank, 2, port, str(self._log), flags)) for rank in range(2)
-        ]
-        for process in processes:
-            process.start()
-        return processes
-
-    @property
-    def log(self):
-        return self._log.read_text()
-
-
-def kill_while_saving(processes, save, steps_away, rng, runs):
+def kill_while_saving(ranks, save, steps_away, rng):
     """SIGKILL one rank, and a little later the other, at some moment between a save's first trace and its last."""
-
-    def wait_until(condition):
-        deadline = time.monotonic() + 90
-        while not condition():
-            assert all(process.is_alive() for process in processes), runs.log
-            assert time.monotonic() < deadline, runs.log
-            time.sleep(0.001)
-
     first = newest_step(save)
-    wait_until(lambda: "step " in runs.log and not steps_begun(save))  # the start removes what is left over
-    wait_until(lambda: any(step > first + steps_away for step in steps_begun(save)))
+    # the start removes what is left over
+    ranks.wait_until(lambda: "step " in ranks.said[0] and not steps_begun(save), pause=0.001)
+    ranks.wait_until(lambda: any(step > first + steps_away for step in steps_begun(save)), pause=0.001)
     time.sleep(rng.uniform(0, 0.06))
-    for process in rng.sample(processes, 2):
+    for process in rng.sample(ranks.processes, 2):
         process.kill()  # unless the other's end was its own
         time.sleep(rng.choice((0, 0.05)))
-    for process in processes:
-        process.join()
+    ranks.end()
 
 
 def newest_step(save):
@@ -94,20 +45,18 @@ def test_killed_at_any_moment_of_saving_it_loads_at_the_last_committed_step(kill
 
     whole = two_ranks.run(train_in_pool, flags("whole"))[0]
     saving = flags("cut", "--save", save, "--load", save, "--save-interval", 1, "--keep-last", 2)
-    runs = KilledRuns(tmp_path)
+    saving = ["--num-threads", 1, *saving]
     unfinished = 0
     for _ in range(kills):
-        processes = runs.start(saving)
+        ranks = ForkedRanks(saving, 2, tmp_path)
         before = newest_step(save)
-        kill_while_saving(processes, save, rng.randrange(3), rng, runs)
+        kill_while_saving(ranks, save, rng.randrange(3), rng)
         if before:
-            assert f"after step {before}" in runs.log
+            assert f"after step {before}" in ranks.said[0]
         unfinished += bool(steps_begun(save))
         assert_loads(save)
-    processes = runs.start(saving)
-    for process in processes:
-        process.join(120)
-        assert process.exitcode == 0, runs.log
+    ranks = ForkedRanks(saving, 2, tmp_path)
+    assert ranks.end() == [0, 0], ranks.said
     assert unfinished >= kills // 4, "the kills came too late to test anything"
     assert without_times(read_metrics(tmp_path / "cut")) == without_times(whole)
     assert sorted(path.name for path in save.iterdir()) == [

@@ -1,8 +1,14 @@
 #!/usr/bin/env python3
-"""Speed against named peers, in one process and alternating: the table of ratios.
+"""Speed against named peers, in turns with them: the table of ratios.
 
 python tools/bench.py                                  # peer-small, 32 x 128 tokens, bf16
 python tools/bench.py --rows head-forward step-plain-loop --repeats 9 --json bench.json
+python tools/bench.py --rows text-512-transformers-fp32 prepare-jsonl-2
+
+Rows step-*, head-* and kernel-* are of full sequences, without padding. Rows text-* are training steps on Wikipedia
+introductions, of at most so many tokens: the peers pad them to that length or, -longest-, to the longest of each batch.
+Rows prepare-* compare tools/preprocess_data.py on so many workers with the tokenizer alone on as many threads.
+Other people's training steps run in processes of their own.
 """
 
 from __future__ import annotations
@@ -14,8 +20,7 @@ import json
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,22 +31,17 @@ from peer_scale.quiet import silence_libraries
 
 silence_libraries()
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from pydantic import PositiveInt  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from bench_memory import working_memory  # noqa: E402
-from bench_peers import (  # noqa: E402
-    Action,
-    MissingPeer,
-    Setting,
-    electra_pytorch_step,
-    matrix_products,
-    our_task,
-    plain_loop,
-    transformers_step,
-)
+from bench_peers import MissingPeer, Setting, matrix_products, our_task, padded, plain_loop  # noqa: E402
+from bench_preparation import preparation_pair  # noqa: E402
+from bench_processes import peer_step  # noqa: E402
+from bench_text import text_batches  # noqa: E402
+from bench_turns import Action, Here, measured, over_batches  # noqa: E402
 from peer_scale.checkpoints.folder import CheckpointFolder  # noqa: E402
 from peer_scale.checkpoints.progress import Progress  # noqa: E402
 from peer_scale.checkpoints.sections import sections_of  # noqa: E402
@@ -57,7 +57,7 @@ from peer_scale.models.generator_head import generator_head  # noqa: E402
 from peer_scale.parallel.coordination import RankCoordinator  # noqa: E402
 from peer_scale.parallel.environment import ProcessEnvironment  # noqa: E402
 from peer_scale.parallel.topology import build_topology, init_process_group  # noqa: E402
-from peer_scale.samples.examples import Batch  # noqa: E402
+from peer_scale.samples.examples import Batch, Example, collate  # noqa: E402
 from peer_scale.settings.arguments import Parser, of  # noqa: E402
 from peer_scale.settings.flags import build_parser  # noqa: E402
 from peer_scale.settings.resolve import resolve  # noqa: E402
@@ -83,48 +83,35 @@ class Result:
     quartiles: tuple[float, float]
     ours_mib: float | None = None
     peer_mib: float | None = None
-    tokens_per_second: float | None = None
+    tokens_per_second: float | None = None  # that are not padding
     share_of_peak: float | None = None
 
 
 def synthetic_batch(run: RunConfig, device: torch.device) -> Batch:
     """Full sequences of random tokens: what is timed does not depend on which."""
-    generator = torch.Generator().manual_seed(0)
+    generator = np.random.default_rng(0)
     size, seq_length = run.training.micro_batch_size, run.training.seq_length
     num_predictions = run.masking.num_predictions(seq_length)
-    ids = torch.randint(5, run.model.vocab_size, (size, seq_length), generator=generator)
-    positions = torch.stack([torch.randperm(seq_length, generator=generator)[:num_predictions] for _ in range(size)])
-    positions = positions.sort(1).values
-    return Batch(
-        input_ids=ids,
-        masked_ids=ids.scatter(1, positions, 4),
-        token_types=torch.zeros_like(ids),
-        attention_mask=torch.ones_like(ids, dtype=torch.bool),
-        positions=positions,
-        is_selected=torch.ones_like(positions, dtype=torch.bool),
-        uniforms=torch.rand(positions.shape, generator=generator),
-        extra_uniforms=torch.rand((*positions.shape, run.objective.num_extra_uniforms), generator=generator),
-    ).to(device)
+
+    def example() -> Example:
+        ids = generator.integers(5, run.model.vocab_size, seq_length)
+        positions = np.sort(generator.permutation(seq_length)[:num_predictions])
+        masked_ids = ids.copy()
+        masked_ids[positions] = 4
+        shape = (num_predictions, run.objective.num_extra_uniforms)
+        uniforms, extra_uniforms = generator.random(num_predictions, np.float32), generator.random(shape, np.float32)
+        return Example(ids, masked_ids, np.zeros_like(ids), positions, uniforms, extra_uniforms)
+
+    return collate([example() for _ in range(size)]).to(device)
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """What is timed after something that is not."""
-
-    prepare: Action
-    action: Action
-
-    def __call__(self) -> object:
-        return self.action()
-
-
-def our_step(setting: Setting) -> Action:
+def our_step(setting: Setting) -> Callable[[], object]:
     """The trainer's own step: DeepSpeed with ZeRO-2."""
     return our_trainer(setting)[1]
 
 
-def our_trainer(setting: Setting) -> tuple[Any, Action]:
-    """DeepSpeed's engine, and the trainer's own step with it."""
+def our_trainer(setting: Setting) -> tuple[Any, Callable[[], object]]:
+    """DeepSpeed's engine, and the trainer's own step with it over the batches in turns."""
     engine = build_engine(our_task(setting), setting.run, setting.topology)
     runner = WholeModelRunner(engine, setting.topology)
     meter = Meter(setting.run, 1, None)
@@ -139,7 +126,7 @@ def our_trainer(setting: Setting) -> tuple[Any, Action]:
         progress=Progress(),
         warmup_steps=0,
     )
-    return engine, lambda: trainer.train_step(1, [setting.batch])
+    return engine, over_batches(lambda batch: trainer.train_step(1, [batch]), setting.batches)
 
 
 def saving_pair(setting: Setting, folder: Path, *, copy_alone: bool) -> tuple[Action, Action]:
@@ -159,10 +146,12 @@ def saving_pair(setting: Setting, folder: Path, *, copy_alone: bool) -> tuple[Ac
         writer.finish()
         save()
 
-    return Prepared(writer.finish, save) if copy_alone else Prepared(begin, step), Prepared(writer.finish, step)
+    device = setting.topology.device
+    ours = Here(save, device, before=writer.finish) if copy_alone else Here(step, device, before=begin)
+    return ours, Here(step, device, before=writer.finish)
 
 
-def head_pair(setting: Setting, *, backward: bool) -> tuple[Action, Action]:
+def head_pair(setting: Setting, *, backward: bool) -> tuple[Callable[[], object], Callable[[], object]]:
     """The generator head and the bare products for the same logits (backward: recomputation and two gradients)."""
     model, device = setting.run.model, setting.topology.device
     n = setting.batch.positions.numel()
@@ -189,14 +178,12 @@ def head_pair(setting: Setting, *, backward: bool) -> tuple[Action, Action]:
     return lambda: torch.autograd.grad(loss, (hidden, weight, bias), retain_graph=True), products
 
 
-def kernel_pair(setting: Setting, name: str) -> tuple[Action, Action]:
+def kernel_pair(setting: Setting, name: str) -> tuple[Callable[[], object], Callable[[], object]]:
     """A fused kernel and torch's composition, forward and backward."""
     shape = setting.run.model.generator
     width = shape.ffn_hidden_size if name == "gelu" else shape.hidden_size
-    training, device = setting.run.training, setting.topology.device
-    x, residual, grad = (
-        torch.randn(training.seq_length, training.micro_batch_size, width, device=device).bfloat16() for _ in range(3)
-    )
+    tokens, device = setting.batch.sequences.num_tokens, setting.topology.device
+    x, residual, grad = (torch.randn(tokens, width, device=device).bfloat16() for _ in range(3))
     bias, weight, norm_bias = (torch.ones(width, device=device).bfloat16() for _ in range(3))
     tensors = [t.requires_grad_() for t in (x, bias, residual, weight, norm_bias)]
     dropout = setting.run.model.hidden_dropout
@@ -215,60 +202,118 @@ def kernel_pair(setting: Setting, name: str) -> tuple[Action, Action]:
     return lambda: torch.autograd.grad(fused(), wanted, grad), lambda: torch.autograd.grad(composed(), wanted, grad)
 
 
-ROWS: dict[str, tuple[str, bool]] = {  # name: the peer, and whether it is a whole training step
-    "step-transformers-fp32": ("transformers, tied and shared, fp32", True),
-    "step-transformers-bf16": ("transformers, tied and shared, bf16 autocast", True),
-    "step-electra-pytorch-fp32": ("electra-pytorch around them, fp32", True),
-    "step-electra-pytorch-bf16": ("electra-pytorch around them, bf16 autocast", True),
-    "step-plain-loop": ("our model without DeepSpeed", True),
-    "step-matrix-products": ("the bare matrix products", True),
-    "step-while-saving": ("the same step while nothing is saved", True),
-    "save-copy": ("a step: what a background save holds training up for", False),
-    "head-forward": ("the bare product of the logits", False),
-    "head-backward": ("its three products", False),
-    "kernel-norm": ("torch's composition", False),
-    "kernel-gelu": ("torch's composition", False),
+@dataclass(frozen=True)
+class Row:
+    """What a row compares our side with.
+
+    Attributes:
+        peer: what stands in the table.
+        is_step: whether our side is a whole training step.
+        text_length: of a step on real text, the longest sequence.
+    """
+
+    peer: str
+    is_step: bool = True
+    text_length: int | None = None
+
+
+def _text_rows(length: int) -> dict[str, Row]:
+    rows = {}
+    for precision, how in (("fp32", "fp32"), ("bf16", "bf16 autocast")):
+        for name, peer in (
+            ("transformers", f"transformers, padded to {length}"),
+            ("longest", "transformers, padded to the longest of the batch"),
+            ("electra-pytorch", f"electra-pytorch around them, padded to {length}"),
+        ):
+            rows[f"text-{length}-{name}-{precision}"] = Row(f"{peer}, {how}", text_length=length)
+    rows[f"text-{length}-full"] = Row(f"the same step on sequences that are all {length} long", text_length=length)
+    return rows
+
+
+ROWS: dict[str, Row] = {
+    "step-transformers-fp32": Row("transformers, tied and shared, fp32"),
+    "step-transformers-bf16": Row("transformers, tied and shared, bf16 autocast"),
+    "step-electra-pytorch-fp32": Row("electra-pytorch around them, fp32"),
+    "step-electra-pytorch-bf16": Row("electra-pytorch around them, bf16 autocast"),
+    "step-plain-loop": Row("our model without DeepSpeed"),
+    "step-matrix-products": Row("the bare matrix products"),
+    "step-while-saving": Row("the same step while nothing is saved"),
+    "save-copy": Row("a step: what a background save holds training up for", is_step=False),
+    "head-forward": Row("the bare product of the logits", is_step=False),
+    "head-backward": Row("its three products", is_step=False),
+    "kernel-norm": Row("torch's composition", is_step=False),
+    "kernel-gelu": Row("torch's composition", is_step=False),
+    **_text_rows(128),
+    **_text_rows(512),
+    **{
+        f"prepare-{kind}-{workers}": Row(f"tokenizers' encode_batch, threads: {workers}", is_step=False)
+        for kind in ("text", "jsonl")
+        for workers in (1, 2)
+    },
 }
 
 
-def build_row(name: str, setting: Setting, folder: Path) -> tuple[Action, Action]:
-    """Ours and the peer's, ready to be called; `folder` is for files."""
+@dataclass(frozen=True)
+class Bench:
+    """What the command line asks for.
+
+    Attributes:
+        flags: of the trainer, but for the length of sequences.
+        seq_length: of the full sequences.
+        folder: for files that rows share.
+        device: what is computed on.
+        copies: how often the introductions stand in the text that is prepared.
+    """
+
+    flags: list[str]
+    seq_length: int
+    folder: Path
+    device: torch.device
+    copies: int = 6
+
+    def setting(self, text_length: int | None) -> Setting:
+        """Return full sequences, or the introductions in sequences of at most `text_length`."""
+        flags = [*self.flags, "--seq-length", str(text_length or self.seq_length)]
+        if text_length is None:
+            run = resolve(build_parser().parse_args(flags), 1)
+            return Setting(run, build_topology(self.device), (synthetic_batch(run, self.device),))
+        run, batches = text_batches(flags, self.folder)
+        return Setting(run, build_topology(self.device), tuple(batch.to(self.device) for batch in batches))
+
+
+def build_row(name: str, bench: Bench, setting: Setting, folder: Path) -> tuple[Action, Action]:
+    """Ours and the peer's, ready to be called; `folder` is for the row's files."""
+    kind, _, rest = name.partition("-")
+    device = setting.topology.device
     if name in ("step-while-saving", "save-copy"):
         return saving_pair(setting, folder, copy_alone=name == "save-copy")
-    if name.startswith("head-"):
-        return head_pair(setting, backward=name == "head-backward")
-    if name.startswith("kernel-"):
-        return kernel_pair(setting, name.removeprefix("kernel-"))
-    peers: dict[str, Callable[[], Action]] = {
-        "step-transformers-fp32": lambda: transformers_step(setting, autocast=False),
-        "step-transformers-bf16": lambda: transformers_step(setting, autocast=True),
-        "step-electra-pytorch-fp32": lambda: electra_pytorch_step(setting, autocast=False),
-        "step-electra-pytorch-bf16": lambda: electra_pytorch_step(setting, autocast=True),
-        "step-plain-loop": lambda: plain_loop(setting),
-        "step-matrix-products": lambda: matrix_products(setting),
-    }
-    peer = peers[name]()
-    return our_step(setting), peer
+    if kind == "prepare":
+        source, workers = rest.split("-")
+        return preparation_pair(source, int(workers), setting.run.model.vocab_size, bench.copies, bench.folder)
+    if kind in ("head", "kernel"):
+        pair = head_pair(setting, backward=rest == "backward") if kind == "head" else kernel_pair(setting, rest)
+        return Here(pair[0], device), Here(pair[1], device)
+    peer = foreign_step(rest.removeprefix(f"{ROWS[name].text_length}-"), setting)
+    if peer is None:
+        builders: dict[str, Callable[[], Callable[[], object]]] = {
+            "plain-loop": lambda: plain_loop(setting),
+            "matrix-products": lambda: matrix_products(setting),
+            "128-full": lambda: our_step(replace(setting, batches=(synthetic_batch(setting.run, device),))),
+        }
+        builders["512-full"] = builders["128-full"]
+        peer = Here(builders[rest](), device)
+    return Here(our_step(setting), device), peer
 
 
-def alternate(ours: Action, peer: Action, repeats: int, device: torch.device) -> Iterator[tuple[float, float]]:
-    """Seconds of each, in turns, after two rounds of warm-up."""
-
-    def seconds(action: Action) -> float:
-        if isinstance(action, Prepared):
-            action.prepare()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        action()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    for number in range(repeats + 2):
-        pair = seconds(ours), seconds(peer)
-        if number >= 2:
-            yield pair
+def foreign_step(name: str, setting: Setting) -> Action | None:
+    """Start another's training step, named "peer-precision", on the same batches; None where the name is no such."""
+    peer, _, precision = name.rpartition("-")
+    if precision not in ("fp32", "bf16"):
+        return None
+    length = None if peer == "longest" else setting.run.training.seq_length
+    batches = [padded(batch, length) for batch in setting.batches]
+    peer = "transformers" if peer == "longest" else peer
+    return peer_step(peer, setting.run, batches, setting.topology.device, autocast=precision == "bf16")
 
 
 def summarise(row: str, pairs: list[tuple[float, float]]) -> Result:
@@ -276,7 +321,7 @@ def summarise(row: str, pairs: list[tuple[float, float]]) -> Result:
     ratios = sorted(peer / ours for ours, peer in pairs)
     low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
     ours, peer = (statistics.median(times) * 1e3 for times in zip(*pairs, strict=True))
-    return Result(row, ROWS[row][0], ours, peer, statistics.median(ratios), (low, high))
+    return Result(row, ROWS[row].peer, ours, peer, statistics.median(ratios), (low, high))
 
 
 def main() -> None:
@@ -299,37 +344,45 @@ def main() -> None:
     if device.type == "cpu":
         keep_freed_memory()
     sizes = ["--micro-batch-size", str(args.batch), "--global-batch-size", str(args.batch)]
-    flags = ["--model", args.model, "--bf16", *sizes, "--seq-length", str(args.seq_length)]
-    run = resolve(build_parser().parse_args(flags), 1)
-    setting = Setting(run, build_topology(device), synthetic_batch(run, device))
-    if args.profile:
-        profile_step(setting)
-        return
     results = []
-    for row in args.rows:
-        try:
-            results.append(measure(row, setting, args.repeats))
-            print(describe(results[-1]), flush=True)
-        except MissingPeer as missing:
-            print(f"{row:<26} left out: {missing}")
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(["--model", args.model, "--bf16", *sizes], args.seq_length, Path(folder), device)
+        if args.profile:
+            profile_step(bench.setting(None))
+            return
+        for row in args.rows:
+            try:
+                results.append(measure(row, bench, args.repeats))
+                print(describe(results[-1]), flush=True)
+            except MissingPeer as missing:
+                print(f"{row:<26} left out: {missing}")
     if args.json:
         args.json.write_text(json.dumps([asdict(result) for result in results], indent=1))
 
 
-def measure(row: str, setting: Setting, repeats: int) -> Result:
+def measure(row: str, bench: Bench, repeats: int) -> Result:
     """Build a row's pair, time it, and see what memory each side needs."""
-    run, device = setting.run, setting.topology.device
+    setting = bench.setting(ROWS[row].text_length)
     with tempfile.TemporaryDirectory() as folder:
-        ours, peer = build_row(row, setting, Path(folder))
-        result = summarise(row, list(alternate(ours, peer, repeats, device)))
-        result = replace(result, ours_mib=memory_of(ours, device), peer_mib=memory_of(peer, device))
-    if not ROWS[row][1]:
+        ours, peer = build_row(row, bench, setting, Path(folder))
+        try:
+            pairs, *sizes = measured(ours, peer, repeats)
+        finally:
+            ours.close()
+            peer.close()
+    ours_mib, peer_mib = (None if size is None else size / 2**20 for size in sizes)
+    result = replace(summarise(row, pairs), ours_mib=ours_mib, peer_mib=peer_mib)
+    if not ROWS[row].is_step:
         return result
-    batch, seq_length = run.training.micro_batch_size, run.training.seq_length
-    flops = actual_train_flops(run.model, run.objective, run.sample_size, samples=batch)
-    peak, seconds = bf16_peak(device), result.ours_ms / 1e3
-    share = flops / seconds / peak if peak else None
-    return replace(result, tokens_per_second=batch * seq_length / seconds, share_of_peak=share)
+    # the calls took the batches in turns, from the second on
+    counts = [setting.batches[number % len(setting.batches)].sequences.num_tokens for number in range(1, repeats + 1)]
+    speed = statistics.median(count / ours_s for count, (ours_s, _) in zip(counts, pairs, strict=True))
+    result = replace(result, tokens_per_second=speed)
+    if ROWS[row].text_length is not None:
+        return result
+    run, peak = setting.run, bf16_peak(bench.device)
+    flops = actual_train_flops(run.model, run.objective, run.sample_size, samples=run.training.micro_batch_size)
+    return replace(result, share_of_peak=flops / (result.ours_ms / 1e3) / peak if peak else None)
 
 
 @functools.cache
@@ -338,14 +391,6 @@ def bf16_peak(device: torch.device) -> float | None:
     if device.type == "cuda":
         return peak_flops(torch.cuda.get_device_name(), torch.bfloat16)
     return measure_peak_flops(torch.bfloat16, 2.0)
-
-
-def memory_of(action: Action, device: torch.device) -> float | None:
-    """MiB that a call needs beyond what is there before it."""
-    if isinstance(action, Prepared):
-        action.prepare()
-    size = working_memory(action, device)
-    return None if size is None else size / 2**20
 
 
 def describe(result: Result) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,6 @@ from peer_scale.samples.examples import Batch
 from peer_scale.settings.run import RunConfig
 from peer_scale.training.optimizer import build_optimizer
 
-Action = Callable[[], object]
-
 
 @dataclass(frozen=True)
 class Setting:
@@ -28,7 +26,38 @@ class Setting:
 
     run: RunConfig
     topology: Topology
-    batch: Batch
+    batches: tuple[Batch, ...]
+
+    @property
+    def batch(self) -> Batch:
+        """The first batch, for what is timed on one."""
+        return self.batches[0]
+
+
+class PaddedBatch(NamedTuple):
+    """What the peers work on: B sequences, filled up to the same length S with [PAD], whose id is 0."""
+
+    input_ids: Tensor  # [B, S] the original tokens
+    masked_ids: Tensor  # [B, S] with [MASK] at the selected positions
+    attention_mask: Tensor  # [B, S] True but for padding
+    is_selected: Tensor  # [B, S] True at the positions that are selected for corruption
+
+
+PeerStep = Callable[[PaddedBatch], None]
+
+
+def padded(batch: Batch, seq_length: int | None) -> PaddedBatch:
+    """Pad a batch to `seq_length` or, where that is None, to its longest sequence."""
+    sequences, length = batch.sequences, seq_length or batch.sequences.max_length
+    is_token = torch.ones_like(batch.input_ids, dtype=torch.bool)
+    is_selected = torch.zeros_like(is_token).index_fill(0, batch.positions, True)
+
+    def rows(values: Tensor) -> Tensor:
+        filled = values.new_zeros(len(sequences.lengths), length)
+        filled[sequences.sequence_ids, sequences.position_ids] = values
+        return filled
+
+    return PaddedBatch(*map(rows, (batch.input_ids, batch.masked_ids, is_token, is_selected)))
 
 
 def our_task(setting: Setting) -> PretrainingTask:
@@ -42,7 +71,7 @@ def our_task(setting: Setting) -> PretrainingTask:
     return task
 
 
-def plain_loop(setting: Setting) -> Action:
+def plain_loop(setting: Setting) -> Callable[[], None]:
     """Our model without DeepSpeed: weights in the run's format, fp32 masters and gradient sums, clipping, AdamW."""
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[setting.run.training.precision]
     task = our_task(setting).to(setting.topology.device)
@@ -51,7 +80,8 @@ def plain_loop(setting: Setting) -> Action:
     holder = nn.ParameterList(masters)
     optimizer = build_optimizer(holder, setting.run.training)
     batch, works = setting.batch, [work.name for work in task.graph.works]
-    info = StepInfo(GlobalCounts(batch.is_selected.sum().float(), batch.attention_mask.sum().float()))
+    selected, tokens = (torch.tensor(float(n)) for n in (batch.selected.num_tokens, batch.sequences.num_tokens))
+    info = StepInfo(GlobalCounts(selected, tokens))
 
     def step() -> None:
         loss, *_ = task(works, batch, info)
@@ -93,26 +123,25 @@ class TransformersPair(nn.Module):
             self.discriminator.electra.encoder.layer[number] = self.generator.electra.encoder.layer[number]
         self.discriminator_weight = losses[1].weight
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: PaddedBatch) -> Tensor:
         mask = batch.attention_mask.long()
         logits = self.generator(input_ids=batch.masked_ids, attention_mask=mask).logits
-        rows = torch.arange(len(logits), device=logits.device)[:, None]
-        selected = logits[rows, batch.positions].flatten(0, 1).float()
-        targets = batch.input_ids.gather(1, batch.positions).flatten()
+        selected = logits[batch.is_selected].float()
         with torch.no_grad():
             noise = -torch.log(-torch.log(torch.rand_like(selected).clamp_(1e-9, 1 - 1e-7)))
-            sampled = (selected + noise).argmax(-1).view_as(batch.positions)
-        corrupted = batch.input_ids.scatter(1, batch.positions, sampled)
-        scores = self.discriminator(input_ids=corrupted, attention_mask=mask).logits.float()
-        replaced = (corrupted != batch.input_ids).float()
+            sampled = (selected + noise).argmax(-1)
+        corrupted = batch.input_ids.masked_scatter(batch.is_selected, sampled)
+        scores = self.discriminator(input_ids=corrupted, attention_mask=mask).logits[batch.attention_mask].float()
+        replaced = (corrupted != batch.input_ids)[batch.attention_mask].float()
         discriminator_loss = F.binary_cross_entropy_with_logits(scores, replaced)
-        return F.cross_entropy(selected, targets) + self.discriminator_weight * discriminator_loss
+        generator_loss = F.cross_entropy(selected, batch.input_ids[batch.is_selected])
+        return generator_loss + self.discriminator_weight * discriminator_loss
 
 
-def transformers_step(setting: Setting, autocast: bool) -> Action:
+def transformers_step(run: RunConfig, device: torch.device, autocast: bool) -> PeerStep:
     """A plain torch loop around transformers' models: fp32, or bf16 autocast."""
-    pair = TransformersPair(setting.run).to(setting.topology.device).train()
-    return plain_step(setting, pair, lambda: pair(setting.batch), autocast)
+    pair = TransformersPair(run).to(device).train()
+    return plain_step(run, device, pair, pair, autocast)
 
 
 class MissingPeer(RuntimeError):
@@ -130,38 +159,41 @@ class LogitsOnly(nn.Module):
         return self.model(input_ids=ids).logits
 
 
-def electra_pytorch_step(setting: Setting, autocast: bool) -> Action:
+def electra_pytorch_step(run: RunConfig, device: torch.device, autocast: bool) -> PeerStep:
     """electra-pytorch's wrapper, which masks, samples and weighs the losses, around the same models."""
     try:
         from electra_pytorch import Electra
     except ImportError:
         raise MissingPeer("its peer is not installed (pip install --no-deps electra-pytorch)") from None
-    pair = TransformersPair(setting.run)
+    pair = TransformersPair(run)
     wrapper = Electra(LogitsOnly(pair.generator), LogitsOnly(pair.discriminator), mask_token_id=4, pad_token_id=0)
-    wrapper.to(setting.topology.device).train()
-    return plain_step(setting, wrapper, lambda: wrapper(setting.batch.input_ids).loss, autocast)
+    wrapper.to(device).train()
+    return plain_step(run, device, wrapper, lambda batch: wrapper(batch.input_ids).loss, autocast)
 
 
-def plain_step(setting: Setting, module: nn.Module, forward: Callable[[], Tensor], autocast: bool) -> Action:
+PEERS = {"transformers": transformers_step, "electra-pytorch": electra_pytorch_step}
+
+
+def plain_step(
+    run: RunConfig, device: torch.device, module: nn.Module, loss_of: Callable[[PaddedBatch], Tensor], autocast: bool
+) -> PeerStep:
     """Forward, backward, clipping and AdamW of a peer's module."""
-    optimizer = build_optimizer(module, setting.run.training)
-    device = setting.topology.device.type
+    optimizer = build_optimizer(module, run.training)
 
-    def step() -> None:
-        with torch.autocast(device, torch.bfloat16) if autocast else contextlib.nullcontext():
-            loss = forward()
+    def step(batch: PaddedBatch) -> None:
+        with torch.autocast(device.type, torch.bfloat16) if autocast else contextlib.nullcontext():
+            loss = loss_of(batch)
         loss.backward()
-        nn.utils.clip_grad_norm_(module.parameters(), setting.run.training.clip_grad)
+        nn.utils.clip_grad_norm_(module.parameters(), run.training.clip_grad)
         optimizer.step()
         optimizer.zero_grad()
 
     return step
 
 
-def matrix_products(setting: Setting) -> Action:
+def matrix_products(setting: Setting) -> Callable[[], None]:
     """Only the step's dense products (attention's left out), forward and both gradients."""
-    model, training = setting.run.model, setting.run.training
-    tokens = training.micro_batch_size * training.seq_length
+    model, tokens = setting.run.model, setting.batch.sequences.num_tokens
     shapes: list[tuple[int, int, int]] = []
     graph = setting.run.objective.graph(model)
     for work in graph.works:

@@ -56,7 +56,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         **of(PositiveFloat),
         default=PART_BYTES / 1e6,
         metavar="N",
-        help="text a worker takes at a time, and so what an interruption can lose (default: %(default).0f)",
+        help="text a worker takes at a time at most, and so what an interruption can lose (default: %(default).0f)",
     )
     parser.add_argument("--verify", metavar="PREFIX", help="check the sha256 of a pair against its manifest; no more")
     return parser

@@ -17,6 +17,7 @@ from peer_scale.models.config import EncoderShape, ModelConfig
 from peer_scale.models.networks import Encoder, PretrainingModel
 from peer_scale.objectives.exports import Entry, Export
 from peer_scale.objectives.objective import Objective
+from peer_scale.sequences import Sequences
 
 TOLERANCE = 1e-5
 
@@ -71,7 +72,10 @@ class Architecture:
         wrong weight.
         """
         ids, token_types, mask = _fixed_batch(ours.config.vocab_size, ours.config.max_position_embeddings)
-        expected = self._our_logits(ours, lambda name: our_weights(name).double(), ids, token_types, mask)
+        sequences = Sequences.of(mask.sum(1).tolist())
+        expected = self._our_logits(
+            ours, lambda name: our_weights(name).double(), ids[mask], token_types[mask], sequences
+        )
         is_bare = not self.export.head
 
         def read(name: str) -> Tensor:
@@ -82,23 +86,22 @@ class Architecture:
         with lend_each_block(theirs.eval(), read):
             outputs = theirs(input_ids=ids, token_type_ids=token_types, attention_mask=mask, position_ids=positions)
         found = outputs.last_hidden_state if is_bare else outputs.logits
-        ours_alone = (..., *map(slice, expected.shape[2:]))  # their vocabulary may have rows that no token has
-        return (found[ours_alone] - expected)[mask].abs().max().item()
+        ours_alone = (..., *map(slice, expected.shape[1:]))  # their vocabulary may have rows that no token has
+        return (found[mask][ours_alone] - expected).abs().max().item()
 
     def _our_logits(
-        self, model: PretrainingModel, read: Read, ids: Tensor, token_types: Tensor, mask: Tensor
+        self, model: PretrainingModel, read: Read, ids: Tensor, token_types: Tensor, sequences: Sequences
     ) -> Tensor:
         with lend_each_block(model, read):
-            hidden = model.encode(self.export.network, ids, token_types, mask)
+            hidden = model.encode(self.export.network, ids, token_types, sequences)
         with contextlib.ExitStack() as loans:
             # an export may use any part of what is beside the layers, not only a whole block's `forward`
             for name, block in model.named_children():
                 if not isinstance(block, (Encoder, nn.ModuleDict)):
                     loans.enter_context(lend(block, name, read))
             for name in self.export.top_layers:
-                hidden = model.get_submodule(name)(hidden, mask)
-            logits = hidden if self.export.logits is None else self.export.logits(model, hidden)
-        return logits.transpose(0, 1)
+                hidden = model.get_submodule(name)(hidden, sequences)
+            return hidden if self.export.logits is None else self.export.logits(model, hidden)
 
 
 def _fixed_batch(vocab_size: int, max_positions: int) -> tuple[Tensor, Tensor, Tensor]:

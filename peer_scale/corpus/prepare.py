@@ -33,7 +33,9 @@ from peer_scale.corpus.worker_pool import worker_pool
 from peer_scale.errors import UserError
 from peer_scale.storage import remove_unfinished_writes, write_atomically
 
-PART_BYTES = 1 << 25  # of text per part: much beside what starting a part costs, little beside a worker's memory
+PART_BYTES = 1 << 25  # of text per part: little beside a worker's memory
+_LEAST_PART_BYTES = 1 << 20  # much beside what starting a part costs
+_PARTS = 256  # of a smaller input, so that all workers have work to its end
 _NAMES_SHOWN = 3
 _TRAINING_CHARS = 200_000_000
 _PARTS_VERSION = 2  # raise it whenever the same files give other documents
@@ -62,7 +64,7 @@ def preprocess(
         text_key: key or column of the text.
         workers: number of processes.
         show_progress: whether to report on stderr.
-        part_bytes: how much text a worker takes at a time, and so an interruption can lose.
+        part_bytes: how much text a worker takes at a time at most, and so an interruption can lose.
 
     Raises:
         UserError: an input is bad, the output cannot be written, or it would overwrite files not made here.
@@ -92,6 +94,15 @@ def train_on_inputs(
         for line in wordpiece.departures():
             print(line, file=sys.stderr, flush=True)
     return wordpiece
+
+
+def bytes_per_part(sources: Sequence[Source], part_bytes: int) -> int:
+    """Return how much text each part gets, at most `part_bytes`: less of a small input, so that no worker is idle.
+
+    It does not depend on the number of workers, so that a run with another number goes on from the finished parts.
+    """
+    total = _total_bytes(sources)
+    return part_bytes if total is None else min(part_bytes, max(_LEAST_PART_BYTES, total // _PARTS))
 
 
 def open_corpus(
@@ -225,19 +236,18 @@ def _preprocess(
     if _is_finished(prefix, key):
         return
     _refuse_to_overwrite(prefix, sources)
-    folder = Path(f"{prefix}.parts")
+    cut_bytes = bytes_per_part(sources, part_bytes)
+    folder, parts_name = Path(f"{prefix}.parts"), digest_of(key, str(cut_bytes))[:32]
     if folder.is_dir():
         for other in folder.iterdir():
-            if other.name != key[:32]:
+            if other.name != parts_name:
                 shutil.rmtree(other)
-    parts_folder = folder / key[:32]
+    parts_folder = folder / parts_name
     parts_folder.mkdir(parents=True, exist_ok=True)
     for stale in parts_folder.glob("*.tmp"):  # of workers that were killed
         stale.unlink()
-    files = _files(sources)
-    total_bytes = sum(file.num_bytes for file in files) if len(files) == len(sources) else None
-    with PreparationBar(show_progress, total_bytes) as progress:
-        part_inputs = cut_into_parts(sources, text_key, part_bytes)
+    with PreparationBar(show_progress, _total_bytes(sources)) as progress:
+        part_inputs = cut_into_parts(sources, text_key, cut_bytes)
         parts = _write_parts(part_inputs, tokenizer, str(parts_folder), text_key, workers, progress)
     if not any(part.num_documents for part in parts):
         raise UserError(f"{', '.join(path for path, _ in inputs.by_path)}: no document in it")
@@ -246,6 +256,12 @@ def _preprocess(
             raise UserError(f"{source.name}: changed while it was read; start again when nothing writes to it any more")
     _merge(parts, inputs, tokenizer, prefix, key)
     shutil.rmtree(folder)
+
+
+def _total_bytes(sources: Sequence[Source]) -> int | None:
+    """Add up the files' sizes; None where a source is not a file."""
+    files = _files(sources)
+    return sum(file.num_bytes for file in files) if len(files) == len(sources) else None
 
 
 def _files(sources: Sequence[Source]) -> list[FileSource]:

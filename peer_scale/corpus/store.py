@@ -59,9 +59,9 @@ class _Pair:
     data: "IndexedDataset"
     fingerprint: str
 
-    def byte_offsets(self, first: int, last: int) -> np.ndarray:
-        """Return the bytes at which documents [first, last) begin and the last one ends, int64 [last - first + 1]."""
-        sequences = self.data.index.document_indices[first : last + 1]
+    def byte_offsets(self, documents: slice | np.ndarray) -> np.ndarray:
+        """Return the bytes at which documents begin, int64; the one after the last begins where that one ends."""
+        sequences = self.data.index.document_indices[documents]
         pointers = self.data.index.sequence_pointers
         inside = pointers[np.minimum(sequences, self.index.num_sequences - 1)]
         end = self.index.num_tokens * self.index.itemsize
@@ -113,7 +113,7 @@ class TokenStore:
         assert 0 <= first <= last <= self.num_documents, (first, last, self.num_documents)
         lengths = [np.empty(0, dtype=np.int64)]
         for pair, start, stop in self._overlaps(first, last):
-            sizes = np.diff(pair.byte_offsets(start, stop))
+            sizes = np.diff(pair.byte_offsets(slice(start, stop + 1)))
             bits = int(np.bitwise_or.reduce(sizes))  # of all at once: below 0 where one is, odd where one is, ...
             if bits < 0 or bits % pair.index.itemsize:
                 document = start + int(np.argmax((sizes < 0) | (sizes % pair.index.itemsize != 0)))
@@ -126,14 +126,18 @@ class TokenStore:
 
     def token_offset(self, document: int) -> int:
         """Count the tokens before a document; `num_documents` gives all."""
-        assert 0 <= document <= self.num_documents, (document, self.num_documents)
-        number = bisect_right(self._ends, document)
-        if number == len(self._pairs):
-            return self.num_tokens
-        pair = self._pairs[number]
-        own = document - (self._ends[number - 1] if number else 0)
-        before = self._token_ends[number - 1] if number else 0
-        return before + int(pair.byte_offsets(own, own)[0]) // pair.index.itemsize
+        return int(self.token_offsets(np.array([document]))[0])
+
+    def token_offsets(self, documents: np.ndarray) -> np.ndarray:
+        """Count the tokens before each of any documents, int64 of the same shape."""
+        assert documents.min() >= 0 and documents.max() <= self.num_documents, (documents, self.num_documents)
+        offsets = np.full(documents.shape, self.num_tokens, np.int64)
+        first = before = 0
+        for pair, end, token_end in zip(self._pairs, self._ends, self._token_ends, strict=True):
+            here = (first <= documents) & (documents < end)
+            offsets[here] = before + pair.byte_offsets(documents[here] - first) // pair.index.itemsize
+            first, before = end, token_end
+        return offsets
 
     def document_at(self, token: int) -> int:
         """Find the document that holds a token, of all tokens' numbers; it takes some tens of small reads."""
@@ -144,7 +148,7 @@ class TokenStore:
         """Return `length` tokens of a document from `offset` on, int64 [length]."""
         assert 0 <= document < self.num_documents, (document, self.num_documents)
         ((pair, start, stop),) = self._overlaps(document, document + 1)
-        begin, end = pair.byte_offsets(start, stop).tolist()
+        begin, end = pair.byte_offsets(slice(start, stop + 1)).tolist()
         position = begin + offset * pair.index.itemsize
         assert offset >= 0 and length >= 0, (offset, length)
         assert position + length * pair.index.itemsize <= end, (document, offset, length)

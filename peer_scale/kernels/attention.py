@@ -1,80 +1,151 @@
-"""Self-attention on the fused QKV product: torch's fused kernel on GPUs, batched products on the CPU.
+"""Self-attention within each sequence, on the fused QKV product of tokens that stand one after the other.
 
-On the CPU torch's own `scaled_dot_product_attention` takes three times as long, forward and backward, at the lengths
-encoders have (measured at [128, 32] tokens, 4 heads of 64, bf16 and fp32).
+Nothing is padded where it can be helped: on GPUs a variable-length flash kernel, on the CPU sequences in groups of like
+length. One padded call of torch's fused kernel serves what the flash kernels cannot (fp32, a score bias, head sizes).
 """
 
-from typing import Any
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peer_scale.kernels.dropout import keep_mask
+from peer_scale.kernels.grouped_attention import GroupedAttention, window_mask
+from peer_scale.sequences import Sequences
 
 
-def self_attention(qkv: Tensor, bias: Tensor, mask: Tensor | None, *, head_size: int, dropout: float = 0.0) -> Tensor:
-    """Multi-head attention of every position over those that `mask` allows.
+def self_attention(
+    qkv: Tensor,
+    bias: Tensor | None,
+    sequences: Sequences,
+    *,
+    head_size: int,
+    dropout: float = 0.0,
+    score_bias: Tensor | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Multi-head attention of every token over those of its sequence.
 
     Args:
-        qkv: [S, B, N * 3 * D]: for each of N heads query, key and value of D numbers.
-        bias: [N * 3 * D], added to `qkv` first.
-        mask: bool [B, S], True where a position may be attended to (at least one a row); None allows all.
+        qkv: [T', N * 3 * D], T' >= T: for each of N heads query, key and value of D numbers. Rows beyond T fill up a
+            slice of sequence parallelism and count for nothing.
+        bias: [N * 3 * D], added to `qkv` first; None for none.
+        sequences: T tokens.
         head_size: D.
         dropout: share of the attention probabilities that is dropped; drawn from torch's default generator.
+        score_bias: [N, L, L], L the greatest length: added to the scaled score of the query at the first place in a
+            sequence for the key at the second; differentiable.
+        window: tokens further apart than half of this do not see each other; None for all of the sequence.
 
     Returns:
-        [S, B, N * D].
+        [T', N * D], zeros beyond T.
     """
     if qkv.device.type == "cpu":
-        return _CpuAttention.apply(qkv, bias, mask, head_size, dropout)
-    seq_length, batch, _ = qkv.shape
-    query, key, value = (qkv + bias).view(seq_length, batch, -1, 3, head_size).permute(3, 1, 2, 0, 4)
-    allowed = None if mask is None else mask[:, None, None, :]
-    context_BNSD = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, dropout_p=dropout)
-    return context_BNSD.permute(2, 0, 1, 3).reshape(seq_length, batch, -1)
+        return GroupedAttention.apply(qkv, bias, sequences, head_size, dropout, score_bias, window)
+    flash = flash_kernel() if _suits_flash(qkv.dtype, head_size, score_bias) else None
+    num_tokens = sequences.num_tokens
+    biased = qkv[:num_tokens] if bias is None else qkv[:num_tokens] + bias
+    query, key, value = biased.view(num_tokens, -1, 3, head_size).unbind(2)
+    if flash is None:
+        context = padded_attention(query, key, value, sequences, dropout, score_bias, window)
+    else:
+        context = flash.run(query, key, value, sequences, dropout, window)
+    return F.pad(context.reshape(num_tokens, -1), (0, 0, 0, len(qkv) - num_tokens))
 
 
-class _CpuAttention(torch.autograd.Function):
-    """Products in the input's format, softmax in fp32 inside; probabilities and the dropout mask are kept.
+class FlashKernel(NamedTuple):
+    """A variable-length kernel by name; `run` takes query, key, value [T, N, D], sequences, dropout and window."""
 
-    Heads are copied together first: batched products of strided matrices take four times as long.
-    """
+    name: str
+    run: Callable[[Tensor, Tensor, Tensor, Sequences, float, int | None], Tensor]
 
-    @staticmethod
-    def forward(ctx: Any, qkv: Tensor, bias: Tensor, mask: Tensor | None, head_size: int, dropout: float) -> Tensor:
-        seq_length, batch, width = qkv.shape
-        heads = width // (3 * head_size)
-        by_head = (qkv + bias.to(qkv.dtype)).view(seq_length, batch, heads, 3, head_size)
-        query, key, value = by_head.permute(3, 1, 2, 0, 4).contiguous().flatten(1, 2)
-        query.mul_(head_size**-0.5)  # the scale goes where the matrix is small
-        scores = torch.bmm(query, key.transpose(1, 2))
-        if mask is not None:
-            forbidden = torch.zeros(mask.shape, dtype=qkv.dtype).masked_fill_(~mask, -torch.inf)
-            scores.view(batch, heads, seq_length, seq_length).add_(forbidden[:, None, None, :])
-        probabilities = torch.softmax(scores, -1)
-        kept = keep_mask(probabilities.shape, dropout, qkv.dtype) if dropout else None
-        dropped = probabilities if kept is None else torch.mul(probabilities, kept, out=scores)
-        context = torch.bmm(dropped, value).mul_(1 / (1 - dropout))
-        ctx.save_for_backward(query, key, value, probabilities, kept)
-        ctx.sizes, ctx.dropout, ctx.bias_dtype = (seq_length, batch, heads, head_size), dropout, bias.dtype
-        return context.view(batch, heads, seq_length, head_size).permute(2, 0, 1, 3).reshape(seq_length, batch, -1)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, probabilities, kept = ctx.saved_tensors
-        seq_length, batch, heads, head_size = ctx.sizes
-        grad_context = grad.view(seq_length, batch, heads, head_size).permute(1, 2, 0, 3).contiguous().flatten(0, 1)
-        grad_context.mul_(1 / (1 - ctx.dropout))
-        grads = torch.empty((3, *query.shape), dtype=grad.dtype)
-        dropped = probabilities if kept is None else probabilities * kept
-        torch.bmm(dropped.transpose(1, 2), grad_context, out=grads[2])
-        grad_scores = torch.bmm(grad_context, value.transpose(1, 2))
-        if kept is not None:
-            grad_scores.mul_(kept)
-        grad_scores = torch._softmax_backward_data(grad_scores, probabilities, -1, grad.dtype)
-        torch.bmm(grad_scores, key, out=grads[0]).mul_(head_size**-0.5)
-        torch.bmm(grad_scores.transpose(1, 2), query, out=grads[1])
-        by_head = grads.view(3, batch, heads, seq_length, head_size).permute(3, 1, 2, 0, 4)
-        grad_qkv = by_head.reshape(seq_length, batch, -1)
-        return grad_qkv, grad_qkv.flatten(0, 1).sum(0).to(ctx.bias_dtype), None, None, None
+def describe_attention(device: torch.device, dtype: torch.dtype, head_size: int, *, has_score_bias: bool) -> str:
+    """Name the way attention is computed, for the start-up summary."""
+    if device.type == "cpu":
+        return "in groups of like length"
+    flash = flash_kernel() if _suits_flash(dtype, head_size, has_score_bias or None) else None
+    return "torch's fused kernel on padded sequences" if flash is None else flash.name
+
+
+@cache
+def flash_kernel() -> FlashKernel | None:
+    """Find the variable-length kernel of this machine, once: flash-attn where it is installed, else torch's own."""
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        pass
+    else:
+        return FlashKernel("flash-attn, variable length", _flash_attn(flash_attn_varlen_func))
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0):
+        return FlashKernel("torch's flash attention, variable length", _torch_flash)
+    return None
+
+
+def _suits_flash(dtype: torch.dtype, head_size: int, score_bias: Any) -> bool:
+    is_half = dtype in (torch.float16, torch.bfloat16)
+    return is_half and score_bias is None and head_size % 8 == 0 and head_size <= 256
+
+
+def _flash_attn(varlen: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def run(
+        query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, dropout: float, window: int | None
+    ) -> Tensor:
+        length, half = sequences.max_length, -1 if window is None else window // 2
+        bounds = sequences.boundaries
+        return varlen(query, key, value, bounds, bounds, length, length, dropout_p=dropout, window_size=(half, half))
+
+    return run
+
+
+def _torch_flash(
+    query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, dropout: float, window: int | None
+) -> Tensor:
+    half = None if window is None else window // 2
+    bounds, length = sequences.boundaries, sequences.max_length
+    # the operator beneath `torch.nn.attention.varlen`, which has no dropout
+    return torch.ops.aten._flash_attention_forward(
+        query,
+        key,
+        value,
+        bounds,
+        bounds,
+        length,
+        length,
+        dropout,
+        False,
+        False,
+        window_size_left=half,
+        window_size_right=half,
+    )[0]
+
+
+def padded_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sequences: Sequences,
+    dropout: float = 0.0,
+    score_bias: Tensor | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Pad all sequences to the longest, and take torch's fused kernel: query, key and value [T, N, D] -> [T, N, D]."""
+    sequence_numbers = torch.arange(len(sequences.lengths), device=query.device)
+    tokens_BL, is_token_BL = sequences.of_each(sequence_numbers)
+    query, key, value = (each[tokens_BL].transpose(1, 2) for each in (query, key, value))
+    mask: Tensor = is_token_BL[:, None, None, :]
+    if window is not None or score_bias is not None:
+        added = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill_(~mask, -torch.inf)
+        if score_bias is not None:
+            added = added + score_bias.to(query.dtype)
+        if window is not None:
+            # a padded query's window may hold no token at all, and must see something
+            forbidden = window_mask(sequences.max_length, window, query.device) & is_token_BL[:, None, :, None]
+            added = added.masked_fill(forbidden, -torch.inf)
+        mask = added
+    context_BNLD = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+    return context_BNLD.transpose(1, 2)[sequences.sequence_ids, sequences.position_ids]

@@ -13,11 +13,10 @@ def use_triton(tensor: Tensor) -> bool:
 
 
 def fused_kernels(device: torch.device) -> dict[str, str]:
-    """Say what runs on `device`, by name, for a summary."""
+    """Say what runs on `device` beside attention, by name, for a summary."""
     if device.type != "cuda":
         ours = f"for the CPU; Triton's are for GPUs; {apex_state()}"
         return {
-            "attention": "batched products, for the CPU",
             "bias+dropout+residual+norm": ours,
             "bias+gelu": "torch's gelu",
             "generator head": "streaming, for the CPU",
@@ -26,7 +25,6 @@ def fused_kernels(device: torch.device) -> dict[str, str]:
     has_triton = importlib.util.find_spec("triton") is not None
     ours = "Triton" if has_triton else "plain torch: triton is not installed"
     return {
-        "attention": "torch's scaled_dot_product_attention",
         "bias+dropout+residual+norm": f"{ours}; {apex_state()}",
         "bias+gelu": ours,
         "generator head": f"streaming; {ours}",

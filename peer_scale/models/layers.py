@@ -1,12 +1,11 @@
 """Transformer layers as BERT and ELECTRA have them (LayerNorm after the residual), on megatron-core's parallel linears.
 
-Shapes: S sequence length, B micro-batch, H hidden size, E embedding size, N attention heads of this tensor-parallel
-rank, D head size. Hidden states are sequence-first, [S, B, H], as Megatron's layers expect.
+Shapes: T tokens of a micro-batch's sequences, one after the other, H hidden size, E embedding size, N attention heads
+of this tensor-parallel rank, D head size.
 """
 
 import contextlib
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,18 +21,19 @@ from peer_scale.parallel.megatron import (
     mark_sharded,
 )
 from peer_scale.parallel.sequence import (
-    gather_along_sequence_for_split_weights,
+    gather_tokens_for_split_weights,
     own_random_stream,
-    reduce_scatter_along_sequence,
+    reduce_scatter_tokens,
     whole_gradients,
 )
 from peer_scale.parallel.tensor_parallel import TensorParallel
+from peer_scale.sequences import Sequences
 
 
 class ColumnLinear(ColumnParallelLinear):
-    """Output features split over the tensor-parallel ranks: [S, B, I] -> [S, B, O/tp] and the bias, not yet added.
+    """Output features split over the tensor-parallel ranks: [T, I] -> [T, O/tp] and the bias, not yet added.
 
-    Under sequence parallelism the input is this rank's slice of the sequence and the output is of the whole.
+    Under sequence parallelism the input is this rank's slice of the tokens and the output is of all of them.
     """
 
     def __init__(self, input_size: int, output_size: int, tensor_parallel: TensorParallel) -> None:
@@ -51,13 +51,13 @@ class ColumnLinear(ColumnParallelLinear):
         mark_sharded(self.weight, dim=0)
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        return super().forward(gather_along_sequence_for_split_weights(hidden, self.tensor_parallel))
+        return super().forward(gather_tokens_for_split_weights(hidden, self.tensor_parallel))
 
 
 class RowLinear(RowParallelLinear):
-    """Input features split over the tensor-parallel ranks: [S, B, I/tp] -> [S, B, O] and the bias, not yet added.
+    """Input features split over the tensor-parallel ranks: [T, I/tp] -> [T, O] and the bias, not yet added.
 
-    Under sequence parallelism the output is this rank's slice of the sequence.
+    Under sequence parallelism the output is this rank's slice of the tokens.
     """
 
     def __init__(self, input_size: int, output_size: int, tensor_parallel: TensorParallel) -> None:
@@ -77,11 +77,11 @@ class RowLinear(RowParallelLinear):
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         if not self.tensor_parallel.sequence_parallel:
             return super().forward(hidden)
-        return reduce_scatter_along_sequence(F.linear(hidden, self.weight), self.tensor_parallel), self.bias
+        return reduce_scatter_tokens(F.linear(hidden, self.weight), self.tensor_parallel), self.bias
 
 
 class Embeddings(nn.Module):
-    """Sum of word, position and type embeddings, then LayerNorm and dropout: ids [B, S] -> [S, B, E]."""
+    """Sum of word, position and type embeddings, then LayerNorm and dropout: ids [T] -> [T, E]."""
 
     def __init__(self, config: ModelConfig, tensor_parallel: TensorParallel) -> None:
         super().__init__()
@@ -98,14 +98,13 @@ class Embeddings(nn.Module):
         self.norm = nn.LayerNorm(config.embedding_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, ids_BS: Tensor, token_types_BS: Tensor) -> Tensor:
-        positions = torch.arange(ids_BS.shape[1], device=ids_BS.device)
-        embedded_BSE = self.word(ids_BS) + self.position(positions) + self.token_type(token_types_BS)
-        return self.dropout(self.norm(embedded_BSE)).transpose(0, 1)
+    def forward(self, ids_T: Tensor, token_types_T: Tensor, sequences: Sequences) -> Tensor:
+        embedded_TE = self.word(ids_T) + self.position(sequences.position_ids) + self.token_type(token_types_T)
+        return self.dropout(self.norm(embedded_TE))
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention over all non-pad positions: [S, B, H] -> [S, B, H] and the output's bias, not yet added.
+    """Multi-head attention within each sequence: [T, H] -> [T, H] and the output's bias, not yet added.
 
     The rows of the fused QKV matrix are ordered [head, (q, k, v), D], so a split of the rows is a split of the heads.
     """
@@ -118,29 +117,29 @@ class SelfAttention(nn.Module):
         self.qkv = ColumnLinear(shape.hidden_size, 3 * shape.hidden_size, tensor_parallel)
         self.dense = RowLinear(shape.hidden_size, shape.hidden_size, tensor_parallel)
 
-    def forward(self, hidden_SBH: Tensor, mask_BS: Tensor | None) -> tuple[Tensor, Tensor]:
-        qkv, bias = self.qkv(hidden_SBH)
+    def forward(self, hidden_TH: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
+        qkv, bias = self.qkv(hidden_TH)
         dropout = self.dropout if self.training else 0.0
         with own_random_stream(self.tensor_parallel) if dropout else contextlib.nullcontext():
-            context_SBH = self_attention(qkv, bias, mask_BS, head_size=self.head_size, dropout=dropout)
-        return self.dense(context_SBH)
+            context_TH = self_attention(qkv, bias, sequences, head_size=self.head_size, dropout=dropout)
+        return self.dense(context_TH)
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with a GELU (erf) between them: [S, B, H] -> [S, B, H] and the bias, not yet added."""
+    """Two linear layers with a GELU (erf) between them: [T, H] -> [T, H] and the bias, not yet added."""
 
     def __init__(self, shape: EncoderShape, tensor_parallel: TensorParallel) -> None:
         super().__init__()
         self.up = ColumnLinear(shape.hidden_size, shape.ffn_hidden_size, tensor_parallel)
         self.down = RowLinear(shape.ffn_hidden_size, shape.hidden_size, tensor_parallel)
 
-    def forward(self, hidden_SBH: Tensor) -> tuple[Tensor, Tensor]:
-        output, bias = self.up(hidden_SBH)
+    def forward(self, hidden_TH: Tensor) -> tuple[Tensor, Tensor]:
+        output, bias = self.up(hidden_TH)
         return self.down(bias_gelu(output, bias))
 
 
 class ResidualNorm(nn.LayerNorm):
-    """LayerNorm of residual + dropout(output + bias), all [S, B, H]."""
+    """LayerNorm of residual + dropout(output + bias), all [T, H]."""
 
     def __init__(self, hidden_size: int, config: ModelConfig, tensor_parallel: TensorParallel) -> None:
         super().__init__(hidden_size, eps=config.layer_norm_eps)
@@ -158,9 +157,9 @@ class ResidualNorm(nn.LayerNorm):
 
 
 class TransformerLayer(nn.Module):
-    """Attention and feed-forward, each followed by dropout, residual and LayerNorm: [S, B, H] -> [S, B, H].
+    """Attention and feed-forward, each followed by dropout, residual and LayerNorm: [T, H] -> [T, H].
 
-    Under sequence parallelism S is this rank's slice of the sequence.
+    Under sequence parallelism the hidden states are this rank's slice of the tokens.
     """
 
     def __init__(self, shape: EncoderShape, config: ModelConfig, tensor_parallel: TensorParallel) -> None:
@@ -170,6 +169,6 @@ class TransformerLayer(nn.Module):
         self.feed_forward = FeedForward(shape, tensor_parallel)
         self.feed_forward_norm = ResidualNorm(shape.hidden_size, config, tensor_parallel)
 
-    def forward(self, hidden_SBH: Tensor, mask_BS: Tensor | None) -> Tensor:
-        attended = self.attention_norm(*self.attention(hidden_SBH, mask_BS), hidden_SBH)
+    def forward(self, hidden_TH: Tensor, sequences: Sequences) -> Tensor:
+        attended = self.attention_norm(*self.attention(hidden_TH, sequences), hidden_TH)
         return self.feed_forward_norm(*self.feed_forward(attended), attended)

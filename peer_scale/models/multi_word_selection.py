@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from peer_scale.models.config import EncoderShape, ModelConfig
 from peer_scale.models.heads import RankingHead
-from peer_scale.models.networks import layer_stack, select
-from peer_scale.parallel.sequence import gather_along_sequence
+from peer_scale.models.networks import layer_stack
+from peer_scale.parallel.sequence import gather_tokens
 from peer_scale.parallel.tensor_parallel import TensorParallel
+from peer_scale.sequences import Sequences
 
 
 class DetectionBranch(nn.Module):
-    """Layers of its own on top of the trunk, then ELECTRA's head: [S, B, H] -> scores and one threshold."""
+    """Layers of its own on top of the trunk, then ELECTRA's head: [T, H] -> scores [T] and one threshold."""
 
     def __init__(
         self, shape: EncoderShape, config: ModelConfig, num_layers: int, tensor_parallel: TensorParallel
@@ -27,14 +28,14 @@ class DetectionBranch(nn.Module):
         self.layers = layer_stack(range(num_layers), shape, config, tensor_parallel)
         self.head = RankingHead(shape.hidden_size, num_levels=2)
 
-    def forward(self, hidden_SBH: Tensor, mask_BS: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden_TH: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
         for layer in self.layers.values():
-            hidden_SBH = layer(hidden_SBH, mask_BS)
-        return self.head(gather_along_sequence(hidden_SBH, self.tensor_parallel))
+            hidden_TH = layer(hidden_TH, sequences)
+        return self.head(gather_tokens(hidden_TH, sequences.num_tokens, self.tensor_parallel))
 
 
 class SelectionBranch(nn.Module):
-    """Layers of its own on top of the trunk, then dense + GELU + LayerNorm at selected positions: [S, B, H] -> [n, E].
+    """Layers of its own on top of the trunk, then dense + GELU + LayerNorm at selected positions: [T, H] -> [n, E].
 
     The candidates' scores are products with their rows of the word table, so they are not here.
     """
@@ -48,10 +49,10 @@ class SelectionBranch(nn.Module):
         self.dense = nn.Linear(shape.hidden_size, config.embedding_size)
         self.norm = nn.LayerNorm(config.embedding_size, eps=config.layer_norm_eps)
 
-    def forward(self, hidden_SBH: Tensor, mask_BS: Tensor, positions_BP: Tensor) -> Tensor:
+    def forward(self, hidden_TH: Tensor, sequences: Sequences, positions_n: Tensor) -> Tensor:
         for layer in self.layers.values():
-            hidden_SBH = layer(hidden_SBH, mask_BS)
-        selected = select(gather_along_sequence(hidden_SBH, self.tensor_parallel), positions_BP)
+            hidden_TH = layer(hidden_TH, sequences)
+        selected = gather_tokens(hidden_TH, sequences.num_tokens, self.tensor_parallel)[positions_n]
         return self.norm(F.gelu(self.dense(selected)))
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeAlias
 
-import torch
 from torch import Tensor, nn
 
 from peer_scale.models.config import EncoderShape, ModelConfig, ModelPart
 from peer_scale.models.layers import Embeddings, TransformerLayer
-from peer_scale.parallel.sequence import gather_along_sequence, scatter_along_sequence
+from peer_scale.parallel.sequence import gather_tokens, scatter_tokens
 from peer_scale.parallel.tensor_parallel import TensorParallel
+from peer_scale.sequences import Sequences
 
 HeadBuilder: TypeAlias = Callable[[TensorParallel], nn.Module]
 
@@ -37,8 +37,7 @@ class Encoder(nn.Module):
 class PretrainingModel(nn.Module):
     """Encoders and heads by name, over one embedding and shared bottom layers; of a `part` only what belongs to it.
 
-    Parameters are named alike in a part and in the whole. B micro-batch, S sequence length, E embedding size, H hidden
-    size.
+    Parameters are named alike in a part and in the whole. T tokens of a micro-batch, H hidden size.
     """
 
     def __init__(
@@ -71,25 +70,25 @@ class PretrainingModel(nn.Module):
             for head, build in heads.get(name, {}).items():
                 self.add_module(head, build(tensor_parallel))
 
-    def encode(self, network: str, ids_BS: Tensor, token_types_BS: Tensor, mask_BS: Tensor | None) -> Tensor:
-        """Give the network's hidden states [S, B, H]; the mask is True on non-pad tokens."""
-        hidden = self.run_layers(network, self.embed(network, ids_BS, token_types_BS), mask_BS)
-        return self.whole_sequence(hidden)
+    def encode(self, network: str, ids_T: Tensor, token_types_T: Tensor, sequences: Sequences) -> Tensor:
+        """Give the network's hidden states [T, H]."""
+        hidden = self.run_layers(network, self.embed(network, ids_T, token_types_T, sequences), sequences)
+        return self.all_tokens(hidden, sequences)
 
-    def embed(self, network: str, ids_BS: Tensor, token_types_BS: Tensor) -> Tensor:
-        """Make what goes into the first layer: [S, B, H], this rank's slice of it under sequence parallelism."""
+    def embed(self, network: str, ids_T: Tensor, token_types_T: Tensor, sequences: Sequences) -> Tensor:
+        """Make what goes into the first layer: [T, H], this rank's slice of it under sequence parallelism."""
         projection = self._encoder(network).projection
-        return scatter_along_sequence(projection(self.embeddings(ids_BS, token_types_BS)), self.tensor_parallel)
+        return scatter_tokens(projection(self.embeddings(ids_T, token_types_T, sequences)), self.tensor_parallel)
 
-    def run_layers(self, network: str, hidden_SBH: Tensor, mask_BS: Tensor | None) -> Tensor:
-        """Run the shared layers and those of the network that are here: [S, B, H] -> [S, B, H]."""
+    def run_layers(self, network: str, hidden_TH: Tensor, sequences: Sequences) -> Tensor:
+        """Run the shared layers and those of the network that are here: [T, H] -> [T, H]."""
         for layer in (*self.shared_layers.values(), *self._encoder(network).layers.values()):
-            hidden_SBH = layer(hidden_SBH, mask_BS)
-        return hidden_SBH
+            hidden_TH = layer(hidden_TH, sequences)
+        return hidden_TH
 
-    def whole_sequence(self, hidden: Tensor) -> Tensor:
-        """Give the hidden states of all positions where sequence parallelism left a slice of them."""
-        return gather_along_sequence(hidden, self.tensor_parallel)
+    def all_tokens(self, hidden: Tensor, sequences: Sequences) -> Tensor:
+        """Give the hidden states of all tokens where sequence parallelism left a slice of them."""
+        return gather_tokens(hidden, sequences.num_tokens, self.tensor_parallel)
 
     def head(self, name: str) -> nn.Module:
         """Give the head of that name."""
@@ -99,12 +98,6 @@ class PretrainingModel(nn.Module):
         encoder = self.get_submodule(network)
         assert isinstance(encoder, Encoder)
         return encoder
-
-
-def select(hidden_SBH: Tensor, positions_BP: Tensor) -> Tensor:
-    """Take the hidden states at the given positions of each sequence: [B*P, H]."""
-    rows = torch.arange(positions_BP.shape[0], device=positions_BP.device)[:, None]
-    return hidden_SBH[positions_BP, rows].flatten(0, 1)
 
 
 def whole_model(config: ModelConfig, networks: Mapping[str, EncoderShape]) -> ModelPart:

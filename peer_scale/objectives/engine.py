@@ -10,7 +10,7 @@ from peer_scale.objectives.task import PretrainingTask, TaskOutput
 
 
 class Engine(Protocol):
-    """Runs the task's forward and backward and updates its parameters once per so many backward calls."""
+    """Runs the task's forward and backward, and updates its parameters at the last backward call of a step."""
 
     module: PretrainingTask
     optimizer: Any
@@ -21,11 +21,14 @@ class Engine(Protocol):
     def __call__(self, *inputs: Any) -> TaskOutput:
         """Run the task forward."""
 
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        """Say, before a backward call, whether it is the last one of its step."""
+
     def backward(self, loss: Tensor, *, scale_wrt_gas: bool = True) -> Any:
-        """Add the gradients of `loss` to those of the step; with `scale_wrt_gas`, divided by the calls per step."""
+        """Add the gradients of `loss` to those of the step; with `scale_wrt_gas`, divided by the ds_config's number."""
 
     def step(self) -> Any:
-        """Count a backward call; after the last one of a step, clip and update."""
+        """End a backward call; after the last one of a step, clip and update."""
 
     def train(self) -> Any:
         """Switch dropout on."""

@@ -26,7 +26,7 @@ ValueFormat: TypeAlias = Literal["compute", "float32", "int64"]
 class Value:
     """What one work gives to others: a number, or `width` numbers, for each selected position of a micro-batch.
 
-    Shape [n] or [n, width], n being micro-batch times selected positions per sequence. Values in the format of the
+    Shape [n] or [n, width], n being the selected positions of all its sequences. Values in the format of the
     matrix products ("compute") carry a gradient back to the work that gives them; others do not.
     """
 
@@ -97,8 +97,8 @@ class Work:
     Attributes:
         name: unique in the graph; also what its hidden states are called on their way between stages.
         network: whose path it takes, or None.
-        begin: makes token ids [B, S] from the batch and the values in `begin_takes`.
-        end: makes losses, sums and values of the hidden states [S, B, H] (a slice of S under sequence parallelism) and
+        begin: makes token ids [T] from the batch and the values in `begin_takes`.
+        end: makes losses, sums and values of the hidden states [T, H] (a slice of them under sequence parallelism) and
             the values in `end_takes`.
         begin_takes: names of values needed on the first stage.
         end_takes: names of values needed on the last stage.

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from peer_scale.models.generator_head import GeneratorOutput
     from peer_scale.models.networks import HeadBuilder, PretrainingModel
+    from peer_scale.sequences import Sequences
 
 MLM_LOSS = Loss("mlm_loss", 1.0, "selected")
 MLM_SUMS = ("mlm_correct", "selected_square", "selected_variation")
@@ -175,43 +176,42 @@ def _mlm_logits(model: PretrainingModel, hidden: Tensor) -> Tensor:
 
 
 def _give_selected(context: WorkContext, hidden: Tensor | None) -> Outcome:
-    from peer_scale.models.networks import select
-
     assert hidden is not None, "a network ends in hidden states"
-    return Outcome(values={"selected": select(context.model.whole_sequence(hidden), context.batch.positions)})
+    batch = context.batch
+    return Outcome(values={"selected": context.model.all_tokens(hidden, batch.sequences)[batch.positions]})
 
 
 def _masked_lm(context: WorkContext, after_sampling: AfterSampling | None, num_negatives: int) -> Outcome:
-    """MLM head on the selected hidden states [B*P, H]: the loss, samples (no gradient), sums."""
-    import torch
-
+    """MLM head on the selected hidden states [n, H]: the loss, samples (no gradient), sums."""
     from peer_scale.models.generator_head import generator_head
 
     model, batch, selected = context.model, context.batch, context.values["selected"]
     states, bias = model.head("mlm_head")(selected)
-    targets = batch.input_ids.gather(1, batch.positions).flatten()
     generated = generator_head(
         states,
         model.embeddings.word.weight,
         bias,
-        targets,
-        batch.uniforms.flatten(),
+        batch.input_ids[batch.positions],
+        batch.uniforms,
         group=model.tensor_parallel.group,
-        negative_uniforms=batch.extra_uniforms.flatten(0, 1)[:, :num_negatives] if num_negatives else None,
+        negative_uniforms=batch.extra_uniforms[:, :num_negatives] if num_negatives else None,
     )
-    is_selected = batch.is_selected.flatten()
     sums = {
         # the original token is the best guess where its rank is 1
-        "mlm_correct": ((generated.original_rank == 1) & is_selected).sum(),
-        **_variation(selected.detach(), batch.is_selected),
+        "mlm_correct": (generated.original_rank == 1).sum(),
+        **_variation(selected.detach(), batch.selected),
     }
     values = after_sampling(context, generated) if after_sampling else {}
-    return Outcome({"mlm_loss": torch.where(is_selected, generated.loss, 0.0).sum()}, sums, values)
+    return Outcome({"mlm_loss": generated.loss.sum()}, sums, values)
 
 
-def _variation(selected: Tensor, is_selected: Tensor) -> dict[str, Tensor]:
-    """Sum the squared norms of the states [B*P, H], and of their differences from each sequence's mean."""
-    states_BPH = selected.float().view(*is_selected.shape, -1) * is_selected[..., None]
-    square = states_BPH.square().sum()
-    of_means = states_BPH.sum(1).square().sum(-1) / is_selected.sum(1).clamp(min=1)
+def _variation(selected: Tensor, sequences: Sequences) -> dict[str, Tensor]:
+    """Sum the squared norms of the states [n, H], and of their differences from each sequence's mean."""
+    import torch
+
+    states = selected.float()
+    numbers = torch.arange(len(sequences.lengths), device=states.device)
+    belongs = (numbers[:, None] == sequences.sequence_ids).float()  # [B, n]: a product adds up in a fixed order
+    square = states.square().sum()
+    of_means = (belongs @ states).square().sum(-1) / belongs.sum(1).clamp(min=1)
     return {"selected_square": square, "selected_variation": square - of_means.sum()}

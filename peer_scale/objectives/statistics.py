@@ -20,22 +20,20 @@ def rtd_sums(scores: Tensor, threshold: Tensor, is_replaced: Tensor, batch: Batc
     share in order is the area under the ROC curve, and half of the pairs of an ignorant network are.
 
     Args:
-        scores: [B, S], greater for better tokens.
+        scores: [T], greater for better tokens.
         threshold: a scalar; a token with a lower score is called replaced.
-        is_replaced: [B, S], False on padding.
+        is_replaced: [T].
         batch: the micro-batch; only its selected positions can be replaced.
     """
-    flagged = (scores < threshold) & batch.attention_mask
-    scores_BP = scores.gather(1, batch.positions)
-    replaced_BP = batch.is_selected & is_replaced.gather(1, batch.positions)
-    is_original = batch.attention_mask & ~is_replaced
-    is_below = (scores_BP[:, :, None] < scores[:, None, :]) & replaced_BP[:, :, None] & is_original[:, None, :]
+    flagged = scores < threshold
+    others, is_other = batch.sequences.of_each(batch.selected.sequence_ids)
+    is_pair = is_replaced[batch.positions][:, None] & ~is_replaced[others] & is_other
     return {
         "replaced": is_replaced.sum(),
         "rtd_predicted": flagged.sum(),
         "rtd_correct": (flagged & is_replaced).sum(),
-        "rtd_pairs": (replaced_BP.sum(1) * is_original.sum(1)).sum(),
-        "rtd_pairs_in_order": is_below.sum(),
+        "rtd_pairs": is_pair.sum(),
+        "rtd_pairs_in_order": (is_pair & (scores[batch.positions][:, None] < scores[others])).sum(),
     }
 
 

@@ -43,7 +43,7 @@ class PretrainingTask(nn.Module):
             batch: the micro-batch.
             step: the normalisers of the whole step, and its phase.
             values: what works outside of this call have given. A network that began on an earlier stage finds its
-                hidden states [S, B, H] under its work's name, and leaves them there where it does not end here.
+                hidden states [T, H] under its work's name, and leaves them there where it does not end here.
 
         Returns:
             See `TaskOutput`; the values are those that these works gave.
@@ -67,8 +67,8 @@ class PretrainingTask(nn.Module):
         hidden = mail.get(work.name)
         if hidden is None:
             assert work.begin is not None, "a network begins with token ids"
-            hidden = self.model.embed(work.network, work.begin(context), batch.token_types)
-        hidden = self.model.run_layers(work.network, hidden, batch.attention_mask)
+            hidden = self.model.embed(work.network, work.begin(context), batch.token_types, batch.sequences)
+        hidden = self.model.run_layers(work.network, hidden, batch.sequences)
         if work.network in self.part.ends:
             return work.end(context, hidden)
         return Outcome(values={work.name: hidden})
@@ -79,8 +79,14 @@ class PretrainingTask(nn.Module):
         return first.name in works and self.part.has_embeddings
 
     def _sizes(self, batch: Batch) -> dict[str, Tensor]:
-        lengths = batch.attention_mask.sum(1)
-        return {"selected": batch.is_selected.sum(), "tokens": lengths.sum(), "token_pairs": lengths.square().sum()}
+        lengths = batch.sequences.lengths
+        sizes = {
+            "selected": len(batch.positions),
+            "tokens": sum(lengths),
+            "token_pairs": sum(length**2 for length in lengths),
+        }
+        device = batch.input_ids.device
+        return {name: torch.full((), size, dtype=torch.float64, device=device) for name, size in sizes.items()}
 
     def _weighted(self, losses: Mapping[str, Tensor], step: StepInfo) -> Tensor | None:
         counts = step.counts._asdict()

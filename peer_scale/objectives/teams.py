@@ -201,27 +201,24 @@ def _after_sampling(context: WorkContext, generated: GeneratorOutput) -> dict[st
     import torch
 
     assert generated.negatives is not None, "the head was asked for negatives"
-    originals = context.batch.input_ids.gather(1, context.batch.positions).flatten()
-    # slots that only fill up point at position 0 and write back what is there
-    sampled = torch.where(context.batch.is_selected.flatten(), generated.sampled_ids, originals)
-    labels = torch.where(sampled == originals, _ORIGINAL, _REPLACED)
-    return {"sampled": sampled, "labels": labels, "candidates": torch.cat([originals[:, None], generated.negatives], 1)}
+    originals = context.batch.input_ids[context.batch.positions]
+    return {
+        "sampled": generated.sampled_ids,
+        "labels": torch.where(generated.sampled_ids == originals, _ORIGINAL, _REPLACED),
+        "candidates": torch.cat([originals[:, None], generated.negatives], 1),
+    }
 
 
 def _detect(context: WorkContext, hidden: Tensor | None) -> Outcome:
     """Run both branches on the trunk's states: the loss of detection, and the states to select candidates with."""
-    import torch
-
     assert hidden is not None, "a network ends in hidden states"
     model, batch = context.model, context.batch
-    scores_SB, thresholds = model.head("rtd_branch")(hidden, batch.attention_mask)
-    scores = scores_SB.transpose(0, 1)
+    scores, thresholds = model.head("rtd_branch")(hidden, batch.sequences)
     labels = scatter_labels(batch, context.values["labels"], num_levels=2)
     losses = token_losses(scores, thresholds, labels)
-    rtd_sum = torch.where(batch.attention_mask, losses, 0.0).sum()
-    states = model.head("mws_branch")(hidden, batch.attention_mask, batch.positions)
+    states = model.head("mws_branch")(hidden, batch.sequences, batch.positions)
     sums = rtd_sums(scores.detach(), thresholds.detach()[-1], labels == _REPLACED, batch)
-    return Outcome({"rtd_loss": rtd_sum}, sums, {"selection_states": states})
+    return Outcome({"rtd_loss": losses.sum()}, sums, {"selection_states": states})
 
 
 def _choose(context: WorkContext, _: Tensor | None) -> Outcome:
@@ -231,7 +228,7 @@ def _choose(context: WorkContext, _: Tensor | None) -> Outcome:
 
     from peer_scale.models.multi_word_selection import candidate_scores
 
-    model, is_selected = context.model, context.batch.is_selected.flatten()
+    model = context.model
     scores = candidate_scores(
         context.values["selection_states"],
         model.embeddings.word.weight,
@@ -239,9 +236,8 @@ def _choose(context: WorkContext, _: Tensor | None) -> Outcome:
         group=model.tensor_parallel.group,
     )
     originals = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
-    losses = F.cross_entropy(scores, originals, reduction="none")
-    is_correct = (scores[:, :1] > scores[:, 1:]).all(1) & is_selected
-    return Outcome({"mws_loss": torch.where(is_selected, losses, 0.0).sum()}, {"mws_correct": is_correct.sum()})
+    loss = F.cross_entropy(scores, originals, reduction="sum")
+    return Outcome({"mws_loss": loss}, {"mws_correct": (scores[:, :1] > scores[:, 1:]).all(1).sum()})
 
 
 def _replaced_logits(model: PretrainingModel, hidden: Tensor) -> Tensor:

@@ -277,13 +277,9 @@ class TokenQualityRanking(Objective):
 
     def _label(self, context: WorkContext, generated: GeneratorOutput) -> dict[str, Tensor]:
         """Make what the ranker needs of the sampled tokens: ids and rank labels, [n] each."""
-        import torch
-
-        originals = context.batch.input_ids.gather(1, context.batch.positions).flatten()
-        # slots that only fill up point at position 0 and write back what is there
-        sampled = torch.where(context.batch.is_selected.flatten(), generated.sampled_ids, originals)
+        originals = context.batch.input_ids[context.batch.positions]
         labels = rank_labels(
-            sampled == originals,
+            generated.sampled_ids == originals,
             generated.original_logit,
             generated.sampled_logit,
             generated.original_rank,
@@ -292,35 +288,30 @@ class TokenQualityRanking(Objective):
             top_t=self.top_t,
             delta=self.delta,
         )
-        return {"sampled": sampled, "labels": labels}
+        return {"sampled": generated.sampled_ids, "labels": labels}
 
     def _rank(self, context: WorkContext, hidden: Tensor | None) -> Outcome:
         """TQR head on the ranker's hidden states."""
-        import torch
-
         assert hidden is not None, "a network ends in hidden states"
         batch = context.batch
-        scores_SB, thresholds = context.model.head("ranking_head")(context.model.whole_sequence(hidden))
-        scores = scores_SB.transpose(0, 1)
+        hidden = context.model.all_tokens(hidden, batch.sequences)
+        scores, thresholds = context.model.head("ranking_head")(hidden)
         labels = scatter_labels(batch, context.values["labels"], self.num_levels)
         losses = token_losses(scores, thresholds, labels, gamma=self.gammas, warmup=context.warmup)
-        tqr_sum = torch.where(batch.attention_mask, losses, 0.0).sum()
-        return Outcome({"tqr_loss": tqr_sum}, ranking_sums(scores.detach(), thresholds.detach(), labels, batch))
+        return Outcome({"tqr_loss": losses.sum()}, ranking_sums(scores.detach(), thresholds.detach(), labels, batch))
 
 
 def corrupted_ids(context: WorkContext) -> Tensor:
-    """Put the sampled tokens in place: token ids [B, S]."""
-    batch = context.batch
-    sampled = context.values["sampled"].view_as(batch.positions)
-    return batch.input_ids.scatter(1, batch.positions, sampled)
+    """Put the sampled tokens in place: token ids [T]."""
+    return context.batch.input_ids.scatter(0, context.batch.positions, context.values["sampled"])
 
 
 def scatter_labels(batch: Batch, labels: Tensor, num_levels: int) -> Tensor:
-    """Give all tokens labels [B, S]: those of the selected positions, [n], and K for all others."""
+    """Give all tokens labels [T]: those of the selected positions, [n], and K for all others."""
     import torch
 
     everywhere = torch.full(batch.input_ids.shape, float(num_levels), device=labels.device)
-    return everywhere.scatter(1, batch.positions, labels.view_as(batch.positions))
+    return everywhere.scatter(0, batch.positions, labels)
 
 
 def score_head_cost(shape: EncoderShape) -> Cost:
@@ -390,21 +381,21 @@ def ranking_sums(scores: Tensor, thresholds: Tensor, labels: Tensor, batch: Batc
     """Sum up the ranker's pass: RTD over all tokens; labels, levels and pairs at the selected positions.
 
     A pair of ranks is two replaced tokens of one sequence whose levels are known and differ, in order where the better
-    one has the greater score. All arguments are [B, S] but for the thresholds [K-1].
+    one has the greater score. Scores and labels are [T], thresholds [K-1].
     """
     import torch
 
     num_levels = len(thresholds) + 1
     sums = rtd_sums(scores, thresholds[-1], labels != num_levels, batch)
-    scores_BP = scores.gather(1, batch.positions)
-    labels_BP = torch.where(batch.is_selected, labels.gather(1, batch.positions), torch.nan)
-    is_level = (labels_BP >= 1) & (labels_BP < num_levels) & (labels_BP == labels_BP.round())
-    is_pair = (labels_BP[:, :, None] < labels_BP[:, None, :]) & is_level[:, :, None] & is_level[:, None, :]
+    scores, labels = scores[batch.positions], labels[batch.positions]
+    is_level = (labels >= 1) & (labels < num_levels) & (labels == labels.round())
+    others, is_other = batch.selected.of_each(batch.selected.sequence_ids)
+    is_pair = (labels[:, None] < labels[others]) & is_level[:, None] & is_level[others] & is_other
     sums["rank_pairs"] = is_pair.sum()
-    sums["rank_pairs_in_order"] = (is_pair & (scores_BP[:, :, None] < scores_BP[:, None, :])).sum()
-    predicted = 1 + (scores_BP[..., None] > thresholds).sum(-1)
+    sums["rank_pairs_in_order"] = (is_pair & (scores[:, None] < scores[others])).sum()
+    predicted = 1 + (scores[:, None] > thresholds).sum(-1)
     for label in possible_labels(num_levels):
-        has_label = labels_BP == torch.tensor(label, dtype=labels_BP.dtype)
+        has_label = labels == torch.tensor(label, dtype=labels.dtype)
         sums[label_key(label)] = has_label.sum()
         if label >= 1 and label.is_integer():
             sums[f"correct_{int(label)}"] = (has_label & (predicted == label)).sum()

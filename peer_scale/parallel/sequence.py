@@ -1,7 +1,7 @@
-"""Megatron's sequence parallelism: between tensor-parallel products each rank keeps a slice of the sequence.
+"""Megatron's sequence parallelism: between tensor-parallel products each rank keeps a slice of the tokens.
 
 megatron-core's own functions for it allocate on CUDA; these run on every device. All of them split or join dim 0, the
-sequence, over the ranks of the tensor-parallel group.
+T tokens of a micro-batch, over the ranks of the tensor-parallel group: zeros fill T up to a multiple of their number.
 """
 
 import contextlib
@@ -19,23 +19,28 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def scatter_along_sequence(hidden: Tensor, tensor_parallel: TensorParallel) -> Tensor:
-    """Keep a slice [S/tp, ...] of what every rank has whole; backward joins the slices' gradients."""
+def num_rows(num_tokens: int, tensor_parallel_size: int, *, sequence_parallel: bool) -> int:
+    """Count the rows of hidden states that a rank has between tensor-parallel products."""
+    return -(-num_tokens // tensor_parallel_size) if sequence_parallel else num_tokens
+
+
+def scatter_tokens(hidden: Tensor, tensor_parallel: TensorParallel) -> Tensor:
+    """Keep a slice [ceil(T/tp), ...] of what every rank has whole; backward joins the slices' gradients."""
     return _Split.apply(hidden, tensor_parallel) if tensor_parallel.sequence_parallel else hidden
 
 
-def gather_along_sequence(hidden: Tensor, tensor_parallel: TensorParallel) -> Tensor:
-    """Give the whole sequence [S, ...] for what every rank then computes alike; backward keeps this rank's slice."""
-    return _Join.apply(hidden, tensor_parallel) if tensor_parallel.sequence_parallel else hidden
+def gather_tokens(hidden: Tensor, num_tokens: int, tensor_parallel: TensorParallel) -> Tensor:
+    """Give all tokens [T, ...] for what every rank then computes alike; backward keeps this rank's slice."""
+    return _Join.apply(hidden, num_tokens, tensor_parallel) if tensor_parallel.sequence_parallel else hidden
 
 
-def gather_along_sequence_for_split_weights(hidden: Tensor, tensor_parallel: TensorParallel) -> Tensor:
-    """Join the sequence as input of a column-parallel layer; backward adds up the ranks' gradients, and slices."""
+def gather_tokens_for_split_weights(hidden: Tensor, tensor_parallel: TensorParallel) -> Tensor:
+    """Join all rows as input of a column-parallel layer; backward adds up the ranks' gradients, and slices."""
     return _JoinForSplitWeights.apply(hidden, tensor_parallel) if tensor_parallel.sequence_parallel else hidden
 
 
-def reduce_scatter_along_sequence(partial: Tensor, tensor_parallel: TensorParallel) -> Tensor:
-    """Give a slice of the sum of all ranks' [S, ...]; backward joins the gradients."""
+def reduce_scatter_tokens(partial: Tensor, tensor_parallel: TensorParallel) -> Tensor:
+    """Give a slice of the sum of all ranks' rows; backward joins the gradients."""
     return _AddUpAndSplit.apply(partial, tensor_parallel)
 
 
@@ -64,23 +69,23 @@ def own_random_stream(tensor_parallel: TensorParallel) -> Iterator[None]:
 class _Split(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, tensor_parallel: TensorParallel) -> Tensor:
-        ctx.tensor_parallel = tensor_parallel
+        ctx.tensor_parallel, ctx.num_tokens = tensor_parallel, len(hidden)
         return _own_slice(hidden, tensor_parallel)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _gather(grad, ctx.tensor_parallel), None
+        return _gather(grad, ctx.tensor_parallel)[: ctx.num_tokens], None
 
 
 class _Join(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, tensor_parallel: TensorParallel) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, num_tokens: int, tensor_parallel: TensorParallel) -> Tensor:
         ctx.tensor_parallel = tensor_parallel
-        return _gather(hidden, tensor_parallel)
+        return _gather(hidden, tensor_parallel)[:num_tokens]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _own_slice(grad, ctx.tensor_parallel), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _own_slice(grad, ctx.tensor_parallel), None, None
 
 
 class _JoinForSplitWeights(torch.autograd.Function):
@@ -120,7 +125,10 @@ class _WholeGradients(torch.autograd.Function):
 
 
 def _own_slice(hidden: Tensor, tensor_parallel: TensorParallel) -> Tensor:
-    return hidden.chunk(tensor_parallel.size)[tensor_parallel.rank].contiguous()
+    rows = num_rows(len(hidden), tensor_parallel.size, sequence_parallel=True)
+    own = hidden[rows * tensor_parallel.rank : rows * (tensor_parallel.rank + 1)]
+    missing = rows - len(own)
+    return own.contiguous() if not missing else torch.cat([own, own.new_zeros((missing, *own.shape[1:]))])
 
 
 def _gather(hidden: Tensor, tensor_parallel: TensorParallel) -> Tensor:

@@ -1,4 +1,4 @@
-"""Point-to-point transfers between stages: fixed shapes, never waiting for the receiver."""
+"""Point-to-point transfers between stages: shapes that both ends know, never waiting for the receiver."""
 
 from __future__ import annotations
 

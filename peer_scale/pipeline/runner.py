@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,11 +14,13 @@ from torch import Tensor
 from peer_scale.objectives.engine import Engine
 from peer_scale.objectives.graph import Value
 from peer_scale.objectives.works import StepInfo
+from peer_scale.parallel.sequence import num_rows
 from peer_scale.parallel.topology import Topology
 from peer_scale.pipeline.dataflow import taken_at, taking_stages
 from peer_scale.pipeline.instructions import Backward, Forward, Instruction, Message, OptimizerStep, Recv, Send
 from peer_scale.pipeline.messages import Messenger, PassOn
 from peer_scale.pipeline.placement import Placement
+from peer_scale.pipeline.schedule import build_schedule
 from peer_scale.pipeline.zero import Adaptation
 from peer_scale.samples.examples import Batch
 
@@ -43,6 +46,7 @@ class _StepState:
     seed_dropout: Callable[..., None]
     messenger: Messenger
     sums: Tensor
+    backwards_left: int
     mail: dict[_Key, Tensor] = field(default_factory=dict)
     uses_left: Counter[_Key] = field(default_factory=Counter)
     activations: dict[tuple[str, int], _Activations] = field(default_factory=dict)
@@ -60,32 +64,27 @@ class _StepState:
 
 
 class PipelineRunner:
-    """A rank's `Runner` under pipeline parallelism; `instructions` are its stage's for one optimizer step."""
+    """A rank's `Runner` under pipeline parallelism; steps may differ in their number of micro-batches."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        topology: Topology,
-        placement: Placement,
-        instructions: Sequence[Instruction],
-        dtype: torch.dtype,
-    ) -> None:
+    def __init__(self, engine: Engine, topology: Topology, placement: Placement, dtype: torch.dtype) -> None:
         """Take over an engine around a PretrainingTask of this stage's part; `dtype` is that of matrix products."""
         self._engine, self._topology, self._placement, self._dtype = engine, topology, placement, dtype
         self._graph, self._stage = placement.graph, topology.rank("pp")
-        self._instructions = instructions
-        self._forward_only = [one for one in instructions if _is_forward(one)]
+        self._instructions = functools.cache(
+            lambda num_micro: build_schedule("two_pass", placement, num_micro).stages[self._stage]
+        )
         self._zero = Adaptation(engine, topology.group("dp"))
 
     def train(self, batches: Sequence[Batch], step: StepInfo, seed_dropout: Callable[..., None]) -> Tensor:
         """See `Runner`."""
-        return self._run(self._instructions, batches, step, seed_dropout)
+        return self._run(self._instructions(len(batches)), batches, step, seed_dropout)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch], step: StepInfo) -> Tensor:
         """See `Runner`."""
         self._engine.eval()
-        sums = self._run(self._forward_only, batches, step, lambda *_: None)
+        instructions = [one for one in self._instructions(len(batches)) if _is_forward(one)]
+        sums = self._run(instructions, batches, step, lambda *_: None)
         self._engine.train()
         return sums
 
@@ -98,7 +97,8 @@ class PipelineRunner:
     ) -> Tensor:
         sums = torch.zeros(len(self._engine.module.sums), dtype=torch.float64, device=self._topology.device)
         messenger = Messenger(self._topology, instructions, lambda message: self._empty(message, batches))
-        state = _StepState(batches, info, seed_dropout, messenger, sums)
+        backwards = sum(isinstance(instruction, Backward) for instruction in instructions)
+        state = _StepState(batches, info, seed_dropout, messenger, sums, backwards_left=backwards)
         for instruction in instructions:
             self._do(instruction, state)
         messenger.finish()
@@ -144,6 +144,8 @@ class PipelineRunner:
         terms += [PassOn.apply(tensor, state.take((value, micro, True))) for value, tensor in kept.given.items()]
         self._zero.before_backward()
         self._count_backward(state)
+        state.backwards_left -= 1
+        self._engine.set_gradient_accumulation_boundary(not state.backwards_left)
         self._engine.backward(sum(terms[1:], terms[0]), scale_wrt_gas=False)
         state.has_uncounted_backward = True
         for value, tensor in kept.arrived.items():
@@ -192,16 +194,11 @@ class PipelineRunner:
             return torch.empty(shape, dtype=dtype, device=device)
         network = self._graph.work(message.value).network
         assert network is not None, "only networks have hidden states"
-        micro_batch, seq_length = batch.input_ids.shape
-        if self._topology.sequence_parallel:
-            seq_length //= self._topology.size("tp")
+        rows = num_rows(
+            batch.sequences.num_tokens, self._topology.size("tp"), sequence_parallel=self._topology.sequence_parallel
+        )
         width = self._graph.shape(network).hidden_size
-        return torch.empty((seq_length, micro_batch, width), dtype=self._dtype, device=device)
-
-
-def num_backward_calls(instructions: Sequence[Instruction]) -> int:
-    """Count what the engine takes for its gradient accumulation steps."""
-    return sum(isinstance(instruction, Backward) for instruction in instructions)
+        return torch.empty((rows, width), dtype=self._dtype, device=device)
 
 
 def _is_forward(instruction: Instruction) -> bool:

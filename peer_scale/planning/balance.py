@@ -8,9 +8,9 @@ from typing import TypeAlias
 
 import numpy as np
 
-from peer_scale.flops import actual_train_flops
-from peer_scale.objectives.graph import SampleSize
+from peer_scale.flops import square_cost_ratio
 from peer_scale.planning.layout import ParallelLayout, Workload
+from peer_scale.samples.shares import cut_evenly, share_out
 
 Deal: TypeAlias = Callable[[np.ndarray, int, int, float], np.ndarray]
 """Share out samples by their lengths [n], over so many ranks with so many micro-batches each.
@@ -29,6 +29,11 @@ def in_turns(lengths: np.ndarray, ranks: int, num_micro_batches: int, square_rat
     return np.arange(len(lengths)).reshape(num_micro_batches, ranks, -1).transpose(1, 0, 2)
 
 
+def equal_shares(lengths: np.ndarray, ranks: int, num_micro_batches: int, square_ratio: float) -> np.ndarray:
+    """Share samples out as training does."""
+    return cut_evenly(lengths, share_out(lengths, ranks, square_ratio), num_micro_batches, square_ratio)
+
+
 def waiting_share(workload: Workload, layout: ParallelLayout, deal: Deal) -> float:
     """Estimate how much more than the mean the fullest data-parallel rank has to do in a step: max / mean - 1.
 
@@ -45,7 +50,8 @@ def waiting_share(workload: Workload, layout: ParallelLayout, deal: Deal) -> flo
 @lru_cache(maxsize=1024)
 def _waiting_share(workload: Workload, ranks: int, num_micro_batches: int, meets_often: bool, deal: Deal) -> float:
     assert workload.lengths is not None
-    batch, ratio = workload.global_batch_size, square_ratio(workload)
+    batch = workload.global_batch_size
+    ratio = square_cost_ratio(workload.model, workload.objective, workload.full)
     num_steps = max(1, min(_MOST_STEPS, _MOST_SAMPLES // batch))
     fullest = mean = 0.0
     for lengths in workload.lengths.draw((num_steps, batch), np.random.default_rng(0)):
@@ -54,13 +60,3 @@ def _waiting_share(workload: Workload, ranks: int, num_micro_batches: int, meets
         fullest += work.max(0).sum() if meets_often else work.sum(1).max()
         mean += costs.sum() / ranks
     return float(fullest / mean - 1)
-
-
-def square_ratio(workload: Workload) -> float:
-    """Give what a pair of tokens of one sequence costs over what a token costs, with its part of what is selected."""
-    selected = workload.full.selected / workload.full.tokens
-    of_token, of_pair = (
-        actual_train_flops(workload.model, workload.objective, size, samples=1)
-        for size in (SampleSize(1, selected, 0), SampleSize(0, 0, 1))
-    )
-    return of_pair / of_token

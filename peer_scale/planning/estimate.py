@@ -16,7 +16,7 @@ from peer_scale.pipeline.schedule import build_schedule
 from peer_scale.pipeline.search import choose_placement
 from peer_scale.pipeline.simulator import simulate
 from peer_scale.planning import memory, traffic
-from peer_scale.planning.balance import in_turns, waiting_share
+from peer_scale.planning.balance import equal_shares, in_turns, waiting_share
 from peer_scale.planning.inventory import Inventory, take_inventory
 from peer_scale.planning.layout import Cluster, ParallelLayout, Workload, check_layout
 from peer_scale.planning.stage_works import StageWork, stage_part
@@ -114,7 +114,7 @@ def make_plan(workload: Workload, cluster: Cluster, layout: ParallelLayout) -> P
     stride = layout.tensor_parallel
     exchanged = (sent.gradients + sent.parameters) / cluster.bandwidth(layout.data_parallel, stride)
     zero_time = exchanged * (1 - cluster.overlap)
-    waiting = waiting_share(workload, layout, in_turns)
+    waiting = waiting_share(workload, layout, equal_shares)
     waiting_time = num_micro * max(0.0, (1 + waiting) * _unlaunched(workload, cluster, layout, placement) - busiest)
     step_time = pipeline_time + waiting_time + zero_time
     flops = actual_train_flops(workload.model, workload.objective, workload.size, samples=workload.global_batch_size)

@@ -13,26 +13,47 @@ from torch import Tensor
 
 from peer_scale.corpus.wordpiece import WordPiece
 from peer_scale.samples.masking import MaskingConfig
+from peer_scale.sequences import Sequences
 
 NUM_SPECIAL_TOKENS = 3  # [CLS] A [SEP] B [SEP]
 _SINGLE_SEGMENT_SHARE = 0.1
 
 
-class Batch(NamedTuple):
-    """B examples of S positions, P of them (at most) selected for corruption."""
+class Example(NamedTuple):
+    """A sequence of L tokens, n of them selected for corruption."""
 
-    input_ids: Tensor  # [B, S] the original tokens
-    masked_ids: Tensor  # [B, S] with [MASK] at the selected positions
-    token_types: Tensor  # [B, S] 0 for [CLS] A [SEP] and padding, 1 for B [SEP]
-    attention_mask: Tensor  # [B, S] True but for padding
-    positions: Tensor  # [B, P] the selected positions; 0 where fewer than P are
-    is_selected: Tensor  # [B, P] False where `positions` only fills up
-    uniforms: Tensor  # [B, P] fp32 in [0, 1), to sample the replacement with
-    extra_uniforms: Tensor  # [B, P, N] likewise, as many per position as the objective asks for
+    input_ids: np.ndarray  # [L] the original tokens
+    masked_ids: np.ndarray  # [L] with [MASK] at the selected positions
+    token_types: np.ndarray  # [L] 0 for [CLS] A [SEP], 1 for B [SEP]
+    positions: np.ndarray  # [n] the selected positions, ascending
+    uniforms: np.ndarray  # [n] fp32 in [0, 1), to sample the replacement with
+    extra_uniforms: np.ndarray  # [n, N] likewise, as many per position as the objective asks for
+
+
+class Batch(NamedTuple):
+    """The T tokens of several examples, one example after the other, n of the tokens selected for corruption."""
+
+    input_ids: Tensor  # [T] the original tokens
+    masked_ids: Tensor  # [T] with [MASK] at the selected positions
+    token_types: Tensor  # [T] 0 for [CLS] A [SEP], 1 for B [SEP]
+    positions: Tensor  # [n] where among the T tokens the selected ones are, ascending
+    uniforms: Tensor  # [n] fp32 in [0, 1), to sample the replacement with
+    extra_uniforms: Tensor  # [n, N] likewise, as many per position as the objective asks for
+    sequences: Sequences  # which of the T tokens belong together
+    selected: Sequences  # which of the n selected ones do
 
     def to(self, device: torch.device) -> "Batch":
         """Give the batch on `device`; the copy does not block the host."""
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+        return Batch(
+            self.input_ids.to(device, non_blocking=True),
+            self.masked_ids.to(device, non_blocking=True),
+            self.token_types.to(device, non_blocking=True),
+            self.positions.to(device, non_blocking=True),
+            self.uniforms.to(device, non_blocking=True),
+            self.extra_uniforms.to(device, non_blocking=True),
+            self.sequences.to(device),
+            self.selected.to(device),
+        )
 
 
 @dataclass(frozen=True)
@@ -45,33 +66,22 @@ class ExampleBuilder:
     seed: int
     num_extra_uniforms: int = 0
 
-    def build(self, tokens: np.ndarray, sample: int) -> tuple[np.ndarray, ...]:
-        """Give the fields of `Batch` for one sample of at most seq_length - 3 tokens, in its order and without B."""
+    def build(self, tokens: np.ndarray, sample: int) -> Example:
+        """Make the example of one sample of at most seq_length - 3 tokens."""
         per_position = 3 + self.num_extra_uniforms
         draws = sample_stream(self.seed, sample).random_raw(2 + per_position * self.seq_length)
-        input_ids, token_types, length = self._segments(tokens, draws[:2])
+        input_ids, token_types = self._segments(tokens, draws[:2])
         keys, mask_draws, uniform_draws, *extra_draws = np.split(draws[2:], per_position)
         extra = np.array(extra_draws, np.uint64).reshape(self.num_extra_uniforms, self.seq_length)
-        positions = self._select(input_ids[:length], keys)
-        width = self.masking.num_predictions(self.seq_length)
-        padded = np.zeros(width, np.int64)
-        padded[: len(positions)] = positions
+        positions = self._select(input_ids, keys)
         masked_ids = input_ids.copy()
         masked = positions[_unit(mask_draws[positions]) < self.masking.mask_probability]
         masked_ids[masked] = self.tokenizer.mask_id
-        return (
-            input_ids,
-            masked_ids,
-            token_types,
-            np.arange(self.seq_length) < length,
-            padded,
-            np.arange(width) < len(positions),
-            _unit(uniform_draws[padded]),
-            _unit(extra[:, padded].T),
-        )
+        uniforms, extra_uniforms = _unit(uniform_draws[positions]), _unit(extra[:, positions].T)
+        return Example(input_ids, masked_ids, token_types, positions, uniforms, extra_uniforms)
 
-    def stand_in(self, sample: int) -> tuple[np.ndarray, ...]:
-        """Give the fields of `Batch` for a sample that cannot be made: one ordinary token."""
+    def stand_in(self, sample: int) -> Example:
+        """Make an example of one ordinary token, for a sample that cannot be made."""
         ordinary = next(id_ for id_ in range(self.tokenizer.vocab_size) if id_ not in self._special_ids)
         return self.build(np.array([ordinary]), sample)
 
@@ -80,7 +90,7 @@ class ExampleBuilder:
         special = self.tokenizer
         return (special.cls_id, special.sep_id, special.pad_id, special.mask_id)
 
-    def _segments(self, tokens: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    def _segments(self, tokens: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """[CLS] A [SEP] B [SEP], cut at a word's beginning; one example in ten (or too short a text) has A alone."""
         special = self.tokenizer
         single, where = _unit(draws)
@@ -92,12 +102,8 @@ class ExampleBuilder:
             cut = starts[int(where * len(starts))]
             parts = [[special.cls_id], tokens[:cut], [special.sep_id], tokens[cut:], [special.sep_id]]
             first_length = cut + 2
-        content = np.concatenate([np.asarray(part, np.int64) for part in parts])
-        input_ids = np.full(self.seq_length, special.pad_id, np.int64)
-        input_ids[: len(content)] = content
-        token_types = np.zeros(self.seq_length, np.int64)
-        token_types[first_length : len(content)] = 1
-        return input_ids, token_types, len(content)
+        input_ids = np.concatenate([np.asarray(part, np.int64) for part in parts])
+        return input_ids, (np.arange(len(input_ids)) >= first_length).astype(np.int64)
 
     def _select(self, content: np.ndarray, keys: np.ndarray) -> np.ndarray:
         """Give the positions of the candidates with the smallest keys, ascending: a choice without replacement."""
@@ -106,9 +112,15 @@ class ExampleBuilder:
         return np.sort(candidates[np.argsort(keys[candidates], kind="stable")[:count]])
 
 
-def collate(examples: Sequence[tuple[np.ndarray, ...]]) -> Batch:
-    """Stack examples along a new first dimension."""
-    return Batch(*(torch.from_numpy(np.stack(field)) for field in zip(*examples, strict=True)))
+def collate(examples: Sequence[Example]) -> Batch:
+    """Put examples one after the other, the longest first: those of like length are neighbours then."""
+    examples = sorted(examples, key=lambda example: -len(example.input_ids))
+    sequences = Sequences.of([len(example.input_ids) for example in examples])
+    selected = Sequences.of([len(example.positions) for example in examples])
+    fields = [torch.from_numpy(np.concatenate(field)) for field in zip(*examples, strict=True)]
+    input_ids, masked_ids, token_types, places, uniforms, extra_uniforms = fields
+    positions = places + sequences.boundaries[:-1].long()[selected.sequence_ids]
+    return Batch(input_ids, masked_ids, token_types, positions, uniforms, extra_uniforms, sequences, selected)
 
 
 def sample_stream(seed: int, sample: int) -> np.random.Philox:

@@ -1,41 +1,22 @@
 """Micro-batches for one data-parallel rank, from any global sample number on."""
 
+import itertools
 import multiprocessing
 import signal
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from peer_scale.errors import UserError
-from peer_scale.samples.examples import Batch, ExampleBuilder, collate
+from peer_scale.samples.examples import NUM_SPECIAL_TOKENS, Batch, Example, ExampleBuilder, collate
+from peer_scale.samples.shares import BatchPlan
 from peer_scale.samples.windows import SeededOrder, Windows
 
-
-@dataclass(frozen=True)
-class BatchPlan:
-    """How the samples of a step are dealt out: data-parallel ranks take turns, one micro-batch each.
-
-    Step t (from 0) consists of samples [t * global_batch, (t + 1) * global_batch), however many ranks share them.
-    """
-
-    micro_batch: int
-    global_batch: int
-    data_parallel_rank: int = 0
-    data_parallel_size: int = 1
-
-    @property
-    def num_micro_batches(self) -> int:
-        """Micro-batches a rank works through in one step."""
-        return self.global_batch // (self.micro_batch * self.data_parallel_size)
-
-    def samples(self, step: int, micro: int) -> range:
-        """Sample numbers of micro-batch `micro` of this rank in `step`."""
-        turn = micro * self.data_parallel_size + self.data_parallel_rank
-        first = step * self.global_batch + turn * self.micro_batch
-        return range(first, first + self.micro_batch)
+_Sample: TypeAlias = tuple[int, int]
+"""A sample's number and the window that it is made of."""
 
 
 class Fault(NamedTuple):
@@ -68,13 +49,34 @@ class ExampleDataset(Dataset):
     def __len__(self) -> int:
         return len(self.windows)
 
-    def __getitem__(self, sample: int) -> tuple:
-        tokens = self.windows.tokens(self._order[sample], self.builder.tokenizer.vocab_size)
-        return self.builder.build(tokens, sample)
+    def __getitem__(self, sample: int) -> Example:
+        return self.example(sample, self._order[sample])
+
+    def example(self, sample: int, window: int) -> Example:
+        """Make a sample of its window's tokens."""
+        return self.builder.build(self.windows.tokens(window, self.builder.tokenizer.vocab_size), sample)
+
+    def measure(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Find the windows of any samples, and without reading them how many tokens the samples have at most."""
+        windows = self._order.at(samples)
+        return windows, self.windows.lengths(windows) + NUM_SPECIAL_TOKENS
 
 
-class _Samples(Dataset):
-    """Sample number -> example and None, or a stand-in and what is wrong with the sample.
+class _Shares(Dataset):
+    """Step -> the samples of each of this rank's micro-batches."""
+
+    def __init__(self, dataset: ExampleDataset, plan: BatchPlan) -> None:
+        self._dataset, self._plan = dataset, plan
+
+    def __getitem__(self, step: int) -> list[list[_Sample]]:
+        samples = np.array(self._plan.samples(step))
+        windows, lengths = self._dataset.measure(samples)
+        shares = self._plan.micro_batches(lengths)
+        return [list(zip(samples[share].tolist(), windows[share].tolist(), strict=True)) for share in shares]
+
+
+class _Examples(Dataset):
+    """Sample -> example and None, or a stand-in and what is wrong with the sample.
 
     A rank or a worker process that raised would leave the ranks that have no bad sample waiting for it.
     """
@@ -82,14 +84,15 @@ class _Samples(Dataset):
     def __init__(self, dataset: ExampleDataset) -> None:
         self._dataset = dataset
 
-    def __getitem__(self, sample: int) -> tuple[tuple, Fault | None]:
+    def __getitem__(self, sample: _Sample) -> tuple[Example, Fault | None]:
+        number, window = sample
         try:
-            return self._dataset[sample], None
+            return self._dataset.example(number, window), None
         except UserError as error:
-            return self._dataset.builder.stand_in(sample), Fault(sample, str(error))
+            return self._dataset.builder.stand_in(number), Fault(number, str(error))
 
 
-def _collate(samples: list[tuple[tuple, Fault | None]]) -> tuple[Batch, Fault | None]:
+def _collate(samples: list[tuple[Example, Fault | None]]) -> tuple[Batch, Fault | None]:
     examples, faults = zip(*samples, strict=True)
     return collate(examples), _first(faults)
 
@@ -98,31 +101,38 @@ def _first(faults: Iterable[Fault | None]) -> Fault | None:
     return min((fault for fault in faults if fault is not None), default=None)
 
 
-class _MicroBatchSampler(Sampler[list[int]]):
-    def __init__(self, plan: BatchPlan, first_step: int, last_step: int) -> None:
-        self._plan, self._steps = plan, range(first_step, last_step)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in self._steps:
-            for micro in range(self._plan.num_micro_batches):
-                yield list(self._plan.samples(step, micro))
+def _as_it_is(item: Any) -> Any:
+    return item
 
 
 def micro_batches(
     dataset: ExampleDataset, plan: BatchPlan, *, first_step: int, last_step: int, num_workers: int
 ) -> Iterator[StepBatches]:
-    """Give this rank's micro-batches of each step in [first_step, last_step), counted from 0."""
+    """Give this rank's micro-batches of each step in [first_step, last_step), counted from 0.
+
+    Where worker processes make them, another one finds out ahead which samples they are: the training process only
+    takes in their numbers.
+    """
+    shares = DataLoader(
+        _Shares(dataset, plan),
+        sampler=range(first_step, last_step),
+        batch_size=None,
+        num_workers=min(num_workers, 1),
+        collate_fn=_as_it_is,
+        worker_init_fn=_leave_signals_to_the_rank,
+    )
+    to_make, to_give = itertools.tee(shares)
     loader = DataLoader(
-        _Samples(dataset),
-        batch_sampler=_MicroBatchSampler(plan, first_step, last_step),
+        _Examples(dataset),
+        batch_sampler=itertools.chain.from_iterable(to_make),
         num_workers=num_workers,
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_leave_signals_to_the_rank,
     )
     batches = iter(loader)
-    for _ in range(first_step, last_step):
-        found = [next(batches) for _ in range(plan.num_micro_batches)]
+    for share in to_give:
+        found = [next(batches) for _ in share]
         yield StepBatches([batch for batch, _ in found], _first(fault for _, fault in found))
 
 

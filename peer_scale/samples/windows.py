@@ -9,7 +9,7 @@ from peer_scale.corpus.store import TokenStore
 from peer_scale.samples.split import Part
 from peer_scale.seeds import stream_seed
 
-_BLOCK = 128  # documents per row of the window table, whose lengths are read and added up for every sample
+_BLOCK = 32  # documents per row of the window table, whose lengths are read to find a window
 _BLOCKS_PER_READ = 8192  # while the table is made
 _FEISTEL_ROUNDS = 6
 
@@ -18,7 +18,7 @@ class Windows:
     """Windows of at most `width` tokens within the documents of a part: every token of it is in exactly one.
 
     A document of n tokens gives ceil(n / width) windows of (nearly) equal length. Only the running count of windows at
-    every 128th document is held, so a corpus of any size opens after one pass over the lengths in its index.
+    every 32nd document is held, so a corpus of any size opens after one pass over the lengths in its index.
 
     Attributes:
         part: the text that is cut.
@@ -32,7 +32,8 @@ class Windows:
             UserError: the index does not say where its documents lie.
         """
         self.part, self._store, self._width = part, store, width
-        self.num_tokens = store.token_offset(part.last) - part.cut - store.token_offset(part.first) - part.skip
+        self._begin = store.token_offset(part.first) + part.skip
+        self.num_tokens = store.token_offset(part.last) - part.cut - self._begin
         counts = [self._block_counts(start) for start in range(part.first, part.last, _BLOCK * _BLOCKS_PER_READ)]
         self._ends = np.cumsum(np.concatenate(counts)) if counts else np.zeros(0, np.int64)
 
@@ -45,7 +46,7 @@ class Windows:
         Raises:
             UserError: one is not; the message names file, document, position and id.
         """
-        document, offset, length = self._place(window)
+        document, offset, length = (int(found[0]) for found in self._places(np.array([window])))
         tokens = self._store.read(document, offset, length)
         self._store.check_ids(tokens, vocab_size, document=document, offset=offset)
         return tokens
@@ -62,21 +63,29 @@ class Windows:
             np.add.at(counts, np.minimum(shorter + 1, self._width), longer_ones)  # none where all have the width
         return counts
 
-    def _place(self, window: int) -> tuple[int, int, int]:
-        """Find the document of a window, its first token's position there, and how many tokens it has."""
-        block = int(np.searchsorted(self._ends, window, side="right"))
-        start = self.part.first + block * _BLOCK
-        lengths = self._lengths(start, _BLOCK)
-        ends = np.cumsum(-(-lengths // self._width))
-        within = window - (int(self._ends[block - 1]) if block else 0)
-        index = int(np.searchsorted(ends, within, side="right"))
-        part = within - (int(ends[index - 1]) if index else 0)
-        length = int(lengths[index])
-        parts = -(-length // self._width)
+    def lengths(self, windows: np.ndarray) -> np.ndarray:
+        """Count the tokens of any windows, int64 [n], by the index alone."""
+        return self._places(windows)[2]
+
+    def _places(self, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Find for any windows the document, the first token's position there, and how many tokens it is; int64 [n]."""
+        blocks = np.unique(np.searchsorted(self._ends, windows, side="right"))
+        lengths = self._block_lengths(blocks)
+        counts = -(-lengths // self._width)
+        before = self._ends[blocks] - counts.sum(1)
+        ends = (before[:, None] + np.cumsum(counts, axis=1)).ravel()  # ascending, over blocks that are left out too
+        index = np.searchsorted(ends, windows, side="right")
+        length, parts = lengths.ravel()[index], counts.ravel()[index]
+        part = windows - ends[index] + parts
         begin, end = length * part // parts, length * (part + 1) // parts
-        document = start + index
-        skipped = self.part.skip if document == self.part.first else 0
-        return document, skipped + begin, end - begin
+        document = self.part.first + blocks[index // _BLOCK] * _BLOCK + index % _BLOCK
+        return document, begin + np.where(document == self.part.first, self.part.skip, 0), end - begin
+
+    def _block_lengths(self, blocks: np.ndarray) -> np.ndarray:
+        """Count the tokens in this part of each document of the blocks, int64 [blocks, 32]; 0 after the last one."""
+        bounds = self.part.first + blocks[:, None] * _BLOCK + np.arange(_BLOCK + 1)
+        offsets = self._store.token_offsets(np.minimum(bounds, self.part.last))
+        return np.diff(np.clip(offsets, self._begin, self._begin + self.num_tokens))
 
     def _lengths(self, start: int, count: int) -> np.ndarray:
         """Count the tokens in this part of each document from `start` on."""
@@ -105,13 +114,24 @@ class SeededOrder:
     seed: int
 
     def __getitem__(self, sample: int) -> int:
-        epoch, index = divmod(sample, self.size)
+        return int(self.at(np.array([sample]))[0])
+
+    def at(self, samples: np.ndarray) -> np.ndarray:
+        """Give the numbers that any samples have, int64 [n]."""
+        epochs, indices = np.divmod(samples, self.size)
+        found = np.empty(samples.shape, np.int64)
+        for epoch in np.unique(epochs).tolist():
+            left = np.flatnonzero(epochs == epoch)
+            found[left] = self._walk(indices[left].astype(np.uint64), _round_keys(self.seed, epoch))
+        return found
+
+    def _walk(self, indices: np.ndarray, keys: tuple[int, ...]) -> np.ndarray:
         half_bits = max(1, (max(self.size - 1, 1).bit_length() + 1) // 2)
-        keys = _round_keys(self.seed, epoch)
-        while True:
-            index = _feistel(index, half_bits, keys)
-            if index < self.size:
-                return index
+        left = np.arange(len(indices))
+        while len(left):
+            indices[left] = _feistel(indices[left], half_bits, keys)
+            left = left[indices[left] >= self.size]
+        return indices
 
 
 @functools.lru_cache(maxsize=4)
@@ -119,17 +139,16 @@ def _round_keys(seed: int, epoch: int) -> tuple[int, ...]:
     return tuple(stream_seed(seed, "order", epoch, round_) for round_ in range(_FEISTEL_ROUNDS))
 
 
-def _feistel(index: int, half_bits: int, keys: tuple[int, ...]) -> int:
+def _feistel(indices: np.ndarray, half_bits: int, keys: tuple[int, ...]) -> np.ndarray:
     mask = (1 << half_bits) - 1
-    left, right = index >> half_bits, index & mask
+    left, right = indices >> half_bits, indices & mask
     for key in keys:
         left, right = right, left ^ (_mix(right ^ key) & mask)
     return (left << half_bits) | right
 
 
-def _mix(value: int) -> int:
-    """Scramble 64 bits (multiply and shift), so that each output bit depends on every input bit."""
-    value &= 0xFFFFFFFFFFFFFFFF
+def _mix(values: np.ndarray) -> np.ndarray:
+    """Scramble 64 bits (multiply and shift), so that each output bit depends on every input bit; uint64."""
     for factor in (0xD6E8FEB86659FD93, 0xA5A3564E27F8D1C5):
-        value = ((value ^ (value >> 32)) * factor) & 0xFFFFFFFFFFFFFFFF
-    return value ^ (value >> 32)
+        values = (values ^ (values >> 32)) * factor
+    return values ^ (values >> 32)

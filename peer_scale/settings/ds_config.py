@@ -166,7 +166,7 @@ def with_autos(resolved: dict[str, Any], training: type) -> dict[str, Any]:
 
 
 def _filled_in(cls: type) -> list[tuple[str, str]]:
-    """Fields of `TrainingConfig` that DeepSpeed is told, and the ds_config's keys for them."""
+    """Give the fields of `TrainingConfig` that DeepSpeed is told, each with the ds_config's key for it."""
     pairs = ((name, key) for name, setting in settings(cls).items() for key in setting.option.ds_config)
     return [(name, key) for name, key in pairs if key in SCALARS]
 

@@ -181,7 +181,7 @@ def _check_stage(config: Mapping[str, Any], path: str) -> None:
 
 
 def _deepspeed_models() -> dict[str, Any]:
-    """DeepSpeed's own descriptions of its blocks: which keys there are, of which type."""
+    """Give DeepSpeed's own descriptions of its blocks: which keys there are, of which type."""
     from deepspeed.comm.config import CommsLoggerConfig
     from deepspeed.monitor.config import DeepSpeedMonitorConfig
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
@@ -198,7 +198,7 @@ def _deepspeed_models() -> dict[str, Any]:
 
 
 def _removed_keys() -> tuple[Mapping[str, str], Mapping[str, str]]:
-    """What DeepSpeed says of keys that it no longer has: at the top, and in zero_optimization."""
+    """Give what DeepSpeed says of keys that it no longer has: at the top, and in zero_optimization."""
     from deepspeed.runtime import config
 
     names = ("_REMOVED_TOP_LEVEL_CONFIG_KEYS", "_REMOVED_ZERO_CONFIG_KEYS")

@@ -15,7 +15,6 @@ from peer_scale.configuration import Given, settings, values
 from peer_scale.errors import UserError
 from peer_scale.models.config import EncoderShape, ModelConfig
 from peer_scale.parallel.topology import check_parallel_sizes
-from peer_scale.samples.loader import BatchPlan
 from peer_scale.samples.masking import MaskingConfig
 from peer_scale.settings.config_file import ConfigFile, read_config_file
 from peer_scale.settings.ds_config import given_by, look_up, precision_of, read_ds_config, resolved_ds_config
@@ -47,7 +46,6 @@ def resolve(
         ds_config = read_ds_config(args.deepspeed_config)
     _require_verbose(args, ds_config)
     training = _training(preset.training, file, given(args, TrainingConfig), ds_config, data_parallel)
-    plan = BatchPlan(training.micro_batch_size, training.global_batch_size, data_parallel_size=data_parallel)
     run = RunConfig(
         **outside,
         model=preset.model,
@@ -59,7 +57,7 @@ def resolve(
         deepspeed=resolved_ds_config(
             ds_config,
             training,
-            num_micro_batches=plan.num_micro_batches,
+            num_micro_batches=training.global_batch_size // (training.micro_batch_size * data_parallel),
             hidden_size=preset.model.main_network.hidden_size,
         ),
     )
@@ -142,6 +140,7 @@ def _training(
     in_file = file.given(TrainingConfig, "training")
     binding = {**flags, **given_by(ds_config, TrainingConfig, {**in_file, **flags})}
     changes = values(binding)
+    changes["micro_batch_tokens"] = _token_budget(in_file, flags, binding, ds_config)
     if "train_iters" in flags and "lr_warmup_iters" not in binding:
         # a run cut short by hand warms up in the same share of its steps
         share = training.lr_warmup_iters / training.train_iters
@@ -155,11 +154,41 @@ def _training(
     return replace(training, **changes)
 
 
+def _token_budget(
+    in_file: Mapping[str, Given], flags: Mapping[str, Given], binding: Mapping[str, Given], ds_config: dict[str, Any]
+) -> int | None:
+    """Give the tokens that a micro-batch may have, None where it has so many sequences.
+
+    Raises:
+        UserError: the other is given as well, or a number of micro-batches.
+    """
+    said = flags.get("micro_batch_tokens", in_file.get("micro_batch_tokens"))
+    if said is None or said.value is None or ("micro_batch_size" in flags and "micro_batch_tokens" not in flags):
+        return None
+    others = [f"{other.source} {other.value}" for name, other in binding.items() if name == "micro_batch_size"]
+    if (steps := look_up(ds_config, "gradient_accumulation_steps")) is not None:
+        others.append(f"the ds_config's gradient_accumulation_steps {steps}")
+    if others:
+        raise UserError(f"{said.source} {said.value} leaves no room for {others[0]}: give one of them")
+    return said.value
+
+
 def _batch_sizes(
-    training: TrainingConfig, given_sizes: Mapping[str, int], ds_config: dict[str, Any], data_parallel: int
+    training: TrainingConfig, given_values: Mapping[str, Any], ds_config: dict[str, Any], data_parallel: int
 ) -> dict[str, int]:
-    """Find global and micro batch such that global = micro x data-parallel size x gradient accumulation steps."""
-    total, micro = given_sizes.get("global_batch_size"), given_sizes.get("micro_batch_size")
+    """Find global and micro batch such that global = micro x data-parallel size x gradient accumulation steps.
+
+    With a budget of tokens the micro-batch is all that a rank has of a step, the most that it could be.
+    """
+    total, micro = given_values.get("global_batch_size"), given_values.get("micro_batch_size")
+    if given_values["micro_batch_tokens"] is not None:
+        total = training.global_batch_size if total is None else total
+        if total % data_parallel:
+            raise UserError(
+                f"global batch size {total} is not a multiple of data-parallel size {data_parallel}: change "
+                "--global-batch-size"
+            )
+        return {"global_batch_size": total, "micro_batch_size": total // data_parallel}
     steps = look_up(ds_config, "gradient_accumulation_steps")
     if total is None:
         total = training.global_batch_size if micro is None or steps is None else micro * steps * data_parallel

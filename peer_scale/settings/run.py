@@ -37,6 +37,14 @@ class TrainingConfig:
         metavar="N",
         ds_config=("train_micro_batch_size_per_gpu",),
     )
+    micro_batch_tokens: PositiveInt | None = option(
+        default=None,
+        kw_only=True,
+        help="Tokens that a rank passes through the model at once, at most, in place of --micro-batch-size: each step "
+        "is cut into as few micro-batches as the lengths of its sequences allow.",
+        metavar="N",
+        default_text="--micro-batch-size says how many sequences",
+    )
     global_batch_size: PositiveInt = option(
         help="Sequences per optimizer step, of all ranks together.", metavar="N", ds_config=("train_batch_size",)
     )
@@ -281,6 +289,12 @@ class RunConfig:
                 f"--seq-length {self.training.seq_length} is beyond the model's "
                 f"{self.model.max_position_embeddings} positions (max_position_embeddings)"
             )
+        budget = self.training.micro_batch_tokens
+        if budget is not None and budget < self.training.seq_length:
+            raise UserError(
+                f"--micro-batch-tokens {budget} is less than one sequence may have (--seq-length "
+                f"{self.training.seq_length})"
+            )
         if self.output.eval_interval is not None and self.data.validation_fraction == 0:
             raise UserError(
                 f"--eval-interval {self.output.eval_interval} needs held-out text: --validation-fraction is 0"
@@ -297,11 +311,6 @@ class RunConfig:
                     raise UserError(f"--tensor-model-parallel-size {size} does not divide the {role}'s {name} {value}")
         if self.sequence_parallel and size == 1:
             raise UserError("--sequence-parallel needs --tensor-model-parallel-size of 2 or more")
-        if self.sequence_parallel and self.training.seq_length % size:
-            raise UserError(
-                f"--tensor-model-parallel-size {size} does not divide --seq-length {self.training.seq_length}, "
-                "as --sequence-parallel needs"
-            )
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -317,9 +326,9 @@ class RunConfig:
         return SampleSize.of_sequence(seq_length, self.masking.num_predictions(seq_length))
 
     @property
-    def num_micro_batches(self) -> int:
-        """Micro-batches per rank and step."""
-        return self.deepspeed["gradient_accumulation_steps"]
+    def num_micro_batches(self) -> int | None:
+        """Micro-batches per rank and step; None where --micro-batch-tokens lets each step have a number of its own."""
+        return None if self.training.micro_batch_tokens is not None else self.deepspeed["gradient_accumulation_steps"]
 
     @property
     def zero_stage(self) -> int:

@@ -7,8 +7,11 @@ from peer_scale.corpus.prepare import open_corpus
 from peer_scale.corpus.store import TokenStore
 from peer_scale.corpus.wordpiece import WordPiece
 from peer_scale.errors import UserError
+from peer_scale.flops import square_cost_ratio
+from peer_scale.parallel.topology import Topology
 from peer_scale.samples.examples import NUM_SPECIAL_TOKENS, ExampleBuilder
 from peer_scale.samples.loader import ExampleDataset
+from peer_scale.samples.shares import BatchPlan
 from peer_scale.samples.split import Part, SplitRule, split_text
 from peer_scale.samples.windows import Windows
 from peer_scale.settings.run import RunConfig
@@ -47,6 +50,20 @@ def cut_into_samples(run: RunConfig, store: TokenStore, tokenizer: WordPiece, ru
         return Corpus(store, tokenizer, training, None)
     validation = _samples(run, store, tokenizer, held_out, seed=run.seed + _VALIDATION_STREAM)
     return Corpus(store, tokenizer, training, validation)
+
+
+def plan_batches(run: RunConfig, topology: Topology) -> BatchPlan:
+    """Say how the samples of each step are shared out, and which of them are this rank's."""
+    training = run.training
+    budget = training.micro_batch_tokens
+    return BatchPlan(
+        training.global_batch_size,
+        micro_batch=training.micro_batch_size if budget is None else None,
+        token_budget=budget,
+        square_ratio=square_cost_ratio(run.model, run.objective, run.sample_size),
+        data_parallel_rank=topology.rank("dp"),
+        data_parallel_size=topology.size("dp"),
+    )
 
 
 def _samples(run: RunConfig, store: TokenStore, tokenizer: WordPiece, part: Part, *, seed: int) -> ExampleDataset:

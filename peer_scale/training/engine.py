@@ -15,21 +15,17 @@ from peer_scale.training.optimizer import build_optimizer
 MONITOR_BLOCKS = ("tensorboard", "wandb", "csv_monitor", "comet")
 
 
-def build_engine(
-    task: PretrainingTask, run: RunConfig, topology: Topology, backward_calls: int | None = None
-) -> Engine:
+def build_engine(task: PretrainingTask, run: RunConfig, topology: Topology) -> Engine:
     """Wrap `task` under the run's ZeRO stage and precision.
 
-    `backward_calls` of one step, where they are not one per micro-batch (pipeline stages), are what the engine counts.
+    The runners say which backward call is a step's last: pipeline stages have more of them than micro-batches, and with
+    a budget of tokens steps differ in their number, so that the ds_config's gradient_accumulation_steps count nothing.
     What `check_start` did not foresee and DeepSpeed refuses raises UserError in its words.
     """
     _leave_out_shared_memory_op()
     if run.training.activation_checkpointing:
         apply_activation_checkpointing(task, check_fn=lambda module: isinstance(module, TransformerLayer))
     config = {key: value for key, value in run.deepspeed.items() if key not in MONITOR_BLOCKS}
-    if backward_calls is not None:
-        batch_size = run.training.micro_batch_size * backward_calls * topology.size("dp")
-        config |= {"gradient_accumulation_steps": backward_calls, "train_batch_size": batch_size}
     task.to(topology.device)
     optimizer = build_optimizer(task, run.training)
     try:

@@ -18,16 +18,16 @@ from peer_scale.checkpoints.state import TrainingState, require_supported_offloa
 from peer_scale.checkpoints.writer import CheckpointWriter
 from peer_scale.errors import UserError
 from peer_scale.host_memory import keep_freed_memory
-from peer_scale.objectives.engine import Engine
 from peer_scale.objectives.task import PretrainingTask
 from peer_scale.parallel.coordination import RankCoordinator
 from peer_scale.parallel.environment import ProcessEnvironment, default_num_threads
 from peer_scale.parallel.initialization import count_parameters, initialize_weights
 from peer_scale.parallel.topology import Topology, build_topology, init_process_group
-from peer_scale.pipeline.runner import PipelineRunner, num_backward_calls
-from peer_scale.pipeline.schedule import Schedule, build_schedule
+from peer_scale.pipeline.placement import Placement
+from peer_scale.pipeline.runner import PipelineRunner
 from peer_scale.pipeline.search import choose_placement
-from peer_scale.samples.loader import BatchPlan, end_workers, micro_batches
+from peer_scale.samples.loader import end_workers, micro_batches
+from peer_scale.samples.shares import BatchPlan
 from peer_scale.settings.config_file import run_yaml
 from peer_scale.settings.resolve import resolve
 from peer_scale.settings.run import RunConfig
@@ -38,7 +38,7 @@ from peer_scale.training.callbacks.console import ProgressLine
 from peer_scale.training.callbacks.reporting import MetricsFile, MonitorEvents
 from peer_scale.training.callbacks.stopping import StopAfter, StopOnInterrupt, StopOnSignal
 from peer_scale.training.callbacks.validation import Validation
-from peer_scale.training.data import Corpus, cut_into_samples, open_text
+from peer_scale.training.data import Corpus, cut_into_samples, open_text, plan_batches
 from peer_scale.training.engine import build_engine, check_precision
 from peer_scale.training.metering import Meter, device_peak
 from peer_scale.training.run_folders import METRICS, RunFolders
@@ -104,8 +104,8 @@ def _train(run: RunConfig, topology: Topology, coordinator: RankCoordinator, fol
     corpus = coordinator.everyone(lambda: cut_into_samples(run, store, tokenizer, split_of(sections)))
     coordinator.first_rank(lambda: folders.prepare_logs(start.run, start.step, sections, run_yaml(run), say))
 
-    pipeline = plan_pipeline(run) if topology.size("pp") > 1 else None
-    part = pipeline.placement.stages[topology.rank("pp")] if pipeline else None
+    placement = place_stages(run) if topology.size("pp") > 1 else None
+    part = placement.stages[topology.rank("pp")] if placement else None
     task = PretrainingTask(run.model, run.objective, tensor_parallel, part)
     initialize_weights(
         task,
@@ -115,7 +115,10 @@ def _train(run: RunConfig, topology: Topology, coordinator: RankCoordinator, fol
         tensor_parallel=tensor_parallel,
     )
     num_parameters = count_parameters(task, tensor_parallel, topology.group("pp"))
-    engine, runner = _engine_and_runner(task, run, topology, pipeline)
+    engine = build_engine(task, run, topology)
+    runner: Runner = WholeModelRunner(engine, topology)
+    if placement is not None:
+        runner = PipelineRunner(engine, topology, placement, run.compute_dtype)
     state = TrainingState(engine, topology, run.model.vocab_size)
     progress = Progress()
     if start.folder is not None and start.manifest is not None:
@@ -123,9 +126,7 @@ def _train(run: RunConfig, topology: Topology, coordinator: RankCoordinator, fol
     peak = device_peak(topology.device, run.compute_dtype)
     say(startup_summary(run, topology, corpus, num_parameters, peak))
 
-    plan = BatchPlan(
-        run.training.micro_batch_size, run.training.global_batch_size, topology.rank("dp"), topology.size("dp")
-    )
+    plan = plan_batches(run, topology)
     warmup_steps = run.objective.warmup_steps(len(corpus.training), run.training.global_batch_size)
     trainer = Trainer(
         run,
@@ -148,26 +149,14 @@ def _train(run: RunConfig, topology: Topology, coordinator: RankCoordinator, fol
     trainer.fit(steps)
 
 
-def _engine_and_runner(
-    task: PretrainingTask, run: RunConfig, topology: Topology, pipeline: Schedule | None
-) -> tuple[Engine, Runner]:
-    if pipeline is None:
-        engine = build_engine(task, run, topology)
-        return engine, WholeModelRunner(engine, topology)
-    instructions = pipeline.stages[topology.rank("pp")]
-    engine = build_engine(task, run, topology, backward_calls=num_backward_calls(instructions))
-    return engine, PipelineRunner(engine, topology, pipeline.placement, instructions, run.compute_dtype)
-
-
-def plan_pipeline(run: RunConfig) -> Schedule:
-    """Place and schedule one step: of the run's settings alone, so that all ranks have the same."""
-    placement = choose_placement(
+def place_stages(run: RunConfig) -> Placement:
+    """Divide the model into stages: by the run's settings alone, so that all ranks have the same."""
+    return choose_placement(
         run.objective.graph(run.model),
         run.pipeline_parallel,
         size=run.sample_size,
         activation_checkpointing=run.training.activation_checkpointing,
     )
-    return build_schedule("two_pass", placement, run.num_micro_batches)
 
 
 def _callbacks(

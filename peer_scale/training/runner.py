@@ -35,14 +35,15 @@ class WholeModelRunner:
     def train(self, batches: Sequence[Batch], step: StepInfo, seed_dropout: Callable[..., None]) -> Tensor:
         """See `Runner`."""
         engine = self._engine
-        # DeepSpeed averages over micro-batches and data-parallel ranks; our loss is a share of the global sum
-        scale = len(batches) * self._topology.size("dp")
+        # DeepSpeed averages over data-parallel ranks; our loss is a share of the global sum
+        scale = self._topology.size("dp")
         sums = self._zeros()
         for micro, batch in enumerate(batches):
             seed_dropout(micro)
+            engine.set_gradient_accumulation_boundary(micro == len(batches) - 1)
             loss, of_micro_batch, _ = engine(self._works, batch, step)
             assert loss is not None, "the works have losses"
-            engine.backward(loss * scale)
+            engine.backward(loss * scale, scale_wrt_gas=False)
             engine.step()
             sums += of_micro_batch
         return sums

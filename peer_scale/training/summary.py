@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
 from peer_scale.corpus.manifest import unknown_counts
+from peer_scale.kernels.attention import describe_attention
 from peer_scale.kernels.availability import fused_kernels
 from peer_scale.models.config import EncoderShape
 from peer_scale.parallel.topology import Topology
+from peer_scale.samples.examples import NUM_SPECIAL_TOKENS
 from peer_scale.samples.loader import ExampleDataset
 from peer_scale.settings.run import RunConfig
 from peer_scale.training.data import Corpus
 
 
 def startup_summary(run: RunConfig, topology: Topology, corpus: Corpus, num_parameters: int, peak: float | None) -> str:
-    """A few aligned lines: model, objective, data, batch, layout, device, kernels; then what is worth a notice."""
+    """Give a few aligned lines: model, objective, data, batch, layout, device, kernels; then what is worth a notice."""
     training, model, data_parallel = run.training, run.model, topology.size("dp")
     optimizer_offload = run.deepspeed["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
     unknown = unknown_counts(corpus.store.prefixes)
@@ -29,13 +32,14 @@ def startup_summary(run: RunConfig, topology: Topology, corpus: Corpus, num_para
         "held out": _held_out(run, corpus),
         **({"unknown": unknown.describe(corpus.store.num_tokens)} if unknown else {}),
         "batch": f"{training.global_batch_size} x {training.seq_length} tokens "
-        f"({training.micro_batch_size} per micro-batch, {run.num_micro_batches} accumulated, {data_parallel} ranks); "
+        f"({_micro_batches(run, corpus.training, data_parallel)}, {data_parallel} ranks); "
         f"{training.train_iters:,} steps, lr {training.lr:g}",
         "layout": f"data parallel {data_parallel}, tensor parallel {run.tensor_parallel}"
         f"{' with sequence parallelism' if run.sequence_parallel else ''}, "
         f"pipeline parallel {run.pipeline_parallel}, ZeRO-{run.zero_stage}, optimizer offload: {optimizer_offload}",
         "device": f"{_device(topology.device)}, {training.precision}, "
         + ("peak not known (no MFU)" if peak is None else f"peak {peak / 1e12:.3g} TFLOP/s per rank"),
+        "kernel: attention": _attention(run, topology),
         **{f"kernel: {name}": state for name, state in fused_kernels(topology.device).items()},
     }
     width = max(map(len, lines))
@@ -44,6 +48,18 @@ def startup_summary(run: RunConfig, topology: Topology, corpus: Corpus, num_para
     if unknown and (lost := unknown.notice(corpus.store.num_tokens, corpus.tokenizer.word_chars)):
         notices.append(lost)
     return "\n".join([*aligned, *(f"notice: {text}" for text in notices)])
+
+
+def _micro_batches(run: RunConfig, samples: ExampleDataset, data_parallel: int) -> str:
+    training, budget = run.training, run.training.micro_batch_tokens
+    if budget is None:
+        return f"{training.micro_batch_size} per micro-batch, {run.num_micro_batches} accumulated"
+    share = training.global_batch_size // data_parallel
+    mean = samples.windows.num_tokens / len(samples) + NUM_SPECIAL_TOKENS
+    most = math.ceil(share / (budget // training.seq_length))
+    usual = min(most, math.ceil(share * mean / budget))
+    number = f"{most}" if usual == most else f"about {usual} of {most} at most"
+    return f"up to {budget:,} tokens per micro-batch, {number} accumulated"
 
 
 def _held_out(run: RunConfig, corpus: Corpus) -> str:
@@ -59,6 +75,12 @@ def _share(samples: ExampleDataset, corpus: Corpus) -> str:
     windows = samples.windows
     share = windows.num_tokens / corpus.store.num_tokens
     return f"{share:.2%} of the tokens ({windows.num_tokens:,}), of {windows.part.num_documents:,} document(s)"
+
+
+def _attention(run: RunConfig, topology: Topology) -> str:
+    dtype, sizes = run.compute_dtype, {shape.head_size for shape in run.model.networks.values()}
+    ways = {describe_attention(topology.device, dtype, size, has_score_bias=False) for size in sorted(sizes)}
+    return "; ".join(sorted(ways))
 
 
 def _networks(run: RunConfig) -> str:

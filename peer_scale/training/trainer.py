@@ -108,10 +108,11 @@ class Trainer:
         return StepInfo(self.global_counts(batches), warmup=step <= self.warmup_steps)
 
     def global_counts(self, batches: Sequence[Batch]) -> GlobalCounts:
-        """Selected positions and non-pad tokens of the whole global batch, known before any forward pass."""
-        selected = sum(batch.is_selected.sum() for batch in batches)
-        tokens = sum(batch.attention_mask.sum() for batch in batches)
-        counts = torch.stack([torch.as_tensor(selected), torch.as_tensor(tokens)]).float()
+        """Selected positions and tokens of the whole global batch, known before any forward pass."""
+        selected = sum(batch.selected.num_tokens for batch in batches)
+        tokens = sum(batch.sequences.num_tokens for batch in batches)
+        device = self.topology.device
+        counts = torch.stack([torch.full((), float(count), device=device) for count in (selected, tokens)])
         dist.all_reduce(counts, group=self.topology.group("dp"))
         return GlobalCounts(counts[0], counts[1])
 

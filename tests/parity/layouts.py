@@ -20,6 +20,7 @@ class Layout:
         pp: number of pipeline stages.
         zero: ZeRO stage.
         mb: sequences per micro-batch.
+        tok: tokens that a micro-batch may have, instead of a number of sequences.
         batch: sequences per step.
         sp: whether activations are split along the sequence as well.
         offload: whether the optimizer is on the host.
@@ -32,6 +33,7 @@ class Layout:
     pp: int = 1
     zero: int = 2
     mb: int = 2
+    tok: int = 0
     batch: int = 8
     sp: bool = False
     offload: bool = False
@@ -48,7 +50,7 @@ class Layout:
             "model": f"{self.model}-tiny",
             "tensor-model-parallel-size": self.tp,
             "pipeline-model-parallel-size": self.pp,
-            "micro-batch-size": self.mb,
+            **({"micro-batch-tokens": self.tok} if self.tok else {"micro-batch-size": self.mb}),
             "global-batch-size": self.batch,
         }
         switches = {"--sequence-parallel": self.sp, "--activation-checkpointing": self.recompute}

@@ -3,13 +3,12 @@
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from runs import PROJECT, corpus, ds_config, outside_of_ranks, read_metrics, torchrun
+from forked_ranks import ForkedRanks
+from runs import PROJECT, corpus, ds_config, read_metrics
 
 PAGE = (PROJECT / "docs/adding_an_objective.md").read_text(encoding="utf-8")
 SIZES = ("--vocab-size", "1000", "--seq-length", "32", "--global-batch-size", "4", "--micro-batch-size", "2")
@@ -39,30 +38,22 @@ def checkout(tmp_path_factory) -> Path:
     return copy
 
 
-def run(checkout: Path, *command: object) -> str:
-    environment = outside_of_ranks() | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=checkout,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
+def run(checkout: Path, folder: Path, ranks: int, script: str, *flags: object) -> str:
+    """Run a script of the copy; gives what the first rank has said."""
+    processes = ForkedRanks(flags, ranks, folder, checkout=checkout, script=script)
+    assert processes.end() == [0] * ranks, processes.said
+    return processes.said[0]
 
 
 def test_the_page_trains_plans_and_goes_on(checkout, tmp_path, text_file):
     """One process, two stages that save, and the planner know the objective without a change of their own."""
     shared = ("--model", "electra-tiny", "--config", "smoothed.yaml", *SIZES, *STEPS, *corpus(text_file))
     shared += ("--attention-dropout", "0", "--deepspeed_config", ds_config(tmp_path, 1))
-    out = run(checkout, "-m", "peer_scale.pretrain", *shared, "--log-dir", tmp_path / "one")
+    out = run(checkout, tmp_path, 1, "peer_scale/pretrain.py", *shared, "--log-dir", tmp_path / "one")
     assert "labels smoothed by 0.05" in out
     assert "detection" in out
     stages = ("--pipeline-model-parallel-size", 2, "--save", tmp_path / "saved", "--log-dir", tmp_path / "two")
-    run(checkout, *torchrun(2), "peer_scale/pretrain.py", *shared, *stages)
+    run(checkout, tmp_path, 2, "peer_scale/pretrain.py", *shared, *stages)
     one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
     assert len(one) == len(two) == 6
     for left, right in zip(one, two, strict=True):
@@ -73,5 +64,6 @@ def test_the_page_trains_plans_and_goes_on(checkout, tmp_path, text_file):
     (latest,) = (tmp_path / "saved").glob("step_*")
     assert '"kind": "smoothed_rtd", "smoothing": 0.05' in (latest / "peer_scale.json").read_text()
     layout = ("--nodes", 1, "--gpus-per-node", 2, "--pipeline-model-parallel-size", 2)
-    planned = run(checkout, "tools/plan.py", "--model", "electra-tiny", "--config", "smoothed.yaml", *layout)
+    sizes = ("--model", "electra-tiny", "--config", "smoothed.yaml")
+    planned = run(checkout, tmp_path, 1, "tools/plan.py", *sizes, *layout)
     assert "tokens/s" in planned

@@ -38,10 +38,10 @@ def scores_and_labels(save, cache, text_file, num_samples=3072):
         with torch.no_grad():
             _, _, values = task(("generator", "mlm_head"), batch, step)
             ids = corrupted_ids(WorkContext(task.model, batch, values, warmup=False))
-            hidden = task.model.encode("ranker", ids, batch.token_types, batch.attention_mask)
-            score = task.model.head("ranking_head")(hidden)[0].t()
-        scores.append(score.gather(1, batch.positions)[batch.is_selected])
-        labels.append(values["labels"].view_as(batch.positions)[batch.is_selected])
+            hidden = task.model.encode("ranker", ids, batch.token_types, batch.sequences)
+            score = task.model.head("ranking_head")(hidden)[0]
+        scores.append(score[batch.positions])
+        labels.append(values["labels"])
     return torch.cat(scores).numpy(), torch.cat(labels).numpy()
 
 

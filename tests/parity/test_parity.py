@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import pytest
 
+from corpus_files import write_uneven_text
 from layouts import OFFLOAD, Layout, parse
 from runs import corpus, ds_config, without_times
 from watched import Watched, train_watched
@@ -21,14 +22,14 @@ MARGIN = 4e-8
 DEFAULT = """
 peer dp1 zero2 mb4
 peer dp2 zero1 mb4
-peer dp2 zero2 mb2
+peer dp2 zero2 tok48
 teams dp2 zero3 mb2
 peer dp2 zero2 mb4 offload recompute
 peer tp2 sp zero3 mb4
 teams tp2 zero1 mb4
 bert dp2 tp2 zero2 mb4
 peer pp2 zero1 mb8
-peer pp2 zero2 mb4
+peer pp2 zero2 tok64
 peer pp2 zero2 mb2 offload
 teams pp2 zero3 mb2
 peer pp4 zero3 mb2
@@ -36,6 +37,20 @@ teams tp2 pp2 sp zero1 mb4
 """
 
 SLOW = """
+peer dp2 zero2 mb2
+peer dp2 zero1 tok48
+peer dp2 zero3 tok48
+bert dp2 zero2 tok48 offload
+teams dp2 zero3 tok32 offload
+teams tp2 sp zero2 tok64
+peer pp2 zero1 tok48
+electra pp2 zero3 tok64
+bert pp4 zero2 tok64
+peer pp2 zero2 tok64 offload
+teams dp2 pp2 zero3 tok48
+peer tp2 pp2 sp zero2 tok64
+
+peer pp2 zero2 mb4
 bert dp2 pp2 zero2 mb1
 peer dp2 zero3 mb4
 bert dp2 zero3 mb4
@@ -156,11 +171,19 @@ class Reference(NamedTuple):
     checkpoints: Path
 
 
-def train(pools, folder, text_file, layout, *flags, steps=STEPS, **options) -> list[Watched]:
+@pytest.fixture(scope="session")
+def uneven_file(tmp_path_factory, text_file):
+    """Documents of very unequal lengths: shares of a step that were not made equal would differ by half."""
+    path = tmp_path_factory.mktemp("uneven") / "documents.txt"
+    write_uneven_text(path, text_file.read_text())
+    return path
+
+
+def train(pools, folder, uneven_file, layout, *flags, steps=STEPS, **options) -> list[Watched]:
     """What each rank has seen of a run under a layout."""
     config = ds_config(folder, layout.zero, **(dict(OFFLOAD) if layout.offload else {}))
     arguments = [
-        *(*corpus(text_file), "--seq-length", "32", "--log-dir", folder / "log", "--deepspeed_config", config),
+        *(*corpus(uneven_file), "--seq-length", "32", "--log-dir", folder / "log", "--deepspeed_config", config),
         *("--train-iters", steps, "--fp32", "--hidden-dropout", "0", "--attention-dropout", "0"),
         *(*layout.flags, *flags),
     ]
@@ -168,14 +191,14 @@ def train(pools, folder, text_file, layout, *flags, steps=STEPS, **options) -> l
 
 
 @pytest.fixture(scope="module")
-def references(rank_pools, tmp_path_factory, text_file):
+def references(rank_pools, tmp_path_factory, uneven_file):
     """Runs of one rank, each made when a layout first asks for its own."""
     found: dict[Layout, Reference] = {}
 
     def make(layout, seed):
         folder = tmp_path_factory.mktemp(f"{layout.model}-{seed}")
         flags = ("--seed", seed, "--save", folder / "save", "--save-interval", MIDDLE)
-        (run,) = train(rank_pools, folder, text_file, layout, *flags, measure_margin=True)
+        (run,) = train(rank_pools, folder, uneven_file, layout, *flags, measure_margin=True)
         return run, Reference(seed, run.metrics, run.drawn, folder / "save")
 
     def reference(layout):
@@ -211,21 +234,21 @@ def assert_drawn_alike(ranks, layout, expected):
 
 
 @pytest.mark.parametrize("layout", rows(DEFAULT) + rows(SLOW, pytest.mark.slow))
-def test_layouts_agree(layout, references, rank_pools, tmp_path, text_file):
+def test_layouts_agree(layout, references, rank_pools, tmp_path, uneven_file):
     reference = references(layout)
     assert len(reference.metrics) == STEPS
     assert len(reference.drawn) == (0 if layout.model == "bert" else STEPS * layout.batch)
-    ranks = train(rank_pools, tmp_path, text_file, layout, "--seed", reference.seed)
+    ranks = train(rank_pools, tmp_path, uneven_file, layout, "--seed", reference.seed)
     assert_same(ranks[0].metrics, reference.metrics)
     assert_drawn_alike(ranks, layout, reference.drawn)
 
 
 @pytest.mark.parametrize("layout", rows(RESUMED) + rows(SLOW_RESUMED, pytest.mark.slow))
-def test_a_resumed_run_goes_on_as_the_one_that_was_not_stopped(layout, references, rank_pools, tmp_path, text_file):
+def test_a_resumed_run_goes_on_as_the_one_that_was_not_stopped(layout, references, rank_pools, tmp_path, uneven_file):
     reference = references(layout)
     expected = reference.metrics[MIDDLE:]
     flags = ("--seed", reference.seed, "--load", reference.checkpoints / f"step_{MIDDLE:08d}")
-    found = train(rank_pools, tmp_path, text_file, layout, *flags)[0].metrics
+    found = train(rank_pools, tmp_path, uneven_file, layout, *flags)[0].metrics
     assert_same(found, expected)
     if layout == layout.reference:
         assert without_times(found) == without_times(expected)
@@ -237,7 +260,7 @@ def test_the_curve_goes_down(model, share, references):
     assert metrics[-1]["loss"] < share * metrics[0]["loss"]
 
 
-def test_the_curve_depends_on_the_seed(references, rank_pools, tmp_path, text_file):
+def test_the_curve_depends_on_the_seed(references, rank_pools, tmp_path, uneven_file):
     reference = references(Layout("peer"))
-    (other,) = train(rank_pools, tmp_path, text_file, Layout("peer").reference, "--seed", reference.seed + 1, steps=1)
+    (other,) = train(rank_pools, tmp_path, uneven_file, Layout("peer").reference, "--seed", reference.seed + 1, steps=1)
     assert other.metrics[0]["loss"] != pytest.approx(reference.metrics[0]["loss"], rel=1e-5)

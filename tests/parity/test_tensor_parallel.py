@@ -72,10 +72,6 @@ def test_random_streams(two_ranks):
         (("--tensor-model-parallel-size", "4"), "does not divide the generator's num_attention_heads 2"),
         (("--tensor-model-parallel-size", "4", "--model", "electra-tiny"), "generator's num_attention_heads 1"),
         (("--sequence-parallel",), "needs --tensor-model-parallel-size of 2 or more"),
-        (
-            ("--tensor-model-parallel-size", "2", "--sequence-parallel", "--seq-length", "63"),
-            "does not divide --seq-length 63",
-        ),
     ],
 )
 def test_sizes_that_do_not_divide(flags, message):

@@ -42,8 +42,11 @@ def train_watched(flags: list[str], *, measure_margin: bool = False) -> Watched:
         loss, sums, given = forward(self, works, batch, *more)
         values = [value.name for name in works for value in self.graph.work(name).gives if not value.has_gradient]
         if values:
-            rows = (batch.input_ids, *(given[name].reshape(len(batch.input_ids), -1) for name in values))
-            drawn.update(digest(torch.cat(row)) for row in zip(*(row.double() for row in rows), strict=True))
+            of_tokens = batch.input_ids.double().split(batch.sequences.lengths)
+            of_draws = [given[name].double().split(batch.selected.lengths) for name in values]
+            drawn.update(
+                digest(torch.cat([part.flatten() for part in row])) for row in zip(of_tokens, *of_draws, strict=True)
+            )
         return loss, sums, given
 
     def kept(*args, **kwargs):

@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "peer_scale"
 LAYERS = (
     *(
         "errors",
+        "sequences",
         "configuration",
         "seeds",
         "storage",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from peer_scale.objectives.objective import SumsLayout
-from peer_scale.samples.loader import BatchPlan, ExampleDataset, Fault, micro_batches
+from peer_scale.samples.loader import ExampleDataset, Fault, micro_batches
+from peer_scale.samples.shares import BatchPlan
 from peer_scale.training.metering import StepRecord
 from peer_scale.training.trainer import Callback, Trainer
 

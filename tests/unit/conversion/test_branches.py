@@ -24,6 +24,7 @@ from peer_scale.models.config import EncoderShape, ModelConfig
 from peer_scale.objectives.task import build_model
 from peer_scale.objectives.teams import Teams
 from peer_scale.parallel.topology import single_process_topology
+from peer_scale.sequences import Sequences
 
 SHAPE = EncoderShape(num_layers=5, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4)
 OBJECTIVE = Teams(num_separate_layers=2)
@@ -92,8 +93,10 @@ def test_detection_has_the_layers_of_its_branch(teams, run, tmp_path, wordpiece)
 
     ids, types, mask = text(wordpiece)
     model = our_model(folder, weights)
-    scores, thresholds = model.head("rtd_branch")(model.encode("ranker", ids, types, mask), mask)
-    expected = (thresholds - scores.transpose(0, 1))[mask]
+    sequences = Sequences.of(mask.sum(1).tolist())
+    hidden = model.encode("ranker", ids[mask], types[mask], sequences)
+    scores, thresholds = model.head("rtd_branch")(hidden, sequences)
+    expected = thresholds - scores
     found = theirs.eval()(input_ids=ids, token_type_ids=types, attention_mask=mask).logits[mask]
     assert expected.std() > 0.01
     assert (found - expected).abs().max() < 1e-5
@@ -112,12 +115,12 @@ def test_selection_is_an_encoder_whose_head_is_said_to_be_left_out(teams, run, t
     ids, types, mask = text(wordpiece)
     model = our_model(folder, weights)
     branch = model.head("mws_branch")
-    positions = torch.arange(20).expand(3, 20)
-    expected = branch(model.encode("ranker", ids, types, mask), mask, positions)
+    sequences = Sequences.of(mask.sum(1).tolist())
+    hidden = model.encode("ranker", ids[mask], types[mask], sequences)
+    expected = branch(hidden, sequences, torch.arange(len(hidden)))
     hidden = theirs.eval()(input_ids=ids, token_type_ids=types, attention_mask=mask).last_hidden_state
-    found = branch.norm(F.gelu(branch.dense(hidden))).flatten(0, 1)
-    is_token = mask.flatten()
-    assert (found - expected)[is_token].abs().max() < 1e-4 < expected.std()
+    found = branch.norm(F.gelu(branch.dense(hidden)))[mask]
+    assert (found - expected).abs().max() < 1e-4 < expected.std()
 
 
 def test_a_branch_comes_back_with_its_top_layers(teams, run, tmp_path):

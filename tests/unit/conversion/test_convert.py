@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, BertForMaskedLM, ElectraForMaskedLM, ElectraForPreTraining
 
+from batches import rows_of
 from peer_scale.checkpoints.reader import read_checkpoint
 from peer_scale.commands import convert
 from peer_scale.corpus.prepare import open_corpus
@@ -24,6 +25,7 @@ from peer_scale.samples.examples import ExampleBuilder, collate
 from peer_scale.samples.loader import ExampleDataset
 from peer_scale.samples.split import split_text
 from peer_scale.samples.windows import Windows
+from peer_scale.sequences import Sequences
 from runs import PROJECT, corpus, ds_config, read_metrics, train_in_pool
 
 pytestmark = pytest.mark.heavy
@@ -124,19 +126,21 @@ def tokenized(folder, output):
     return batch, batch["attention_mask"].bool()
 
 
-def assert_same_logits(found, expected, mask):
+def assert_same_logits(found, expected):
     assert found.shape == expected.shape
-    assert expected[mask].std() > 100 * TOLERANCE, "too alike to tell a wrong weight"
-    assert (found - expected)[mask].abs().max().item() < TOLERANCE
+    assert expected.std() > 100 * TOLERANCE, "too alike to tell a wrong weight"
+    assert (found - expected).abs().max().item() < TOLERANCE
+
+
+def encode(model, network, batch, mask):
+    sequences = Sequences.of(mask.sum(1).tolist())
+    return model.encode(network, batch["input_ids"][mask], batch["token_type_ids"][mask], sequences)
 
 
 def masked_lm_logits(model, batch, mask):
-    ids = batch["input_ids"]
-    hidden = model.encode("generator", ids, batch["token_type_ids"], mask)
-    states, bias = model.head("mlm_head")(hidden.transpose(0, 1).flatten(0, 1))
+    states, bias = model.head("mlm_head")(encode(model, "generator", batch, mask))
     vocab_size = model.config.vocab_size
-    logits = F.linear(states, model.embeddings.word.weight[:vocab_size], bias[:vocab_size])
-    return logits.view(*ids.shape, vocab_size)
+    return F.linear(states, model.embeddings.word.weight[:vocab_size], bias[:vocab_size])
 
 
 @torch.no_grad()
@@ -154,12 +158,12 @@ def test_the_ranker_opens_as_electra_for_pre_training(stage, checkpoints, tmp_pa
     reference, report = ElectraForPreTraining.from_pretrained(output, output_loading_info=True)
     assert not any(report.values())
     model = our_model(folder)
-    hidden = model.encode("ranker", batch["input_ids"], batch["token_type_ids"], mask)
+    hidden = encode(model, "ranker", batch, mask)
     head = model.head("ranking_head")
-    features = F.gelu(head.dense(hidden)).transpose(0, 1)
+    features = F.gelu(head.dense(hidden))
     threshold = head(hidden)[1][-1]
     assert abs(threshold) > 1e-3
-    assert_same_logits(reference.eval()(**batch).logits, -(features @ head.score.weight[0]) + threshold, mask)
+    assert_same_logits(reference.eval()(**batch).logits[mask], -(features @ head.score.weight[0]) + threshold)
 
     card = (output / "README.md").read_text()
     manifest = json.loads((folder / "peer_scale.json").read_text())
@@ -177,7 +181,7 @@ def test_the_generator_opens_as_electra_for_masked_lm(checkpoints, capfd):
     assert str(output) in capfd.readouterr().out
     batch, mask = tokenized(folder, output)
     reference = ElectraForMaskedLM.from_pretrained(output).eval()
-    assert_same_logits(reference(**batch).logits, masked_lm_logits(our_model(folder), batch, mask), mask)
+    assert_same_logits(reference(**batch).logits[mask], masked_lm_logits(our_model(folder), batch, mask))
 
 
 @torch.no_grad()
@@ -188,7 +192,7 @@ def test_bert_opens_as_bert_for_masked_lm(one_rank, refused, tmp_path, text_file
     batch, mask = tokenized(folder, tmp_path / "hf")
     reference, report = BertForMaskedLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not any(report.values())
-    assert_same_logits(reference.eval()(**batch).logits, masked_lm_logits(our_model(folder), batch, mask), mask)
+    assert_same_logits(reference.eval()(**batch).logits[mask], masked_lm_logits(our_model(folder), batch, mask))
 
 
 @pytest.mark.parametrize("stage", [1, 2])  # DeepSpeed has an optimizer of its own for bf16 under ZeRO-1
@@ -225,9 +229,9 @@ def test_the_trainers_rtd_auc_comes_out_of_transformers_too(one_rank, tmp_path, 
     windows = Windows(store, split_text(store, 0.5, "tokens")[1], width=61)
     masking = read_checkpoint(folder).sections.masking
     samples = ExampleDataset(windows, ExampleBuilder(tokenizer, masking, 64, saved["data"]["seed"] + 2**32))
-    batch = collate([samples[number] for number in range(6 * 8)])
+    batch = rows_of(collate([samples[number] for number in range(6 * 8)]), tokenizer.pad_id)
 
-    common = {"token_type_ids": batch.token_types, "attention_mask": batch.attention_mask}
+    common = {"token_type_ids": batch.token_types, "attention_mask": batch.is_token}
     logits = models["generator"](input_ids=batch.masked_ids, **common).logits.double()
     chosen = logits.gather(1, batch.positions[..., None].expand(-1, -1, logits.shape[2]))
     below = chosen.softmax(-1).cumsum(-1) <= batch.uniforms[..., None]
@@ -237,7 +241,7 @@ def test_the_trainers_rtd_auc_comes_out_of_transformers_too(one_rank, tmp_path, 
     in_order = pairs = 0
     for row in range(len(flags)):
         is_replaced = corrupted[row] != batch.input_ids[row]
-        replaced, original = flags[row][is_replaced], flags[row][batch.attention_mask[row] & ~is_replaced]
+        replaced, original = flags[row][is_replaced], flags[row][batch.is_token[row] & ~is_replaced]
         in_order += (replaced[:, None] > original).sum().item()
         pairs += len(replaced) * len(original)
     assert pairs > 10_000

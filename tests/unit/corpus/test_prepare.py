@@ -15,8 +15,8 @@ import pytest
 
 from corpus_files import TOOL, contents, copy_pair, run_tool, tokens_of
 from peer_scale.corpus.manifest import PairManifest
-from peer_scale.corpus.prepare import open_corpus, preprocess, train_on_inputs
-from peer_scale.corpus.readers import iter_documents
+from peer_scale.corpus.prepare import bytes_per_part, open_corpus, preprocess, train_on_inputs
+from peer_scale.corpus.readers import find_sources, iter_documents
 from peer_scale.corpus.store import TokenStore
 from peer_scale.corpus.wordpiece import load_wordpiece, train_wordpiece
 from peer_scale.corpus.worker_pool import worker_pool
@@ -81,6 +81,16 @@ def test_the_bytes_do_not_depend_on_workers_or_parts(tmp_path, pair, raw, wordpi
     preprocess([str(raw)], wordpiece, prefix, workers=workers, part_bytes=part_bytes)
     assert contents(prefix)[:2] == contents(pair)[:2]
     assert sorted(os.listdir(tmp_path)) == ["corpus.bin", "corpus.idx", "corpus.json", "corpus.tokenizer.json"]
+
+
+def test_a_small_input_has_parts_for_all_workers(tmp_path):
+    for name, size in {"small": 1 << 19, "medium": 1 << 30, "large": 1 << 40}.items():
+        with open(tmp_path / f"{name}.txt", "wb") as file:
+            file.truncate(size)  # sparse
+    sources = [find_sources([str(tmp_path / f"{name}.txt")]) for name in ("small", "medium", "large")]
+    assert [bytes_per_part(source, 1 << 25) for source in sources] == [1 << 20, 1 << 22, 1 << 25]
+    assert [bytes_per_part(source, 1000) for source in sources] == [1000] * 3
+    assert bytes_per_part(find_sources(["builtin"]), 1 << 25) == 1 << 25, "its size is not known"
 
 
 def test_a_large_vocabulary_is_stored_as_int32(tmp_path, raw, wordpiece):

@@ -1,70 +1,104 @@
-"""The CPU's attention against an fp64 softmax written out, and its dropout."""
+"""Attention within sequences against an fp64 softmax written out, both ways of computing it, and dropout."""
 
 import pytest
 import torch
 
-from peer_scale.kernels.attention import self_attention
+from peer_scale.kernels.attention import padded_attention, self_attention
 from peer_scale.kernels.dropout import keep_mask
+from peer_scale.kernels.grouped_attention import groups_of_like_length
+from peer_scale.sequences import Sequences
 
-S, B, N, D = 9, 3, 2, 5
-
-
-def written_out(qkv, bias, mask):
-    qkv = (qkv + bias).double().view(S, B, N, 3, D)
-    context = torch.zeros(S, B, N, D, dtype=torch.float64)
-    for b in range(B):
-        for n in range(N):
-            query, key, value = qkv[:, b, n].unbind(1)
-            scores = query @ key.T / D**0.5
-            if mask is not None:
-                scores[:, ~mask[b]] = -torch.inf
-            context[:, b, n] = scores.softmax(-1) @ value
-    return context.view(S, B, N * D)
+N, D = 2, 5
+LENGTHS = {"equal": (9, 9, 9), "like": (12, 11, 11, 9), "unequal": (40, 3, 17, 16, 1, 30, 30), "one": (7,)}
+FILL = 3  # rows beyond the tokens, as sequence parallelism has them
 
 
-def problem(dtype):
+def written_out(qkv, bias, lengths, score_bias=None, window=None):
+    biased = (qkv + bias).double().view(len(qkv), N, 3, D)
+    contexts = []
+    for tokens in biased[: sum(lengths)].split(lengths):
+        query, key, value = (each.transpose(0, 1) for each in tokens.unbind(2))
+        scores = query @ key.transpose(1, 2) / D**0.5
+        length = len(tokens)
+        if score_bias is not None:
+            scores = scores + score_bias[:, :length, :length]
+        if window is not None:
+            places = torch.arange(length)
+            scores = scores.masked_fill((places[:, None] - places).abs() > window // 2, -torch.inf)
+        contexts.append((scores.softmax(-1) @ value).transpose(0, 1).reshape(length, N * D))
+    return torch.cat([*contexts, torch.zeros(len(qkv) - sum(lengths), N * D, dtype=torch.float64)])
+
+
+def problem(lengths, dtype=torch.float32):
     generator = torch.Generator().manual_seed(3)
-    qkv = torch.randn(S, B, N * 3 * D, generator=generator).to(dtype).requires_grad_()
+    qkv = torch.randn(sum(lengths) + FILL, N * 3 * D, generator=generator).to(dtype).requires_grad_()
     bias = torch.randn(N * 3 * D, generator=generator).to(dtype).requires_grad_()
-    mask = torch.rand(B, S, generator=generator) < 0.7
-    mask[:, 0] = True
-    return qkv, bias, mask
+    score_bias = torch.randn(N, max(lengths), max(lengths), generator=generator).to(dtype).requires_grad_()
+    return qkv, bias, score_bias
 
 
-@pytest.mark.parametrize("masked", [False, True])
+def padded(qkv, bias, sequences, *, head_size, score_bias=None, window=None):
+    query, key, value = (qkv + bias)[: sequences.num_tokens].view(sequences.num_tokens, N, 3, head_size).unbind(2)
+    context = padded_attention(query, key, value, sequences, score_bias=score_bias, window=window).flatten(1)
+    return torch.nn.functional.pad(context, (0, 0, 0, len(qkv) - len(context)))
+
+
+@pytest.mark.parametrize("way", [self_attention, padded])
+@pytest.mark.parametrize(("has_score_bias", "window"), [(False, None), (True, None), (False, 6), (True, 6)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
-def test_output_and_gradients(masked, dtype, tolerance):
-    qkv, bias, mask = problem(dtype)
-    mask = mask if masked else None
-    grad = torch.randn(S, B, N * D, generator=torch.Generator().manual_seed(4)).to(dtype)
-    found = self_attention(qkv, bias, mask, head_size=D)
-    expected = written_out(qkv, bias, mask)
+@pytest.mark.parametrize("name", LENGTHS)
+def test_output_and_gradients(name, dtype, tolerance, has_score_bias, window, way):
+    lengths = LENGTHS[name]
+    qkv, bias, score_bias = problem(lengths, dtype)
+    score_bias = score_bias if has_score_bias else None
+    grad = torch.randn(len(qkv), N * D, generator=torch.Generator().manual_seed(4)).to(dtype)
+    found = way(qkv, bias, Sequences.of(lengths), head_size=D, score_bias=score_bias, window=window)
+    expected = written_out(qkv, bias, lengths, score_bias, window)
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
-    grads = torch.autograd.grad(found, (qkv, bias), grad)
-    expected_grads = torch.autograd.grad(expected, (qkv, bias), grad.double())
+    leaves = [each for each in (qkv, bias, score_bias) if each is not None]
+    grads = torch.autograd.grad(found, leaves, grad)
+    expected_grads = torch.autograd.grad(expected, leaves, grad.double())
     for ours, theirs in zip(grads, expected_grads, strict=True):
         assert ours.dtype == dtype
-        torch.testing.assert_close(ours.double(), theirs.double(), rtol=5 * tolerance, atol=5 * tolerance)
+        torch.testing.assert_close(ours.double(), theirs.double(), rtol=8 * tolerance, atol=8 * tolerance)
+
+
+def test_without_a_bias():
+    qkv, bias, _ = problem((9, 4))
+    biased = (qkv + bias).detach()
+    found = self_attention(biased, None, Sequences.of((9, 4)), head_size=D)
+    torch.testing.assert_close(found, self_attention(qkv, bias, Sequences.of((9, 4)), head_size=D))
 
 
 @pytest.mark.heavy
 def test_gradients_under_dropout_belong_to_the_mask_that_was_drawn():
-    torch.manual_seed(0)
-    qkv, bias, mask = (t.double() if t.is_floating_point() else t for t in problem(torch.float32))
-    qkv, bias = qkv.detach().requires_grad_(), bias.detach().requires_grad_()
+    qkv, bias, score_bias = (t.detach().double().requires_grad_() for t in problem((5, 4, 2)))
 
-    def with_fixed_seed(qkv, bias):
+    def with_fixed_seed(qkv, bias, score_bias):
         torch.manual_seed(11)
-        return self_attention(qkv, bias, mask, head_size=D, dropout=0.3)
+        return self_attention(qkv, bias, Sequences.of((5, 4, 2)), head_size=D, dropout=0.3, score_bias=score_bias)
 
-    assert torch.autograd.gradcheck(with_fixed_seed, (qkv, bias), eps=1e-6, atol=1e-5)
+    # the score bias's gradient is added up in fp32
+    assert torch.autograd.gradcheck(with_fixed_seed, (qkv, bias, score_bias), eps=1e-4, atol=1e-4)
 
 
 def test_dropout_keeps_the_mean():
-    qkv, bias, mask = problem(torch.float32)
+    qkv, bias, _ = problem((9, 8, 3))
+    sequences = Sequences.of((9, 8, 3))
     torch.manual_seed(1)
-    mean = sum(self_attention(qkv, bias, mask, head_size=D, dropout=0.2).detach() for _ in range(4000)) / 4000
-    torch.testing.assert_close(mean, self_attention(qkv, bias, mask, head_size=D).detach(), atol=0.06, rtol=0)
+    mean = sum(self_attention(qkv, bias, sequences, head_size=D, dropout=0.2).detach() for _ in range(4000)) / 4000
+    torch.testing.assert_close(mean, self_attention(qkv, bias, sequences, head_size=D).detach(), atol=0.06, rtol=0)
+
+
+def test_groups_hold_every_token_once_and_little_padding():
+    generator = torch.Generator().manual_seed(0)
+    lengths = tuple(sorted(torch.randint(3, 512, (64,), generator=generator).tolist(), reverse=True))
+    groups = groups_of_like_length(lengths)
+    tokens = [token for group in groups for run in group.runs for token in range(run.begin, run.end)]
+    assert tokens == list(range(sum(lengths)))
+    assert sum(group.size for group in groups) == 64
+    assert sum(group.size * group.length**2 for group in groups) < 1.25 * sum(length**2 for length in lengths)
+    assert len(groups_of_like_length((128,) * 32)) == 1
 
 
 @pytest.mark.parametrize("dropout", [0.1, 0.5, 0.003])

@@ -10,12 +10,12 @@ from peer_scale.checkpoints.manifest import VOCABULARY_PARAMETERS
 from peer_scale.conversion.architecture import Architecture
 from peer_scale.models.config import EncoderShape, ModelConfig
 from peer_scale.models.generator_head import generator_head
-from peer_scale.models.networks import select
 from peer_scale.objectives.masked_lm import MaskedLanguageModel
 from peer_scale.objectives.task import build_model
 from peer_scale.objectives.tqr import TokenQualityRanking, tqr_loss
 from peer_scale.parallel.initialization import initialize_weights
 from peer_scale.parallel.topology import single_process_topology
+from peer_scale.sequences import Sequences
 
 SHAPE = EncoderShape(num_layers=3, hidden_size=48, ffn_hidden_size=96, num_attention_heads=4)
 MODELS = {
@@ -41,13 +41,22 @@ def model(request):
     return built
 
 
-@pytest.fixture
-def text():
+LENGTHS = {"unequal": (20, 13, 7), "from three on": (3, 4, 32, 5, 31, 17), "all full": (32, 32), "one": (9,)}
+
+
+@pytest.fixture(params=LENGTHS)
+def text(request):
     torch.manual_seed(0)
-    ids = torch.randint(5, 101, (3, 20))
-    types = (torch.arange(20) > 11).long().expand(3, 20)
-    mask = torch.arange(20) < torch.tensor([[20], [13], [7]])
+    lengths = torch.tensor(LENGTHS[request.param])
+    ids = torch.randint(5, 101, (len(lengths), max(lengths)))
+    types = (torch.arange(max(lengths)) > 11).long().expand_as(ids)
+    mask = torch.arange(max(lengths)) < lengths[:, None]
     return ids, types, mask
+
+
+def encode(model, network, text):
+    ids, types, mask = text
+    return model.encode(network, ids[mask], types[mask], Sequences.of(mask.sum(1).tolist()))
 
 
 def objective_of(config):
@@ -96,18 +105,19 @@ def assert_same_gradients(model, reference, entries):
 def test_generator_is_electra_for_masked_lm(model, text):
     ids, types, mask = text
     reference, entries = hugging_face(model, "generator")
-    hidden = model.encode("generator", ids, types, mask)
+    hidden = encode(model, "generator", text)
     expected = reference.electra(ids, attention_mask=mask, token_type_ids=types).last_hidden_state
-    assert_close(hidden.transpose(0, 1)[mask], expected[mask])
+    assert_close(hidden, expected[mask])
 
-    positions = torch.tensor([[1, 5, 9], [2, 7, 12], [0, 3, 6]])
-    labels = torch.full_like(ids, -100).scatter(1, positions, ids.gather(1, positions))
+    is_selected = (torch.rand(ids.shape) < 0.4) & mask
+    is_selected[0, 1] = True
+    labels = torch.where(is_selected, ids, -100)
     expected = reference(ids, attention_mask=mask, token_type_ids=types, labels=labels)
-    states, bias = model.head("mlm_head")(select(hidden, positions))
-    targets = ids.gather(1, positions).flatten()
-    output = generator_head(states, model.embeddings.word.weight, bias, targets, torch.rand(9))
+    states, bias = model.head("mlm_head")(hidden[is_selected[mask]])
+    targets = ids[is_selected]
+    output = generator_head(states, model.embeddings.word.weight, bias, targets, torch.rand(len(targets)))
     assert_close(output.loss.mean(), expected.loss)
-    logits = expected.logits.gather(1, positions[..., None].expand(-1, -1, 101)).flatten(0, 1)
+    logits = expected.logits[is_selected]
     assert_close(output.original_logit, logits.gather(1, targets[:, None]).squeeze(1))
     assert_close(output.sampled_logit, logits.gather(1, output.sampled_ids[:, None]).squeeze(1))
     output.loss.mean().backward()
@@ -120,15 +130,15 @@ def test_ranker_with_two_levels_is_electra_for_pre_training(model, text):
         pytest.skip("BERT has no ranker")
     ids, types, mask = text
     reference, entries = hugging_face(model, "ranker")
-    hidden = model.encode("ranker", ids, types, mask)
+    hidden = encode(model, "ranker", text)
     expected = reference.electra(ids, attention_mask=mask, token_type_ids=types).last_hidden_state
-    assert_close(hidden.transpose(0, 1)[mask], expected[mask])
+    assert_close(hidden, expected[mask])
 
     replaced = torch.rand(ids.shape) < 0.3
     scores, thresholds = model.head("ranking_head")(hidden)
     expected = reference(ids, attention_mask=mask, token_type_ids=types, labels=replaced.float())
-    assert_close((thresholds[-1] - scores.transpose(0, 1))[mask], expected.logits[mask])
-    loss = tqr_loss(scores.transpose(0, 1)[mask], thresholds, 2.0 - replaced[mask].float()) / mask.sum()
+    assert_close(thresholds[-1] - scores, expected.logits[mask])
+    loss = tqr_loss(scores, thresholds, 2.0 - replaced[mask].float()) / mask.sum()
     assert_close(loss, expected.loss)
     loss.backward()
     expected.loss.backward()
@@ -156,4 +166,4 @@ def test_electra_model_opens_the_encoder_alone(model, text):
     alone = ElectraModel(reference.config)
     alone.load_state_dict(reference.electra.state_dict(), strict=True)
     expected = alone(ids, attention_mask=mask, token_type_ids=types).last_hidden_state
-    assert_close(model.encode("generator", ids, types, mask).transpose(0, 1)[mask], expected[mask])
+    assert_close(encode(model, "generator", text), expected[mask])

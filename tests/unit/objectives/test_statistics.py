@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from batches import Rows
 from peer_scale.models.config import EncoderShape, ModelConfig
 from peer_scale.objectives.masked_lm import MaskedLanguageModel
 from peer_scale.objectives.objective import SumsLayout
@@ -12,7 +13,6 @@ from peer_scale.objectives.task import PretrainingTask
 from peer_scale.objectives.tqr import TokenQualityRanking, rank_labels, ranking_sums
 from peer_scale.objectives.works import GlobalCounts, StepInfo
 from peer_scale.parallel.topology import single_process_topology
-from peer_scale.samples.examples import Batch
 
 
 def test_figures_against_a_plain_count():
@@ -38,11 +38,13 @@ def test_figures_against_a_plain_count():
     )
     labels = torch.full((rows, length), float(levels)).scatter(1, positions, chosen)
     scores, thresholds = torch.randn(rows, length), torch.tensor([-0.5, 0.0, 0.4])
-    batch = Batch(ids, ids, ids, is_token, positions, is_selected, torch.rand(rows, width), torch.rand(rows, width, 0))
+    slots = torch.rand(rows, width)
+    batch = Rows(ids, ids, ids, is_token, positions, is_selected, slots, slots[..., None]).batch()
 
     layout = SumsLayout(TokenQualityRanking(num_levels=levels, taus=(1.0, 6.0), delta=3.0, tqr_weight=50.0))
-    sums = ranking_sums(scores, thresholds, labels, batch)
-    assert rtd_sums(scores, thresholds[-1], corrupted != ids, batch).items() <= sums.items()
+    sums = ranking_sums(scores[is_token], thresholds, labels[is_token], batch)
+    of_tokens = rtd_sums(scores[is_token], thresholds[-1], (corrupted != ids)[is_token], batch)
+    assert of_tokens.items() <= sums.items()
     of_generator = {"mlm_loss": 30.0, "mlm_correct": ((ranks == 1) & is_selected).sum()}
     of_generator |= {"selected_square": 4.0, "selected_variation": 1.0}
     counts = {"tqr_loss": 60.0, "selected": is_selected.sum(), "tokens": is_token.sum()}
@@ -98,16 +100,16 @@ def test_a_share_of_nothing_is_none():
 WIDTH, VOCAB = 6, 30
 
 
-def generator_sums(states, batch, task):
+def generator_sums(states, rows, task):
     """What the MLM head counts of hidden states at the selected positions."""
-    step = StepInfo(GlobalCounts(batch.is_selected.sum().float(), batch.attention_mask.sum().float()))
-    _, sums, _ = task(("mlm_head",), batch, step, {"selected": states.flatten(0, 1)})
+    step = StepInfo(GlobalCounts(rows.is_selected.sum().float(), rows.is_token.sum().float()))
+    _, sums, _ = task(("mlm_head",), rows.batch(), step, {"selected": states[rows.is_selected]})
     return dict(zip(task.sums.names, sums.tolist(), strict=True))
 
 
 @pytest.fixture
 def generator_problem():
-    """States [B, P, H] at selected positions of which some only fill up, their batch, and the task."""
+    """States [B, P, H] at selected positions of which some do not count, their rows, and the task."""
     torch.manual_seed(1)
     shape = EncoderShape(num_layers=1, hidden_size=WIDTH, ffn_hidden_size=8, num_attention_heads=1)
     model = ModelConfig(shape, None, vocab_size=VOCAB, embedding_size=WIDTH, max_position_embeddings=16)
@@ -119,10 +121,8 @@ def generator_problem():
     is_selected = torch.arange(width) < torch.tensor([4, 3, 1, 2, 4])[:, None]
     everything = torch.ones_like(ids, dtype=torch.bool)
     states = torch.randn(rows, width, WIDTH) + 2 * torch.randn(rows, 1, WIDTH)
-    batch = Batch(
-        ids, ids, ids, everything, positions, is_selected, torch.rand(rows, width), torch.rand(rows, width, 0)
-    )
-    return states, batch, task
+    slots = torch.rand(rows, width)
+    return states, Rows(ids, ids, ids, everything, positions, is_selected, slots, slots[..., None]), task
 
 
 def test_varying_share(generator_problem):
@@ -143,7 +143,7 @@ def test_varying_share(generator_problem):
 def test_varying_share_does_not_depend_on_the_layout(generator_problem):
     states, batch, task = generator_problem
     whole = generator_sums(states, batch, task)
-    pieces = [generator_sums(states[rows], Batch(*(f[rows] for f in batch)), task) for rows in (slice(3), slice(3, 5))]
+    pieces = [generator_sums(states[rows], batch.part(rows), task) for rows in (slice(3), slice(3, 5))]
     for name in ("selected_square", "selected_variation", "mlm_correct", "mlm_loss"):
         assert sum(piece[name] for piece in pieces) == pytest.approx(whole[name], rel=1e-6)
 
@@ -162,7 +162,7 @@ def test_mlm_accuracy_is_how_often_the_original_is_likeliest(generator_problem):
     logits = (head_states.double() @ task.model.embeddings.word.weight.double().T + bias).detach().numpy()[..., :VOCAB]
     likeliest = torch.from_numpy(np.argmax(logits, -1))
     ids = batch.input_ids.clone()
-    for row, slot in ((0, 0), (0, 2), (2, 0), (3, 3)):  # the last only fills up
+    for row, slot in ((0, 0), (0, 2), (2, 0), (3, 3)):  # the last does not count
         ids[row, batch.positions[row, slot]] = likeliest[row, slot]
     is_hit = (ids.gather(1, batch.positions) == likeliest) & batch.is_selected
     assert is_hit.sum() >= 3

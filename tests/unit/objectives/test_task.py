@@ -13,7 +13,7 @@ from peer_scale.objectives.teams import Teams
 from peer_scale.objectives.tqr import TokenQualityRanking
 from peer_scale.objectives.works import GlobalCounts, StepInfo
 from peer_scale.parallel.topology import single_process_topology
-from test_teams import MODEL, make_batch, make_task
+from test_teams import MODEL, make_batch, make_rows, make_task
 
 NARROW = EncoderShape(num_layers=2, hidden_size=8, ffn_hidden_size=12, num_attention_heads=1)
 SETTINGS = {
@@ -112,14 +112,14 @@ def test_over_two_parts(name):
 @pytest.mark.parametrize("name", SETTINGS)
 def test_sums_add_up_over_micro_batches(name):
     objective, model, batch, step = setting(name)
-    task = make_task(objective, model)
+    task, rows = make_task(objective, model), make_rows(objective.num_extra_uniforms)
     works = tuple(work.name for work in task.graph.works)
     loss, sums, _ = task(works, batch, step)
-    halves = [task(works, type(batch)(*(field[rows] for field in batch)), step) for rows in (slice(3), slice(3, 4))]
+    halves = [task(works, rows.part(part).batch(), step) for part in (slice(3), slice(3, 4))]
     torch.testing.assert_close(halves[0][0] + halves[1][0], loss)
     torch.testing.assert_close(halves[0][1] + halves[1][1], sums, rtol=1e-5, atol=1e-5)
     named = dict(zip(task.sums.names, sums.tolist(), strict=True))
-    assert (named["selected"], named["tokens"]) == (batch.is_selected.sum(), batch.attention_mask.sum())
+    assert (named["selected"], named["tokens"]) == (rows.is_selected.sum(), rows.is_token.sum())
     share = {"selected": COUNTS.selected, "tokens": COUNTS.tokens}
     of_step = sum(term.weight * named[term.name] / share[term.normaliser].item() for term in objective.losses)
     assert loss.item() == pytest.approx(of_step, rel=1e-6)

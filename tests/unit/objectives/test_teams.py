@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from batches import Rows
 from peer_scale.errors import UserError
 from peer_scale.models.config import EncoderShape, ModelConfig
 from peer_scale.objectives.masked_lm import MaskedLanguageModel
@@ -17,7 +18,6 @@ from peer_scale.objectives.tqr import TokenQualityRanking
 from peer_scale.objectives.works import GlobalCounts, StepInfo
 from peer_scale.parallel.initialization import initialize_weights
 from peer_scale.parallel.topology import single_process_topology
-from peer_scale.samples.examples import Batch
 
 VOCAB, MASK, LENGTH = 37, 4, 12
 HEADS, EPS = 2, 1e-12
@@ -36,8 +36,8 @@ WORKS = ("generator", "mlm_head", "ranker", "selection")
 MLM_ONLY, RTD_ONLY, MWS_ONLY = ("generator.", "mlm_head."), ("rtd_branch.",), ("mws_branch.",)
 
 
-def make_batch(num_extra=4, seed=0):
-    """Sequences of unequal length with unequal numbers of selected positions; one of the slots fills up in each."""
+def make_rows(num_extra=4, seed=0):
+    """Sequences of unequal length with unequal numbers of selected positions; one of the slots is not used in each."""
     generator = torch.Generator().manual_seed(seed)
     lengths, counts, width = torch.tensor([12, 9, 5, 12]), torch.tensor([4, 3, 1, 4]), 5
     ids = torch.randint(MASK + 1, VOCAB, (4, LENGTH), generator=generator)
@@ -52,7 +52,11 @@ def make_batch(num_extra=4, seed=0):
     types = (torch.arange(LENGTH) > 6).long().expand(4, -1) * is_token
     uniforms = torch.rand(4, width, generator=generator)
     extra = torch.rand(4, width, num_extra, generator=generator)
-    return Batch(ids, masked, types, is_token, positions, is_selected, uniforms, extra)
+    return Rows(ids, masked, types, is_token, positions, is_selected, uniforms, extra)
+
+
+def make_batch(num_extra=4, seed=0):
+    return make_rows(num_extra, seed).batch()
 
 
 def make_task(objective, model=MODEL, seed=1):
@@ -68,7 +72,9 @@ def make_task(objective, model=MODEL, seed=1):
 
 
 def step_of(batch, warmup=False):
-    return StepInfo(GlobalCounts(batch.is_selected.sum().float(), batch.attention_mask.sum().float()), warmup)
+    return StepInfo(
+        GlobalCounts(*(torch.tensor(float(of.num_tokens)) for of in (batch.selected, batch.sequences))), warmup
+    )
 
 
 def run(task, batch):
@@ -89,11 +95,11 @@ class Written:
         self.p = {name: p.detach().double().requires_grad_() for name, p in named}
         self.num_separate = num_separate
 
-    def losses(self, batch):
+    def losses(self, rows):
         nll, bce, choice, self.sampled, self.candidates, self.right = [], [], [], [], [], []
-        for fields in zip(*batch, strict=True):
-            sequence = Batch(*fields)
-            length = int(sequence.attention_mask.sum())
+        for fields in zip(*rows, strict=True):
+            sequence = Rows(*fields)
+            length = int(sequence.is_token.sum())
             ids = sequence.input_ids[:length]
             at = sequence.positions[sequence.is_selected]
             types = sequence.token_types[:length]
@@ -174,14 +180,13 @@ def inverse_cdf(probabilities, uniform):
 @pytest.mark.parametrize(("num_separate", "num_negatives"), [(1, 4), (2, 4), (3, 1)])
 def test_losses_and_gradients(num_separate, num_negatives):
     objective = Teams(num_separate_layers=num_separate, num_negatives=num_negatives)
-    task, batch = make_task(objective), make_batch(num_negatives)
-    written = Written(task, num_separate)
-    expected = written.losses(batch)
+    task, rows = make_task(objective), make_rows(num_negatives)
+    written, batch = Written(task, num_separate), rows.batch()
+    expected = written.losses(rows)
     found, values = run(task, batch)
 
-    is_selected = batch.is_selected.flatten()
-    assert values["sampled"][is_selected].tolist() == written.sampled
-    assert values["candidates"][is_selected].tolist() == written.candidates
+    assert values["sampled"].tolist() == written.sampled
+    assert values["candidates"].tolist() == written.candidates
     named = dict(task.model.named_parameters())
     for name, loss in found.items():
         assert loss.item() == pytest.approx(expected[name].item(), rel=1e-5)
@@ -229,7 +234,7 @@ def test_two_candidates_are_a_sigmoid_of_their_scores_difference():
     rows = task.model.embeddings.word.weight[values["candidates"]]
     scores = torch.einsum("ne,nce->nc", values["selection_states"], rows)
     of_each = F.binary_cross_entropy_with_logits(scores[:, 0] - scores[:, 1], torch.ones(len(scores)), reduction="none")
-    assert losses["mws_loss"].item() == pytest.approx(of_each[batch.is_selected.flatten()].mean().item(), rel=1e-5)
+    assert losses["mws_loss"].item() == pytest.approx(of_each.mean().item(), rel=1e-5)
 
 
 def test_loss_at_the_start():
@@ -245,10 +250,10 @@ def test_loss_at_the_start():
     positions = torch.stack([torch.randperm(length)[:width] for _ in range(count)])
     masked = ids.scatter(1, positions, MASK)
     everything = torch.ones(count, length, dtype=torch.bool)
-    batch = Batch(
+    batch = Rows(
         *(ids, masked, torch.zeros_like(ids), everything, positions, everything[:, :width]),
         *(torch.rand(count, width), torch.rand(count, width, 4)),
-    )
+    ).batch()
     loss, _, _ = task(WORKS, batch, step_of(batch))
     assert loss.item() == pytest.approx(math.log(1000) + 5 * math.log(2) + 2 * math.log(5), rel=0.01)
 

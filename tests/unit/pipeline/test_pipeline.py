@@ -11,11 +11,12 @@ import pytest
 
 from peer_scale.errors import UserError
 from peer_scale.pipeline.instructions import Backward, Forward
+from peer_scale.pipeline.schedule import build_schedule
 from peer_scale.pipeline.simulator import simulate
 from peer_scale.pipeline.zero import Adaptation
 from peer_scale.settings.flags import build_parser
 from peer_scale.settings.resolve import resolve
-from peer_scale.training.job import plan_pipeline
+from peer_scale.training.job import place_stages
 from runs import PROJECT, SMALL, corpus, ds_config, outside_of_ranks, torchrun, train_in_fp16, train_in_pool
 
 pytestmark = pytest.mark.heavy
@@ -52,7 +53,7 @@ def test_stages_run_what_the_simulator_runs(two_ranks, tmp_path, text_file):
     flags = flags_for(tmp_path, text_file, "--train-iters", 2, "--fp32", "--pipeline-model-parallel-size", 2)
     executed = two_ranks.run(train_and_note_the_order, flags)
     run = resolve(build_parser().parse_args([*SMALL, *flags]), world_size=2)
-    schedule = plan_pipeline(run)
+    schedule = build_schedule("two_pass", place_stages(run), 4)
     simulated = simulate(schedule)
     for stage, instructions in enumerate(executed):
         computed = [instruction for instruction in instructions if isinstance(instruction, COMPUTE)]
@@ -139,7 +140,7 @@ def test_activation_checkpointing_and_dropout(two_ranks, tmp_path, text_file):
 def test_more_stages_than_work_are_refused():
     args = build_parser().parse_args(["--pipeline-model-parallel-size", "9"])
     with pytest.raises(UserError, match="stage"):
-        plan_pipeline(resolve(args, world_size=9))
+        place_stages(resolve(args, world_size=9))
 
 
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])

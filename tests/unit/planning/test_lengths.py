@@ -9,9 +9,9 @@ import pytest
 from peer_scale.commands import plan as plan_command
 from peer_scale.corpus.store import TokenStore
 from peer_scale.errors import UserError
-from peer_scale.flops import actual_train_flops
+from peer_scale.flops import actual_train_flops, square_cost_ratio
 from peer_scale.objectives.graph import SampleSize
-from peer_scale.planning.balance import in_turns, square_ratio, waiting_share
+from peer_scale.planning.balance import equal_shares, in_turns, waiting_share
 from peer_scale.planning.estimate import make_plan
 from peer_scale.planning.layout import GIB, Cluster, ParallelLayout, Workload
 from peer_scale.planning.lengths import Lengths
@@ -107,7 +107,7 @@ def test_shorter_samples_take_less(pipeline):
 def test_waiting_is_counted_as_plain_loops_count_it():
     work = workload(skewed(), batch=64)
     for stage, layout in ((1, LAYOUT), (2, replace(LAYOUT, zero_stage=2))):
-        ratio, fullest, mean = square_ratio(work), 0.0, 0.0
+        ratio, fullest, mean = square_cost_ratio(work.model, work.objective, work.full), 0.0, 0.0
         for lengths in work.lengths.draw((64, 64), np.random.default_rng(0)):
             ranks = [[0.0, 0.0] for _ in range(8)]
             for sample, length in enumerate(lengths.tolist()):
@@ -117,12 +117,13 @@ def test_waiting_is_counted_as_plain_loops_count_it():
             fullest += max(sum(rank) for rank in ranks) if stage == 1 else sum(each)
             mean += sum(map(sum, ranks)) / 8
         assert waiting_share(work, layout, in_turns) == pytest.approx(fullest / mean - 1)
+        assert 0 <= waiting_share(work, layout, equal_shares) < 0.5 * waiting_share(work, layout, in_turns)
     assert waiting_share(work, ParallelLayout(1, micro_batch_size=4), in_turns) == pytest.approx(0, abs=1e-12)
 
 
 def test_the_cost_of_a_pair_and_of_a_token_make_up_a_sequences():
     work = workload()
-    ratio = square_ratio(work)
+    ratio = square_cost_ratio(work.model, work.objective, work.full)
     one, two = (
         actual_train_flops(work.model, work.objective, SampleSize(n, n * work.full.selected / 128, n * n), samples=1)
         for n in (40, 100)

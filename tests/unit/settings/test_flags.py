@@ -29,6 +29,7 @@ ESTABLISHED = (
     "generator-ffn-hidden-size num-attention-heads generator-num-attention-heads num-shared-layers embedding-size "
     "max-position-embeddings hidden-dropout attention-dropout num-levels taus top-t delta gammas tqr-weight "
     "warmup-epochs mask-fraction mask-probability deepspeed_config deepspeed seq-length train-iters micro-batch-size "
+    "micro-batch-tokens "
     "global-batch-size lr-warmup-iters lr weight-decay clip-grad adam-beta1 adam-beta2 adam-eps seed "
     "no-adam-bias-correction max-skipped-steps activation-checkpointing fp32 bf16 fp16 tensor-model-parallel-size "
     "pipeline-model-parallel-size sequence-parallel local_rank local-rank num-threads data-path tokenizer vocab-size "

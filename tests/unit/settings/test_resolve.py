@@ -7,7 +7,6 @@ import pytest
 
 from peer_scale.errors import UserError
 from peer_scale.models.config import EncoderShape
-from peer_scale.samples.loader import BatchPlan
 from peer_scale.settings.flags import build_parser
 from peer_scale.settings.presets import find_preset, preset_names
 from peer_scale.settings.resolve import resolve, resolve_model
@@ -161,13 +160,37 @@ def test_batch_sizes(tmp_path, flags, blocks, world_size, sizes):
     keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     assert tuple(run.deepspeed[key] for key in keys) == sizes
     data_parallel = world_size // run.tensor_parallel
-    assert BatchPlan(micro, total, data_parallel_size=data_parallel).num_micro_batches == number
     assert total == micro * number * data_parallel
+
+
+def test_a_budget_of_tokens_takes_the_place_of_a_number_of_sequences(tmp_path):
+    budget = ("--micro-batch-tokens", 4096)
+    run = resolved(*budget, "--global-batch-size", 24, world_size=2)
+    assert (run.training.micro_batch_tokens, run.training.micro_batch_size, run.num_micro_batches) == (4096, 12, None)
+    keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    assert tuple(run.deepspeed[key] for key in keys) == (24, 12, 1)
+    in_file = yaml_file(tmp_path, "training: {micro_batch_tokens: 512, micro_batch_size: 8}")
+    assert resolved("--config", in_file).training.micro_batch_tokens == 512
+    by_flag = resolved("--config", in_file, "--micro-batch-size", 4)
+    assert (by_flag.training.micro_batch_tokens, by_flag.num_micro_batches) == (None, 4)
+    in_file = yaml_file(tmp_path, "training: {micro_batch_tokens: 512}")
+    ours = f"{in_file}: training.micro_batch_tokens 512"
+    for blocks, flags, said in (
+        ({}, (*budget, "--micro-batch-size", 4), "--micro-batch-tokens 4096 leaves no room for --micro-batch-size 4"),
+        ({"train_micro_batch_size_per_gpu": 4}, ("--config", in_file),
+         f"{ours} leaves no room for the ds_config's train_micro_batch_size_per_gpu 4"),
+        ({"gradient_accumulation_steps": 2}, budget,
+         "--micro-batch-tokens 4096 leaves no room for the ds_config's gradient_accumulation_steps 2"),
+    ):  # fmt: skip
+        line = refused("--deepspeed_config", ds_config(tmp_path, **blocks), *flags)
+        assert line == f"{said}: give one of them"
 
 
 @pytest.mark.parametrize(
     ("flags", "world_size", "said"),
     [
+        (("--micro-batch-tokens", 127), 1, ("--micro-batch-tokens 127", "--seq-length 128")),
+        (("--micro-batch-tokens", 512, "--global-batch-size", 6), 4, ("batch size 6", "data-parallel size 4")),
         (("--global-batch-size", 10, "--micro-batch-size", 4), 1, ("10", "4", "micro-batch", "--global-batch-size")),
         (("--global-batch-size", 2), 4, ("2", "data-parallel size 4")),
         (("--seq-length", 129), 1, ("--seq-length 129", "128 positions", "max_position_embeddings")),

@@ -29,6 +29,7 @@ FLAGS = {
     "train-iters": COUNT,
     "global-batch-size": st.integers(1, 64),
     "micro-batch-size": st.integers(1, 4),
+    "micro-batch-tokens": st.integers(8, 256),
     "seq-length": st.integers(8, 128),
     "max-skipped-steps": COUNT,
     "hidden-dropout": st.floats(0, 0.9),
