@@ -1,9 +1,13 @@
 """Memory, communication, bubble and time of a layout, before a job is queued; or all layouts, best first."""
 
+from __future__ import annotations
+
 import argparse
+import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
@@ -13,14 +17,20 @@ from peer_scale.quiet import silence_libraries
 from peer_scale.settings.arguments import Parser, of
 from peer_scale.settings.run import SeqLength
 
+if TYPE_CHECKING:
+    from peer_scale.planning.layout import Workload
+    from peer_scale.planning.lengths import Lengths
+
 _EXAMPLE = """\
 examples:
   peer-scale plan --model peer-base --nodes 1 --gpus-per-node 8 --micro-batch-size 32 --zero-stage 2
   peer-scale plan --model peer-large --nodes 32 --gpus-per-node 8 --gpu H100 --search --top 10
   peer-scale plan --model peer-large --config 3b.yaml --nodes 32 --gpus-per-node 8 --search
+  peer-scale plan --model peer-base --nodes 4 --gpus-per-node 8 --search --data-path data/corpus
 """
 _GPU_NAMES = {"A100": "A100", "H100": "H100 80GB HBM3", "H200": "H200", "B200": "B200", "L40S": "L40S"}
 _Share = Annotated[float, Field(ge=0, le=1)]
+_Fill = Annotated[float, Field(gt=0, le=1)]
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
@@ -34,7 +44,19 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     model.add_argument("--seq-length", **of(SeqLength), metavar="N", help="default: the preset's")
     model.add_argument("--global-batch-size", **of(PositiveInt), metavar="N", help="default: the preset's")
     model.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16")
-    model.add_argument("--tokens", **of(PositiveFloat), metavar="N", help="budget (default: the preset's train_iters)")
+    model.add_argument(
+        "--tokens", **of(PositiveFloat), metavar="N", help="budget, without padding (default: the preset's train_iters)"
+    )
+    text = parser.add_argument_group("text, by which samples have their lengths (default: all are full)")
+    text.add_argument("--data-path", nargs="+", metavar="P", help="as for training; raw text is tokenised first")
+    text.add_argument("--tokenizer", metavar="P", help="of --data-path, as for training")
+    text.add_argument("--text-key", metavar="KEY", help="of --data-path, as for training (default: text)")
+    text.add_argument(
+        "--fill",
+        **of(_Fill),
+        metavar="SHARE",
+        help="mean tokens of a sample over --seq-length, without a text",
+    )
     machines = parser.add_argument_group("machines")
     machines.add_argument("--nodes", **of(PositiveInt), required=True, metavar="N")
     machines.add_argument("--gpus-per-node", **of(PositiveInt), required=True, metavar="G")
@@ -101,6 +123,7 @@ def run(args: argparse.Namespace) -> str:
     from peer_scale.settings.presets import find_preset
     from peer_scale.settings.resolve import with_yaml
 
+    _check_text_flags(args)
     _check_layout_flags(args)
     preset = with_yaml(find_preset(args.model), Path(args.config) if args.config else None)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.precision]
@@ -129,6 +152,9 @@ def run(args: argparse.Namespace) -> str:
     workload = Workload(
         preset.model, preset.objective, preset.masking, seq_length, batch, tokens, precision=args.precision
     )
+    workload = replace(workload, lengths=_lengths(args, workload))
+    if args.tokens is None:
+        workload = replace(workload, tokens=tokens * workload.fill)
     if args.search:
         plans = search_plans(workload, cluster)[: args.top]
         if args.json:
@@ -145,6 +171,42 @@ def run(args: argparse.Namespace) -> str:
     )
     plan = make_plan(workload, cluster, layout)
     return as_json(plan) if args.json else describe(plan, workload, cluster)
+
+
+def _check_text_flags(args: argparse.Namespace) -> None:
+    """Raise UserError for a flag that would have no effect."""
+    if args.data_path and args.fill is not None:
+        raise UserError(f"--fill {args.fill:g} has no effect with --data-path, whose samples have their own lengths")
+    for name in ("tokenizer", "text_key"):
+        if getattr(args, name) is not None and not args.data_path:
+            raise UserError(f"--{name.replace('_', '-')} has no effect without --data-path")
+
+
+def _lengths(args: argparse.Namespace, workload: Workload) -> Lengths | None:
+    """Give the lengths of the text's samples, of those of a mean fill, or None: all are full."""
+    from peer_scale.corpus.prepare import open_corpus
+    from peer_scale.planning.lengths import Lengths
+    from peer_scale.samples.examples import NUM_SPECIAL_TOKENS
+    from peer_scale.samples.split import Part
+    from peer_scale.samples.windows import Windows
+    from peer_scale.settings.resolve import default_data
+
+    if args.fill is not None:
+        return Lengths.at_fill(args.fill, workload.seq_length)
+    if not args.data_path:
+        return None
+    data = default_data(os.environ)
+    store, _ = open_corpus(
+        args.data_path,
+        args.tokenizer,
+        vocab_size=workload.model.vocab_size,
+        text_key=args.text_key or data.text_key,
+        cache_dir=data.cache_dir,
+        workers=len(os.sched_getaffinity(0)),
+        show_progress=True,
+    )
+    whole = Part(0, store.num_documents)
+    return Lengths.of_text(Windows(store, whole, width=workload.seq_length - NUM_SPECIAL_TOKENS))
 
 
 def _check_layout_flags(args: argparse.Namespace) -> None:

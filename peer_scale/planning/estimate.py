@@ -16,6 +16,7 @@ from peer_scale.pipeline.schedule import build_schedule
 from peer_scale.pipeline.search import choose_placement
 from peer_scale.pipeline.simulator import simulate
 from peer_scale.planning import memory, traffic
+from peer_scale.planning.balance import equal_shares, in_turns, waiting_share
 from peer_scale.planning.inventory import Inventory, take_inventory
 from peer_scale.planning.layout import Cluster, ParallelLayout, Workload, check_layout
 from peer_scale.planning.stage_works import StageWork, stage_part
@@ -51,7 +52,12 @@ class StageMemory:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a layout takes. Times are seconds per step; `bubble` is the idle share of the busiest stage."""
+    """What a layout takes. Times are seconds per step; `bubble` is the idle share of the busiest stage.
+
+    `compute_time` and `tensor_time` are of samples of mean length; `waiting_time` is what ranks wait for the fullest of
+    the data-parallel ones. `tokens_per_second` counts non-pad tokens; `fill` is their share of padded sequences.
+    `waiting_share` is the waiting over the work, and `waiting_share_in_turns` what it would be without equal shares.
+    """
 
     layout: ParallelLayout
     placement: Placement
@@ -61,10 +67,14 @@ class Plan:
     compute_time: float
     tensor_time: float
     zero_time: float
+    waiting_time: float
     step_time: float
     bubble: float
     mfu: float
     tokens_per_second: float
+    fill: float
+    waiting_share: float
+    waiting_share_in_turns: float
     days: float
     fits: bool
 
@@ -104,10 +114,12 @@ def make_plan(workload: Workload, cluster: Cluster, layout: ParallelLayout) -> P
     stride = layout.tensor_parallel
     exchanged = (sent.gradients + sent.parameters) / cluster.bandwidth(layout.data_parallel, stride)
     zero_time = exchanged * (1 - cluster.overlap)
-    step_time = pipeline_time + zero_time
+    waiting = waiting_share(workload, layout, equal_shares)
+    waiting_time = num_micro * max(0.0, (1 + waiting) * _unlaunched(workload, cluster, layout, placement) - busiest)
+    step_time = pipeline_time + waiting_time + zero_time
     flops = actual_train_flops(workload.model, workload.objective, workload.size, samples=workload.global_batch_size)
     ranks = layout.data_parallel * layout.tensor_parallel * layout.pipeline_parallel
-    tokens_per_second = workload.global_batch_size * workload.seq_length / step_time
+    tokens_per_second = workload.global_batch_size * workload.size.tokens / step_time
     tensor_bandwidth = cluster.bandwidth(layout.tensor_parallel, 1)
     return Plan(
         layout=layout,
@@ -118,10 +130,14 @@ def make_plan(workload: Workload, cluster: Cluster, layout: ParallelLayout) -> P
         compute_time=num_micro * busiest - sent.tensor / tensor_bandwidth,
         tensor_time=sent.tensor / tensor_bandwidth,
         zero_time=zero_time,
+        waiting_time=waiting_time,
         step_time=step_time,
         bubble=bubble_time / pipeline_time,
         mfu=flops / (step_time * ranks * cluster.peak_flops),
         tokens_per_second=tokens_per_second,
+        fill=workload.fill,
+        waiting_share=waiting,
+        waiting_share_in_turns=waiting_share(workload, layout, in_turns),
         days=workload.tokens / tokens_per_second / 86400,
         fits=max(stage.total for stage in stages) + cluster.reserved <= cluster.memory,
     )
@@ -166,7 +182,7 @@ def _powers(limit: int) -> list[int]:
 @lru_cache(maxsize=256)
 def _placement(workload: Workload, num_stages: int, activation_checkpointing: bool) -> Placement:
     return choose_placement(
-        workload.graph, num_stages, size=workload.size, activation_checkpointing=activation_checkpointing
+        workload.graph, num_stages, size=workload.full, activation_checkpointing=activation_checkpointing
     )
 
 
@@ -192,6 +208,12 @@ def _simulated(
     return makespan, busiest, makespan - max(result.busy) / _NANOSECONDS, result.peak_activations
 
 
+def _unlaunched(workload: Workload, cluster: Cluster, layout: ParallelLayout, placement: Placement) -> float:
+    """Give the seconds of one micro-batch on the busiest stage if launches took no time: what grows with the tokens."""
+    costs = _costs_on(workload, replace(cluster, launch=0.0), layout, placement)
+    return max(costs.stage_times()) / _NANOSECONDS
+
+
 def _costs_on(workload: Workload, cluster: Cluster, layout: ParallelLayout, placement: Placement) -> Costs:
     """Give the placement's costs in nanoseconds of a micro-batch on the cluster, and in bytes."""
     works = placement.graph.works
@@ -214,7 +236,7 @@ def _work_costs(
     rate = cluster.peak_flops * cluster.efficiency * layout.tensor_parallel / layout.micro_batch_size
     again = layout.activation_checkpointing  # backward runs the layers' forward once more
     launch = cluster.launch * _LAYER_KERNELS
-    flops = placement.costs.of(work.name)
+    flops = placement.costs_of(workload.size, activation_checkpointing=again).of(work.name)
     parts = [stage_part(placement, stage, work) for stage in range(placement.num_stages)]
     per_layer = 0.0
     if work.network is not None:

@@ -9,14 +9,20 @@ from peer_scale.errors import UserError
 from peer_scale.models.config import ModelConfig
 from peer_scale.objectives.graph import Graph, SampleSize
 from peer_scale.objectives.objective import Objective
+from peer_scale.planning.lengths import Lengths
 from peer_scale.samples.masking import MaskingConfig
 
 GIB = 2**30
+_CHANCE = 1e-3  # that any micro-batch of a whole run needs more memory than is said
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One optimizer step and how many tokens to train on.
+    """One optimizer step, how many tokens to train on, and how long the samples are.
+
+    Attributes:
+        tokens: of the whole run, non-pad ones.
+        lengths: of the samples; None where all are full.
 
     Raises:
         UserError: The objective does not train such a model, or the model has fewer positions than a sequence.
@@ -29,6 +35,7 @@ class Workload:
     global_batch_size: int
     tokens: float
     precision: str = "bf16"
+    lengths: Lengths | None = None
 
     def __post_init__(self) -> None:
         self.objective.check_model(self.model)
@@ -43,9 +50,33 @@ class Workload:
         return self.objective.graph(self.model)
 
     @cached_property
-    def size(self) -> SampleSize:
-        """Give the tokens and selected positions of a full sequence."""
+    def full(self) -> SampleSize:
+        """Give the size of a full sequence, which stages and schedules are made for."""
         return SampleSize.of_sequence(self.seq_length, self.masking.num_predictions(self.seq_length))
+
+    @cached_property
+    def size(self) -> SampleSize:
+        """Give the mean size of a sample, by which times and traffic go."""
+        return self.full if self.lengths is None else self.lengths.mean_size(self.masking)
+
+    @property
+    def fill(self) -> float:
+        """Tokens over the positions that there would be with padding."""
+        return self.size.tokens / self.seq_length
+
+    def fullest(self, micro_batch_size: int) -> SampleSize:
+        """Give the size of a sample in the fullest micro-batch of the run, by which memory goes; an upper estimate.
+
+        Samples are full unless it is known how long they are. Then it is what not one run in a thousand exceeds, if
+        samples are dealt out at random: equal shares only come out lower. As many tokens as there are, they are taken
+        to be in sequences as long as can be.
+        """
+        if self.lengths is None or not self.lengths.are_known:
+            return self.full
+        num_micro_batches = max(1.0, self.tokens / self.size.tokens / micro_batch_size)
+        tokens = self.lengths.most_tokens(micro_batch_size, _CHANCE / num_micro_batches)
+        share, full = tokens / (micro_batch_size * self.seq_length), self.full
+        return SampleSize(share * full.tokens, share * full.selected, share * full.token_pairs)
 
     @property
     def number_bytes(self) -> int:

@@ -1,4 +1,7 @@
-"""What a rank holds: state as DeepSpeed lays it out, exact to the byte, and activations as the layers keep them."""
+"""What a rank holds: state as DeepSpeed lays it out, exact to the byte, and activations as the layers keep them.
+
+Activations are those of the run's fullest micro-batch, see `Workload.fullest`.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +74,7 @@ def layer_activations(shape: EncoderShape, workload: Workload, layout: ParallelL
     width F: the feed-forward block's activations before and after GELU. On a CPU there are the attention probabilities
     and dropout's masks besides; a GPU's kernels compute and draw them again.
     """
-    size, ranks = workload.size, layout.tensor_parallel
+    size, ranks = workload.fullest(layout.micro_batch_size), layout.tensor_parallel
     tokens, token_pairs = layout.micro_batch_size * size.tokens, layout.micro_batch_size * size.token_pairs
     hidden = shape.hidden_size
     scatter_along_sequence = ranks if layout.sequence_parallel else 1
@@ -94,7 +97,8 @@ def work_activations(part: StageWork, workload: Workload, layout: ParallelLayout
     """
     if not part.work.has_backward:
         return 0
-    numbers = layout.micro_batch_size * workload.size.count(part.costs, "activations")
+    size = workload.fullest(layout.micro_batch_size)
+    numbers = layout.micro_batch_size * size.count(part.costs, "activations")
     held = round(numbers * workload.number_bytes)
     if part.shape is not None:
         held += part.num_layers * layer_activations(part.shape, workload, layout, on_cpu=on_cpu)
@@ -107,8 +111,8 @@ def heads_memory(placement: Placement, stage: int, workload: Workload, layout: P
     With it what works beside the word table keep from forward to backward, which follow each other closely: they are
     counted for one micro-batch, while what a network's work keeps is counted for all that are in flight.
     """
-    parts = stage_works(placement, stage)
-    workspace = max((workload.size.count(part.costs, "workspace") for part in parts), default=0.0)
+    parts, size = stage_works(placement, stage), workload.fullest(layout.micro_batch_size)
+    workspace = max((size.count(part.costs, "workspace") for part in parts), default=0.0)
     kept = sum(work_activations(part, workload, layout) for part in parts if part.shape is None)
     return kept + round(layout.micro_batch_size * workspace * (workload.number_bytes + 4))
 

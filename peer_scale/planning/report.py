@@ -36,16 +36,37 @@ def describe(plan: Plan, workload: Workload, cluster: Cluster) -> str:
         f"sent per rank and step  tensor-parallel {_gb(sent.tensor)}, pipeline {_gb(sent.pipeline)}, "
         f"gradients {_gb(sent.gradients)}, weights {_gb(sent.parameters)}",
         f"time per step           {plan.step_time * 1e3:,.0f} ms: products {plan.compute_time * 1e3:,.0f}, "
-        f"tensor-parallel traffic {plan.tensor_time * 1e3:,.0f}, ZeRO {plan.zero_time * 1e3:,.0f} not hidden; "
-        f"bubble {plan.bubble:.1%}",
+        f"tensor-parallel traffic {plan.tensor_time * 1e3:,.0f}, ZeRO {plan.zero_time * 1e3:,.0f} not hidden, "
+        f"waiting for the fullest rank {plan.waiting_time * 1e3:,.0f}; bubble {plan.bubble:.1%}",
         f"throughput              {plan.tokens_per_second:,.0f} tokens/s, {plan.tokens_per_second * 86400 / 1e9:,.1f} "
         f"billion tokens per day, MFU {plan.mfu:.1%}",
         f"{workload.tokens / 1e9:,.1f} billion tokens   {plan.days:,.1f} days",
         verdict(plan, cluster),
         "",
+        *samples(plan, workload),
         assumptions(cluster),
     ]
     return "\n".join(lines)
+
+
+def samples(plan: Plan, workload: Workload) -> list[str]:
+    """Say how long samples are taken to be, what of that memory goes by, and what their differences cost."""
+    mean = f"{workload.size.tokens:,.1f} of {workload.seq_length} tokens on average, fill {plan.fill:.1%}"
+    if workload.lengths is None:
+        return [f"samples: all of {workload.seq_length} tokens, fill 100%; memory and time are the most they can be"]
+    if not workload.lengths.are_known:
+        return [
+            f"samples: {mean}, all alike; memory is that of full ones, the most that it can be",
+            "balance: what ranks wait for each other is not counted; it follows from the lengths in --data-path",
+        ]
+    micro = plan.layout.micro_batch_size
+    most = workload.fullest(micro).tokens * micro
+    return [
+        f"samples: {mean}, by the lengths in the text; memory is that of micro-batches of {most:,.0f} tokens, which "
+        f"not one run in a thousand exceeds (full ones would have {micro * workload.seq_length:,})",
+        f"balance: the fullest of {plan.layout.data_parallel} data-parallel ranks has {plan.waiting_share:.1%} more to "
+        f"do than the mean; dealt out in turns it would be {plan.waiting_share_in_turns:.1%}",
+    ]
 
 
 def verdict(plan: Plan, cluster: Cluster) -> str:

@@ -51,6 +51,18 @@ class Windows:
         self._store.check_ids(tokens, vocab_size, document=document, offset=offset)
         return tokens
 
+    def length_counts(self) -> np.ndarray:
+        """Count the windows of each number of tokens, int64 [width + 1], by the index alone."""
+        counts = np.zeros(self._width + 1, np.int64)
+        for start in range(self.part.first, self.part.last, _BLOCK * _BLOCKS_PER_READ):
+            lengths = self._lengths(start, _BLOCK * _BLOCKS_PER_READ)
+            lengths = lengths[lengths > 0]
+            windows = -(-lengths // self._width)
+            shorter, longer_ones = np.divmod(lengths, windows)
+            np.add.at(counts, shorter, windows - longer_ones)
+            np.add.at(counts, np.minimum(shorter + 1, self._width), longer_ones)  # none where all have the width
+        return counts
+
     def lengths(self, windows: np.ndarray) -> np.ndarray:
         """Count the tokens of any windows, int64 [n], by the index alone."""
         return self._places(windows)[2]

@@ -52,7 +52,7 @@ def resolve(
         objective=preset.objective,
         masking=preset.masking,
         training=training,
-        data=_flat(_default_data(environ), "data", args, file),
+        data=_flat(default_data(environ), "data", args, file),
         output=_flat(OutputConfig(), "output", args, file),
         deepspeed=resolved_ds_config(
             ds_config,
@@ -208,7 +208,8 @@ def _largest_divisor(number: int, limit: int) -> int:
     return next((d for d in range(min(number, limit), 0, -1) if number % d == 0), 1)
 
 
-def _default_data(environ: Mapping[str, str]) -> DataConfig:
+def default_data(environ: Mapping[str, str]) -> DataConfig:
+    """Give what holds of data where nothing is said."""
     if "XDG_CACHE_HOME" in environ:
         return DataConfig(cache_dir=Path(environ["XDG_CACHE_HOME"]) / "peer_scale")
     return DataConfig()

@@ -307,7 +307,7 @@ def test_a_whole_models_activations(name, dropout, checkpointing):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         task([one_work.name for one_work in work.graph.works], batch, one)
     layout = ParallelLayout(1, micro_batch_size=8, activation_checkpointing=checkpointing)
-    placement = choose_placement(work.graph, 1, size=work.size)
+    placement = choose_placement(work.graph, 1, size=work.full)
     along_networks = [part for part in stage_works(placement, 0) if part.work.network is not None]
     expected = sum(work_activations(part, work, layout, on_cpu=True) for part in along_networks)
     assert storage_bytes(kept.values()) == pytest.approx(expected, rel=0.15)

@@ -68,7 +68,7 @@ LAYOUT = ParallelLayout(2, 2, 4, 2, SIZE)
 
 def placed(work: Workload, like: Placement | None = None) -> Placement:
     """The best placement; or the works of `work` on another's stages, to compare the two."""
-    chosen = choose_placement(work.graph, 4, size=work.size)
+    chosen = choose_placement(work.graph, 4, size=work.full)
     return replace(chosen, stages=like.stages) if like else chosen
 
 
