@@ -114,7 +114,7 @@ def _write_tokenizer(tokenizer: WordPiece, max_length: int, folder: Path) -> Non
 def _verify(
     architecture: Architecture, checkpoint: Checkpoint, ours: PretrainingModel, theirs: nn.Module, folder: Path
 ) -> None:
-    written = HuggingFaceWeights(folder, architecture.export.family)
+    written = HuggingFaceWeights(folder, architecture.prefix)
     difference = architecture.difference(ours, partial(our_weights, checkpoint), theirs, written.__getitem__)
     if not difference <= TOLERANCE:  # NaN fails too
         raise UserError(
