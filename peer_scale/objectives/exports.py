@@ -63,6 +63,7 @@ class Export:
             logits are the hidden states. The class must give the same.
         usage: a sentence for the model card.
         extras: parameters that the class has only a part of, by the keys under which config.json has all of them.
+        labels: names of the logits, where the class has several of a token's.
         left_out: parameters of the branch that the class has no place for; they are lost, which the user is told.
     """
 
@@ -77,6 +78,7 @@ class Export:
     top_norm: str | None = None
     extras: Mapping[str, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
 
     @property
     def last_norm(self) -> str:

@@ -20,6 +20,7 @@ from peer_scale.objectives.objective import Loss, Objective
 from peer_scale.objectives.statistics import RTD_SUMS, rtd_metrics, rtd_sums
 from peer_scale.objectives.tqr import (
     RTD_CLASSES,
+    RTD_LABELS,
     RTD_USAGES,
     corrupted_ids,
     replaced_logits,
@@ -186,6 +187,7 @@ class Teams(Objective):
             logits=lambda model, hidden: replaced_logits(model, hidden, "rtd_branch.head"),
             top_layers=self._top_layers("rtd_branch"),
             top_norm="rtd_branch.final_norm",
+            labels=RTD_LABELS[family],
         )
         parts = [f"mws_branch.dense.{kind}" for kind in ("weight", *(["bias"] if model.linear_bias else []))]
         parts += [f"mws_branch.norm.{kind}" for kind in ("weight", *(["bias"] if model.has_norm_bias else []))]

@@ -264,6 +264,7 @@ class TokenQualityRanking(Objective):
             usage=RTD_USAGES[family],
             logits=lambda model, hidden: replaced_logits(model, hidden, "ranking_head"),
             extras={"free_thresholds": "ranking_head.free_thresholds"},
+            labels=RTD_LABELS[family],
         )
         return ranker, *generator_exports(model)
 
@@ -321,9 +322,10 @@ def score_head_cost(shape: EncoderShape) -> Cost:
 
 
 RTD_CLASSES = {"electra": "ElectraForPreTraining", "modernbert": "ModernBertForTokenClassification"}
+RTD_LABELS = {"electra": (), "modernbert": ("original", "replaced")}
 RTD_USAGES = {
     "electra": "Positive logits mark tokens that do not fit: logit = -(w.h) + xi_{K-1}.",
-    "modernbert": "Label 1 marks tokens that do not fit: its logit is -(w.h) + xi_{K-1}, that of label 0 is 0.",
+    "modernbert": "The label replaced marks tokens that do not fit: its logit is -(w.h) + xi_{K-1}, the other's is 0.",
 }
 
 
