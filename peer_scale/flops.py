@@ -68,7 +68,7 @@ def actual_train_flops(
         layers: float = 0
         if work.network is not None:
             shape = graph.shape(work.network)
-            one = layer_matmul_flops(shape, size.tokens, size.token_pairs)
+            one = layer_matmul_flops(shape, size.tokens, size.token_pairs, graph.blocks)
             layers = (shape.num_layers + work.end_layers) * one
         others = size.count((*work.begin_costs, *work.end_costs), "flops")
         times = 3 if work.has_backward else 1

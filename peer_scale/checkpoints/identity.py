@@ -10,6 +10,7 @@ from typing import Any
 from peer_scale.checkpoints.manifest import Manifest
 from peer_scale.checkpoints.parameters import shardings
 from peer_scale.checkpoints.sections import Sections
+from peer_scale.checkpoints.upgrade import with_blocks
 from peer_scale.errors import UserError
 from peer_scale.parallel.tensor_parallel import TensorParallel
 
@@ -17,7 +18,7 @@ _SECTIONS = ("model", "objective", "masking", "tokenizer", "data")
 _SECTIONS_OF_WEIGHTS = ("model", "tokenizer")
 _SPLIT = "data.split"  # is taken over by the run that goes on: `with_split_of`
 # what of the model does not change what its weights mean
-_OF_TRAINING = ("hidden_dropout", "attention_dropout", "init_std")
+_OF_TRAINING = ("hidden_dropout", "attention_dropout", "init_std", "depth_scaled_init", "width_scaled_init")
 
 
 def differences_of_weights(manifest: Manifest, own: Sections, tensor_parallel: TensorParallel) -> str:
@@ -63,7 +64,7 @@ def identity_of(own: Sections) -> dict[str, Any]:
 
 def differences_of_identities(saved: dict[str, Any], own: Sections) -> str:
     """Say in which fields an `identity_of` and that of the run that `own` describes differ; empty where in none."""
-    found = _differences(saved, identity_of(own))
+    found = _differences(with_blocks(saved), identity_of(own))
     return _told([difference for difference in found if difference[0] != _SPLIT])
 
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from pydantic import TypeAdapter, ValidationError
 
 from peer_scale.checkpoints.sections import Sections, parse_sections
-from peer_scale.checkpoints.upgrade import from_format_2, with_split
+from peer_scale.checkpoints.upgrade import from_format_2, with_blocks, with_split
 from peer_scale.errors import UserError
 from peer_scale.storage import write_atomically
 
@@ -164,7 +164,7 @@ def _read_json(path: Path) -> tuple[dict[str, Any], Any, Any]:
         version, tensors, files = (content.pop(key) for key in ("format_version", "tensors", "files"))
         if version == 2:
             version, content = FORMAT_VERSION, from_format_2(content)
-        content = with_split(content)
+        content = with_blocks(with_split(content))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a checkpoint's manifest: {type(error).__name__}: {error}") from None
     if version != FORMAT_VERSION:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,15 +12,21 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from peer_scale.conversion import electra
+from peer_scale.conversion import electra, modern_bert
 from peer_scale.conversion.lent_weights import Read, lend, lend_each_block
 from peer_scale.models.config import EncoderShape, ModelConfig
 from peer_scale.models.networks import Encoder, PretrainingModel
-from peer_scale.objectives.exports import Entry, Export
+from peer_scale.objectives.exports import Entry, Export, Family
 from peer_scale.objectives.objective import Objective
 from peer_scale.sequences import Sequences
 
 TOLERANCE = 1e-5
+PREFIXES: dict[Family, str] = {"electra": "electra", "bert": "bert", "modernbert": modern_bert.PREFIX}
+_CONFIGS: dict[Family, Callable[..., Any]] = {
+    "electra": electra.electra_config,
+    "bert": electra.bert_config,
+    "modernbert": modern_bert.modern_bert_config,
+}
 
 
 @dataclass(frozen=True)
@@ -39,28 +46,37 @@ class Architecture:
     @property
     def ties(self) -> dict[str, str]:
         """Names under which a tensor may stand once more."""
-        return electra.TIES.get(self.export.class_name, {})
+        return (electra.TIES | modern_bert.TIES).get(self.export.class_name, {})
+
+    @property
+    def prefix(self) -> str:
+        """What the encoder is called within a model with a head."""
+        return PREFIXES[self.export.family]
 
     @property
     def entries(self) -> list[Entry]:
         """The map between our names and theirs."""
-        return [*electra.encoder_entries(self.export, self.model, self.shape), *self.export.head]
+        encoder = modern_bert if self.export.family == "modernbert" else electra
+        return [*encoder.encoder_entries(self.export, self.model, self.shape), *self.export.head]
 
     def config(self, pad_token_id: int, **more: Any) -> Any:
         """Make transformers' configuration."""
-        make = {"electra": electra.electra_config, "bert": electra.bert_config}[self.export.family]
-        return make(self.model, self.shape, pad_token_id, **more)
+        return _CONFIGS[self.export.family](self.model, self.shape, pad_token_id, **more)
 
     def build(self, config: Any) -> nn.Module:
-        """Build transformers' model on the meta device."""
+        """Build transformers' model with its parameters on the meta device."""
         cls: Any = getattr(transformers, self.export.class_name)
         has_pooler = "add_pooling_layer" in inspect.signature(cls).parameters
         with torch.device("meta"):
-            return cls(config, add_pooling_layer=False) if has_pooler else cls(config)
+            model = cls(config, add_pooling_layer=False) if has_pooler else cls(config)
+        for module in model.modules():
+            if hasattr(module, "rotary_emb"):  # its angles are in no file
+                module.rotary_emb = type(module.rotary_emb)(config)
+        return model
 
     def names(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
         """List what a file of the model holds, and the shapes: each tensor once, and with the family's prefix."""
-        prefix = "" if self.export.head else f"{self.export.family}."
+        prefix = "" if self.export.head else f"{self.prefix}."
         state = {prefix + name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         return {name: shape for name, shape in state.items() if name not in self.ties}
 
@@ -79,12 +95,15 @@ class Architecture:
         is_bare = not self.export.head
 
         def read(name: str) -> Tensor:
-            name = f"{self.export.family}.{name}" if is_bare else name
+            name = f"{self.prefix}.{name}" if is_bare else name
             return their_weights(self.ties.get(name, name)).double()
 
         positions = torch.arange(ids.shape[1]).expand_as(ids)  # the model's own are on the meta device
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        if self.model.num_token_types:
+            inputs["token_type_ids"] = token_types
         with lend_each_block(theirs.eval(), read):
-            outputs = theirs(input_ids=ids, token_type_ids=token_types, attention_mask=mask, position_ids=positions)
+            outputs = theirs(**inputs)
         found = outputs.last_hidden_state if is_bare else outputs.logits
         ours_alone = (..., *map(slice, expected.shape[1:]))  # their vocabulary may have rows that no token has
         return (found[mask][ours_alone] - expected).abs().max().item()
@@ -101,6 +120,8 @@ class Architecture:
                     loans.enter_context(lend(block, name, read))
             for name in self.export.top_layers:
                 hidden = model.get_submodule(name)(hidden, sequences)
+            if self.export.top_norm is not None:
+                hidden = model.get_submodule(self.export.top_norm)(hidden)
             return hidden if self.export.logits is None else self.export.logits(model, hidden)
 
 

@@ -66,13 +66,7 @@ def encoder_entries(export: Export, config: ModelConfig, shape: EncoderShape) ->
     ]
     if config.embedding_size != shape.hidden_size:
         entries += dense_entries(f"{network}.projection", f"{theirs}.embeddings_project")
-    shared, top = config.num_shared_layers, export.top_layers
-    layers = [
-        *(f"shared_layers.{index}" for index in range(shared)),
-        *(f"{network}.layers.{index}" for index in range(shape.num_layers - len(top) - shared)),
-        *top,
-    ]
-    for index, ours in enumerate(layers):
+    for index, ours in enumerate(export.layer_names(config, shape)):
         entries += _layer_entries(ours, f"{theirs}.encoder.layer.{index}", shape)
     return entries
 

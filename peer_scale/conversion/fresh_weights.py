@@ -37,7 +37,7 @@ class FreshWeights:
         nothing = ModelPart(range(0), tuple(no_layers.items()), has_embeddings=False, ends=())
         numbers = [int(key) for key in others if key.isdecimal()]
         if not numbers:
-            return replace(nothing, has_embeddings=True)  # with the projections
+            return replace(nothing, has_embeddings=True, ends=tuple(self._networks))  # with projections and last norms
         (number,) = numbers
         layer = range(number, number + 1)
         if first in self._networks:
@@ -57,5 +57,7 @@ class FreshWeights:
             std=self._config.init_std,
             vocab_size=self._config.vocab_size,
             tensor_parallel=self._tensor_parallel,
+            residual_scale=self._config.residual_init_scale,
+            by_width=self._config.width_scaled_init,
         )
         return {name: parameter.detach() for name, parameter in model.named_parameters()}

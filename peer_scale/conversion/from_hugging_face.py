@@ -27,19 +27,24 @@ from peer_scale.checkpoints.sections import (
     Sections,
     TokenizerIdentity,
 )
-from peer_scale.conversion.architecture import TOLERANCE, Architecture
+from peer_scale.conversion.architecture import PREFIXES, TOLERANCE, Architecture
 from peer_scale.conversion.fresh_weights import FreshWeights
 from peer_scale.conversion.hugging_face_folder import HuggingFaceFolder
 from peer_scale.conversion.to_hugging_face import EXTRAS
 from peer_scale.corpus.wordpiece import WordPiece
 from peer_scale.errors import UserError
-from peer_scale.objectives.exports import Entry, Export
+from peer_scale.objectives.exports import ENCODER_CLASSES, Entry, Export
 from peer_scale.parallel.topology import single_process_topology
 from peer_scale.settings.presets import Preset
 from peer_scale.storage import new_folder, write_atomically
 
 MODEL_FILE = "model.yaml"
-_FLAGS = {"ElectraForPreTraining": ("--discriminator",), "ElectraForMaskedLM": ("--generator", "--bert")}
+_FLAGS = {
+    "ElectraForPreTraining": ("--discriminator",),
+    "ElectraForMaskedLM": ("--generator", "--bert"),
+    "ModernBertForTokenClassification": ("--discriminator",),
+    "ModernBertForMaskedLM": ("--generator", "--bert"),
+}
 """Where models with heads belong. BERT's heads are left out where there is no place for them."""
 
 
@@ -71,6 +76,8 @@ class Source:
         left_out = [f"{folder.family}.pooler.", "cls.seq_relationship."]
         if not in_family:
             left_out.append("cls.")  # a head in whose place the branch has another
+        if folder.family == "modernbert" and not with_head:
+            left_out += ["head.", "decoder.", "classifier."]
         return Source(Architecture.of(export, preset.model, preset.objective), folder, tuple(left_out))
 
     @property
@@ -98,7 +105,7 @@ def _exports_of(branch: str | None, preset: Preset) -> list[Export]:
 
 
 def _bare(export: Export, folder: HuggingFaceFolder) -> Export:
-    class_name = f"{folder.family.capitalize()}Model"
+    class_name = ENCODER_CLASSES[folder.family]
     return dataclasses.replace(
         export, family=folder.family, class_name=class_name, head=(), logits=None, extras={}, left_out=()
     )
@@ -272,11 +279,11 @@ def _sections(sources: list[Source], name: str, preset: Preset, tokenizer: WordP
 
 def _verify(checkpoint: Checkpoint, sources: list[Source], taken: _Weights) -> None:
     """Compare each source's logits; one with other embeddings than the first is computed with the first's."""
-    shared = f"{sources[0].folder.family}.embeddings."
+    shared = f"{PREFIXES[sources[0].folder.family]}.embeddings."
     for source in sources:
 
         def read(name: str, source: Source = source) -> Tensor:
-            mine = f"{source.folder.family}.embeddings."
+            mine = f"{PREFIXES[source.folder.family]}.embeddings."
             if taken.has_other_embeddings and name.startswith(mine):
                 return sources[0].folder.weights[shared + name.removeprefix(mine)]
             return source.folder.weights[name]

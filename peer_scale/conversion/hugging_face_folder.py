@@ -7,17 +7,20 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig
 
+from peer_scale.conversion import modern_bert
+from peer_scale.conversion.architecture import PREFIXES
 from peer_scale.errors import UserError
 from peer_scale.models.config import EncoderShape
+from peer_scale.objectives.exports import ELECTRA_BLOCKS, Family
 
-FAMILIES = ("electra", "bert")
+FAMILIES = ("electra", "bert", "modernbert")
 _FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _OLD_ENDINGS = {".gamma": ".weight", ".beta": ".bias"}  # LayerNorm's in files of BERT's first years
 
@@ -28,7 +31,7 @@ class HuggingFaceFolder:
 
     name: str
     path: Path
-    family: Literal["electra", "bert"]
+    family: Family
     config: Any
     weights: HuggingFaceWeights
 
@@ -50,7 +53,10 @@ class HuggingFaceFolder:
     @property
     def model_fields(self) -> dict[str, Any]:
         """What it says of `ModelConfig`, its dropout left out."""
+        if self.family == "modernbert":
+            return modern_bert.model_fields(self.config)
         return {
+            **ELECTRA_BLOCKS,
             "embedding_size": getattr(self.config, "embedding_size", self.config.hidden_size),
             "max_position_embeddings": self.config.max_position_embeddings,
             "num_token_types": self.config.type_vocab_size,
@@ -59,7 +65,7 @@ class HuggingFaceFolder:
 
 
 def open_folder(name: str, flag: str) -> HuggingFaceFolder:
-    """Open an ELECTRA or BERT model.
+    """Open an ELECTRA, BERT or ModernBERT model.
 
     Args:
         name: a folder, or a Hugging Face id, whose files are downloaded.
@@ -78,27 +84,39 @@ def open_folder(name: str, flag: str) -> HuggingFaceFolder:
     if config.model_type not in FAMILIES:
         saved = f" ({config.architectures[0]})" if config.architectures else ""
         raise UserError(f"{flag} {name}: a {config.model_type} model{saved}; it must be one of {', '.join(FAMILIES)}")
+    if config.model_type == "modernbert":
+        problem = modern_bert.problem(config)
+        if problem is not None:
+            raise UserError(f"{flag} {name}: config.json: {problem}, which the models here have not")
+    else:
+        _check_bert(config, f"{flag} {name}")
+    weights = HuggingFaceWeights(path, PREFIXES[config.model_type])
+    return HuggingFaceFolder(name, path, config.model_type, config, weights)
+
+
+def _check_bert(config: Any, where: str) -> None:
+    """Raise UserError unless ELECTRA's or BERT's configuration is what ours computes."""
     for key, wanted in (("hidden_act", "gelu"), ("position_embedding_type", "absolute"), ("is_decoder", False)):
         found = getattr(config, key, wanted)
         if found != wanted:
-            raise UserError(f"{flag} {name}: config.json: {key} is {found!r}, but the models here have {wanted!r}")
+            raise UserError(f"{where}: config.json: {key} is {found!r}, but the models here have {wanted!r}")
     if config.type_vocab_size < 2:
-        raise UserError(
-            f"{flag} {name}: config.json: type_vocab_size is {config.type_vocab_size}; samples have 2 types"
-        )
-    return HuggingFaceFolder(name, path, config.model_type, config, HuggingFaceWeights(path, config.model_type))
+        raise UserError(f"{where}: config.json: type_vocab_size is {config.type_vocab_size}; samples have 2 types")
 
 
 class HuggingFaceWeights(Mapping[str, Tensor]):
-    """A model's tensors in fp32, read when asked for; every method raises UserError naming a file that is bad."""
+    """A model's tensors in fp32, read when asked for; every method raises UserError naming a file that is bad.
 
-    def __init__(self, folder: Path, family: str) -> None:
+    They are named as in a model with a head, in which the encoder's begin with `prefix`.
+    """
+
+    def __init__(self, folder: Path, prefix: str) -> None:
         self._folder = folder
         self._open = functools.lru_cache(maxsize=2)(self._open_file)
         files = {original: file for file in self._files() for original in self._names(file)}
-        is_bare = not any(name.startswith(f"{family}.") for name in files)
-        prefix = f"{family}." if is_bare else ""  # as a BertModel without a head is saved
-        self._places = {prefix + _modern(original): (file, original) for original, file in files.items()}
+        is_bare = not any(name.startswith(f"{prefix}.") for name in files)
+        added = f"{prefix}." if is_bare else ""  # as a BertModel without a head is saved
+        self._places = {added + _modern(original): (file, original) for original, file in files.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         file, original = self._places[name]

@@ -101,7 +101,10 @@ def _converted(checkpoint: Checkpoint, entries: list[Entry]) -> Iterator[Tensor]
 
 def _config(architecture: Architecture, checkpoint: Checkpoint) -> Any:
     extras = {key: checkpoint.weights[our].tolist() for key, our in architecture.export.extras.items()}
-    return architecture.config(checkpoint.tokenizer.pad_id, **({EXTRAS: extras} if extras else {}))
+    labels = architecture.export.labels
+    names = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+    more = {**({EXTRAS: extras} if extras else {}), **(names if labels else {})}
+    return architecture.config(checkpoint.tokenizer.pad_id, **more)
 
 
 def _write_tokenizer(tokenizer: WordPiece, max_length: int, folder: Path) -> None:
@@ -114,7 +117,7 @@ def _write_tokenizer(tokenizer: WordPiece, max_length: int, folder: Path) -> Non
 def _verify(
     architecture: Architecture, checkpoint: Checkpoint, ours: PretrainingModel, theirs: nn.Module, folder: Path
 ) -> None:
-    written = HuggingFaceWeights(folder, architecture.export.family)
+    written = HuggingFaceWeights(folder, architecture.prefix)
     difference = architecture.difference(ours, partial(our_weights, checkpoint), theirs, written.__getitem__)
     if not difference <= TOLERANCE:  # NaN fails too
         raise UserError(

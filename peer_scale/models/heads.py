@@ -7,20 +7,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peer_scale.models.config import ModelConfig, padded_vocab_size
+from peer_scale.models.norms import plain_norm
 from peer_scale.parallel.megatron import mark_sharded
 from peer_scale.parallel.tensor_parallel import TensorParallel
 
 
 class MaskedLMHead(nn.Module):
-    """Dense + GELU + LayerNorm down to the embedding size, and the bias of the vocabulary: [n, H] -> [n, E].
+    """Dense + GELU + norm down to the embedding size, and the bias of the vocabulary: [n, H] -> [n, E].
 
     The output matrix is the word-embedding table, so it is not here.
     """
 
     def __init__(self, config: ModelConfig, tensor_parallel: TensorParallel) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.generator.hidden_size, config.embedding_size)
-        self.norm = nn.LayerNorm(config.embedding_size, eps=config.layer_norm_eps)
+        self.dense = nn.Linear(config.generator.hidden_size, config.embedding_size, bias=config.linear_bias)
+        self.norm = plain_norm(config.embedding_size, config)
         rows = padded_vocab_size(config.vocab_size, tensor_parallel.size) // tensor_parallel.size
         self.bias = nn.Parameter(torch.zeros(rows))
         mark_sharded(self.bias, dim=0)
@@ -39,14 +40,17 @@ class RankingHead(nn.Module):
     The thresholds are built from free numbers so that they increase strictly whatever values an optimizer step gives:
     xi_{K-1} is the last of them and each lower one lies below its neighbour by softplus of its own, plus a sliver that
     stays representable in fp32 when the numbers grow large.
+
+    Of pre-norm models a norm follows the GELU, as in the heads of ModernBERT.
     """
 
     _INITIAL_GAP = 1.0
 
-    def __init__(self, hidden_size: int, num_levels: int) -> None:
+    def __init__(self, hidden_size: int, num_levels: int, config: ModelConfig) -> None:
         super().__init__()
         assert num_levels >= 2, "a ranker has at least two levels"
-        self.dense = nn.Linear(hidden_size, hidden_size)
+        self.dense = nn.Linear(hidden_size, hidden_size, bias=config.linear_bias)
+        self.norm = plain_norm(hidden_size, config) if config.is_pre_norm else nn.Identity()
         self.score = nn.Linear(hidden_size, 1, bias=False)
         free = torch.full((num_levels - 1,), math.log(math.expm1(self._INITIAL_GAP)))
         free[-1] = 0.0
@@ -54,7 +58,7 @@ class RankingHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Give the scores w.h [...] and thresholds [K-1], both fp32."""
-        transformed = F.gelu(self.dense(hidden))
+        transformed = self.norm(F.gelu(self.dense(hidden)))
         scores = F.linear(transformed.float(), self.score.weight.float()).squeeze(-1)
         return scores, ordered_thresholds(self.free_thresholds)
 

@@ -1,4 +1,4 @@
-"""Transformer layers as BERT and ELECTRA have them (LayerNorm after the residual), on megatron-core's parallel linears.
+"""Transformer layers on megatron-core's parallel linears: BERT's and ELECTRA's, or of other blocks (`ModelConfig`).
 
 Shapes: T tokens of a micro-batch's sequences, one after the other, H hidden size, E embedding size, N attention heads
 of this tensor-parallel rank, D head size.
@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peer_scale.kernels.attention import self_attention
+from peer_scale.kernels.gated import gated_activation
 from peer_scale.kernels.gelu import bias_gelu
-from peer_scale.kernels.norm import bias_dropout_residual_norm
 from peer_scale.models.config import EncoderShape, ModelConfig, padded_vocab_size
+from peer_scale.models.norms import Norm, ResidualNorm, ResidualSum, plain_norm
+from peer_scale.models.positions import RelativeBias, rotate
 from peer_scale.parallel.megatron import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -24,7 +26,6 @@ from peer_scale.parallel.sequence import (
     gather_tokens_for_split_weights,
     own_random_stream,
     reduce_scatter_tokens,
-    whole_gradients,
 )
 from peer_scale.parallel.tensor_parallel import TensorParallel
 from peer_scale.sequences import Sequences
@@ -36,12 +37,15 @@ class ColumnLinear(ColumnParallelLinear):
     Under sequence parallelism the input is this rank's slice of the tokens and the output is of all of them.
     """
 
-    def __init__(self, input_size: int, output_size: int, tensor_parallel: TensorParallel) -> None:
+    def __init__(
+        self, input_size: int, output_size: int, tensor_parallel: TensorParallel, *, has_bias: bool = True
+    ) -> None:
         super().__init__(
             input_size,
             output_size,
             config=layer_config(tensor_parallel),
             init_method=None,
+            bias=has_bias,
             gather_output=False,
             skip_bias_add=True,
             disable_grad_reduce=tensor_parallel.sequence_parallel,
@@ -50,8 +54,30 @@ class ColumnLinear(ColumnParallelLinear):
         self.tensor_parallel = tensor_parallel
         mark_sharded(self.weight, dim=0)
 
-    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
         return super().forward(gather_tokens_for_split_weights(hidden, self.tensor_parallel))
+
+
+class GatedColumnLinear(ColumnLinear):
+    """Gate and value of a gated feed-forward block in one product: [T, I] -> [T, 2 * O/tp] and the bias, not yet added.
+
+    The weight is [2, O/tp, I], the gate's rows first, so that tensor-parallel ranks have parts of a whole along one
+    dimension, and each has matching rows of both.
+    """
+
+    def __init__(
+        self, input_size: int, output_size: int, tensor_parallel: TensorParallel, *, has_bias: bool = True
+    ) -> None:
+        super().__init__(input_size, 2 * output_size, tensor_parallel, has_bias=has_bias)
+        for name, parameter in dict(self.named_parameters()).items():
+            by_half = nn.Parameter(parameter.detach().unflatten(0, (2, -1)))
+            mark_sharded(by_half, dim=1)
+            self.register_parameter(name, by_half)
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
+        hidden = gather_tokens_for_split_weights(hidden, self.tensor_parallel)
+        output, bias = ColumnParallelLinear.forward(self, hidden, self.weight.flatten(0, 1))
+        return output, None if bias is None else bias.flatten()
 
 
 class RowLinear(RowParallelLinear):
@@ -60,13 +86,15 @@ class RowLinear(RowParallelLinear):
     Under sequence parallelism the output is this rank's slice of the tokens.
     """
 
-    def __init__(self, input_size: int, output_size: int, tensor_parallel: TensorParallel) -> None:
+    def __init__(
+        self, input_size: int, output_size: int, tensor_parallel: TensorParallel, *, has_bias: bool = True
+    ) -> None:
         super().__init__(
             input_size,
             output_size,
             config=layer_config(tensor_parallel),
             init_method=None,
-            bias=True,
+            bias=has_bias,
             input_is_parallel=True,
             skip_bias_add=True,
             tp_group=tensor_parallel.group,
@@ -74,14 +102,17 @@ class RowLinear(RowParallelLinear):
         self.tensor_parallel = tensor_parallel
         mark_sharded(self.weight, dim=1)
 
-    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
         if not self.tensor_parallel.sequence_parallel:
             return super().forward(hidden)
         return reduce_scatter_tokens(F.linear(hidden, self.weight), self.tensor_parallel), self.bias
 
 
 class Embeddings(nn.Module):
-    """Sum of word, position and type embeddings, then LayerNorm and dropout: ids [T] -> [T, E]."""
+    """Sum of word, position and type embeddings, then the norm and dropout: ids [T] -> [T, E].
+
+    Of positions and types only where the model has tables of them.
+    """
 
     def __init__(self, config: ModelConfig, tensor_parallel: TensorParallel) -> None:
         super().__init__()
@@ -93,13 +124,20 @@ class Embeddings(nn.Module):
             tp_group=tensor_parallel.group,
         )
         mark_sharded(self.word.weight, dim=0)
-        self.position = nn.Embedding(config.max_position_embeddings, config.embedding_size)
-        self.token_type = nn.Embedding(config.num_token_types, config.embedding_size)
-        self.norm = nn.LayerNorm(config.embedding_size, eps=config.layer_norm_eps)
+        self.position = self.token_type = None
+        if config.position_embedding == "absolute":
+            self.position = nn.Embedding(config.max_position_embeddings, config.embedding_size)
+        if config.num_token_types:
+            self.token_type = nn.Embedding(config.num_token_types, config.embedding_size)
+        self.norm = plain_norm(config.embedding_size, config)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, ids_T: Tensor, token_types_T: Tensor, sequences: Sequences) -> Tensor:
-        embedded_TE = self.word(ids_T) + self.position(sequences.position_ids) + self.token_type(token_types_T)
+        embedded_TE = self.word(ids_T)
+        if self.position is not None:
+            embedded_TE = embedded_TE + self.position(sequences.position_ids)
+        if self.token_type is not None:
+            embedded_TE = embedded_TE + self.token_type(token_types_T)
         return self.dropout(self.norm(embedded_TE))
 
 
@@ -109,66 +147,91 @@ class SelfAttention(nn.Module):
     The rows of the fused QKV matrix are ordered [head, (q, k, v), D], so a split of the rows is a split of the heads.
     """
 
-    def __init__(self, shape: EncoderShape, config: ModelConfig, tensor_parallel: TensorParallel) -> None:
+    def __init__(self, shape: EncoderShape, config: ModelConfig, tensor_parallel: TensorParallel, number: int) -> None:
         super().__init__()
         self.tensor_parallel = tensor_parallel
         self.head_size = shape.head_size
         self.dropout = config.attention_dropout
-        self.qkv = ColumnLinear(shape.hidden_size, 3 * shape.hidden_size, tensor_parallel)
-        self.dense = RowLinear(shape.hidden_size, shape.hidden_size, tensor_parallel)
+        self.window = config.window_of(number)
+        self.num_positions = config.max_position_embeddings
+        self.rotary_base = config.rotary_base_of(number) if config.position_embedding == "rotary" else None
+        width, has_bias = shape.hidden_size, config.linear_bias
+        self.qkv = ColumnLinear(width, 3 * width, tensor_parallel, has_bias=has_bias)
+        has_relative_bias = config.position_embedding == "t5_bias"
+        self.relative_bias = RelativeBias(shape, config, tensor_parallel) if has_relative_bias else None
+        self.dense = RowLinear(width, width, tensor_parallel, has_bias=has_bias)
 
-    def forward(self, hidden_TH: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden_TH: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor | None]:
         qkv, bias = self.qkv(hidden_TH)
+        if self.rotary_base is not None:
+            if bias is not None:
+                qkv, bias = qkv + bias, None
+            qkv = rotate(
+                qkv,
+                sequences.position_ids,
+                head_size=self.head_size,
+                base=self.rotary_base,
+                num_positions=self.num_positions,
+            )
         dropout = self.dropout if self.training else 0.0
         with own_random_stream(self.tensor_parallel) if dropout else contextlib.nullcontext():
-            context_TH = self_attention(qkv, bias, sequences, head_size=self.head_size, dropout=dropout)
+            context_TH = self_attention(
+                qkv,
+                bias,
+                sequences,
+                head_size=self.head_size,
+                dropout=dropout,
+                score_bias=None if self.relative_bias is None else self.relative_bias(sequences.max_length),
+                window=self.window,
+            )
         return self.dense(context_TH)
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with a GELU (erf) between them: [T, H] -> [T, H] and the bias, not yet added."""
-
-    def __init__(self, shape: EncoderShape, tensor_parallel: TensorParallel) -> None:
-        super().__init__()
-        self.up = ColumnLinear(shape.hidden_size, shape.ffn_hidden_size, tensor_parallel)
-        self.down = RowLinear(shape.ffn_hidden_size, shape.hidden_size, tensor_parallel)
-
-    def forward(self, hidden_TH: Tensor) -> tuple[Tensor, Tensor]:
-        output, bias = self.up(hidden_TH)
-        return self.down(bias_gelu(output, bias))
-
-
-class ResidualNorm(nn.LayerNorm):
-    """LayerNorm of residual + dropout(output + bias), all [T, H]."""
-
-    def __init__(self, hidden_size: int, config: ModelConfig, tensor_parallel: TensorParallel) -> None:
-        super().__init__(hidden_size, eps=config.layer_norm_eps)
-        self.tensor_parallel = tensor_parallel
-        self.dropout = config.hidden_dropout
-
-    def forward(self, output: Tensor, output_bias: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
-        output_bias, weight, bias = whole_gradients((output_bias, self.weight, self.bias), self.tensor_parallel)
-        dropout = self.dropout if self.training else 0.0
-        is_split = self.tensor_parallel.sequence_parallel and dropout
-        with own_random_stream(self.tensor_parallel) if is_split else contextlib.nullcontext():
-            return bias_dropout_residual_norm(
-                output, output_bias, residual, weight, bias, dropout=dropout, eps=self.eps
-            )
-
-
-class TransformerLayer(nn.Module):
-    """Attention and feed-forward, each followed by dropout, residual and LayerNorm: [T, H] -> [T, H].
-
-    Under sequence parallelism the hidden states are this rank's slice of the tokens.
-    """
+    """Two linear layers with a GELU (erf) or a gate between them: [T, H] -> [T, H] and the bias, not yet added."""
 
     def __init__(self, shape: EncoderShape, config: ModelConfig, tensor_parallel: TensorParallel) -> None:
         super().__init__()
-        self.attention = SelfAttention(shape, config, tensor_parallel)
-        self.attention_norm = ResidualNorm(shape.hidden_size, config, tensor_parallel)
-        self.feed_forward = FeedForward(shape, tensor_parallel)
-        self.feed_forward_norm = ResidualNorm(shape.hidden_size, config, tensor_parallel)
+        width, inner, has_bias = shape.hidden_size, shape.ffn_hidden_size, config.linear_bias
+        self.activation = config.activation
+        linear = GatedColumnLinear if config.is_gated else ColumnLinear
+        self.up = linear(width, inner, tensor_parallel, has_bias=has_bias)
+        self.down = RowLinear(inner, width, tensor_parallel, has_bias=has_bias)
+
+    def forward(self, hidden_TH: Tensor) -> tuple[Tensor, Tensor | None]:
+        output, bias = self.up(hidden_TH)
+        if self.activation != "gelu":
+            return self.down(gated_activation(output, bias, self.activation))
+        return self.down(F.gelu(output) if bias is None else bias_gelu(output, bias))
+
+
+class TransformerLayer(nn.Module):
+    """Attention and feed-forward, with a norm, dropout and residual each: [T, H] -> [T, H].
+
+    Post-norm layers normalize the sum of a block and its input. Pre-norm layers normalize what goes into a block; the
+    first of a network leaves that out before attention where its input comes from the embeddings' own norm, as
+    ModernBERT does. Under sequence parallelism the hidden states are this rank's slice of the tokens.
+    """
+
+    def __init__(self, shape: EncoderShape, config: ModelConfig, tensor_parallel: TensorParallel, number: int) -> None:
+        """Build layer `number` of its network, shared layers included."""
+        super().__init__()
+        self.is_pre_norm = config.is_pre_norm
+        has_normed_input = number == 0 and config.embedding_size == shape.hidden_size
+        norm = Norm if config.is_pre_norm else ResidualNorm
+        self.attention = SelfAttention(shape, config, tensor_parallel, number)
+        self.attention_norm: nn.Module = (
+            nn.Identity()
+            if config.is_pre_norm and has_normed_input
+            else norm(shape.hidden_size, config, tensor_parallel)
+        )
+        self.feed_forward = FeedForward(shape, config, tensor_parallel)
+        self.feed_forward_norm = norm(shape.hidden_size, config, tensor_parallel)
+        self.residual = ResidualSum(config, tensor_parallel)
 
     def forward(self, hidden_TH: Tensor, sequences: Sequences) -> Tensor:
+        if self.is_pre_norm:
+            attended = self.residual(*self.attention(self.attention_norm(hidden_TH), sequences), hidden_TH)
+            return self.residual(*self.feed_forward(self.feed_forward_norm(attended)), attended)
         attended = self.attention_norm(*self.attention(hidden_TH, sequences), hidden_TH)
         return self.feed_forward_norm(*self.feed_forward(attended), attended)

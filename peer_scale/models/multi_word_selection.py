@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from peer_scale.models.config import EncoderShape, ModelConfig
 from peer_scale.models.heads import RankingHead
-from peer_scale.models.networks import layer_stack
+from peer_scale.models.networks import last_norm, layer_stack
+from peer_scale.models.norms import plain_norm
 from peer_scale.parallel.sequence import gather_tokens
 from peer_scale.parallel.tensor_parallel import TensorParallel
 from peer_scale.sequences import Sequences
@@ -25,12 +26,14 @@ class DetectionBranch(nn.Module):
     ) -> None:
         super().__init__()
         self.tensor_parallel = tensor_parallel
-        self.layers = layer_stack(range(num_layers), shape, config, tensor_parallel)
-        self.head = RankingHead(shape.hidden_size, num_levels=2)
+        self.layers = layer_stack(range(num_layers), shape, config, tensor_parallel, below=shape.num_layers)
+        self.final_norm = last_norm(shape, config, tensor_parallel)
+        self.head = RankingHead(shape.hidden_size, 2, config)
 
     def forward(self, hidden_TH: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
         for layer in self.layers.values():
             hidden_TH = layer(hidden_TH, sequences)
+        hidden_TH = self.final_norm(hidden_TH)
         return self.head(gather_tokens(hidden_TH, sequences.num_tokens, self.tensor_parallel))
 
 
@@ -45,13 +48,15 @@ class SelectionBranch(nn.Module):
     ) -> None:
         super().__init__()
         self.tensor_parallel = tensor_parallel
-        self.layers = layer_stack(range(num_layers), shape, config, tensor_parallel)
-        self.dense = nn.Linear(shape.hidden_size, config.embedding_size)
-        self.norm = nn.LayerNorm(config.embedding_size, eps=config.layer_norm_eps)
+        self.layers = layer_stack(range(num_layers), shape, config, tensor_parallel, below=shape.num_layers)
+        self.final_norm = last_norm(shape, config, tensor_parallel)
+        self.dense = nn.Linear(shape.hidden_size, config.embedding_size, bias=config.linear_bias)
+        self.norm = plain_norm(config.embedding_size, config)
 
     def forward(self, hidden_TH: Tensor, sequences: Sequences, positions_n: Tensor) -> Tensor:
         for layer in self.layers.values():
             hidden_TH = layer(hidden_TH, sequences)
+        hidden_TH = self.final_norm(hidden_TH)
         selected = gather_tokens(hidden_TH, sequences.num_tokens, self.tensor_parallel)[positions_n]
         return self.norm(F.gelu(self.dense(selected)))
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from peer_scale.models.config import EncoderShape, ModelConfig, ModelPart
 from peer_scale.models.layers import Embeddings, TransformerLayer
+from peer_scale.models.norms import Norm
 from peer_scale.parallel.sequence import gather_tokens, scatter_tokens
 from peer_scale.parallel.tensor_parallel import TensorParallel
 from peer_scale.sequences import Sequences
@@ -17,7 +18,10 @@ HeadBuilder: TypeAlias = Callable[[TensorParallel], nn.Module]
 
 
 class Encoder(nn.Module):
-    """What one encoder does not share: its projection (where E != H) and its layers above the shared ones."""
+    """What one encoder does not share: its projection (where E != H), its layers above the shared ones, its last norm.
+
+    Post-norm layers need no last norm.
+    """
 
     def __init__(
         self,
@@ -27,11 +31,15 @@ class Encoder(nn.Module):
         tensor_parallel: TensorParallel,
         *,
         has_projection: bool,
+        has_final_norm: bool,
     ) -> None:
         super().__init__()
         needs_projection = has_projection and config.embedding_size != shape.hidden_size
-        self.projection = nn.Linear(config.embedding_size, shape.hidden_size) if needs_projection else nn.Identity()
-        self.layers = layer_stack(layers, shape, config, tensor_parallel)
+        self.projection: nn.Module = nn.Identity()
+        if needs_projection:
+            self.projection = nn.Linear(config.embedding_size, shape.hidden_size, bias=config.linear_bias)
+        self.layers = layer_stack(layers, shape, config, tensor_parallel, below=config.num_shared_layers)
+        self.final_norm = last_norm(shape, config, tensor_parallel) if has_final_norm else nn.Identity()
 
 
 class PretrainingModel(nn.Module):
@@ -47,6 +55,8 @@ class PretrainingModel(nn.Module):
         heads: Mapping[str, Mapping[str, HeadBuilder]],
         tensor_parallel: TensorParallel,
         part: ModelPart | None = None,
+        *,
+        topped: frozenset[str] = frozenset(),
     ) -> None:
         """Build the model.
 
@@ -56,6 +66,7 @@ class PretrainingModel(nn.Module):
             heads: for each network, the makers of the heads that come after it, by name.
             tensor_parallel: the ranks that share each layer.
             part: None for the whole model.
+            topped: networks whose last layers, and with them the last norm, are in their heads.
         """
         super().__init__()
         self.config, self.tensor_parallel = config, tensor_parallel
@@ -65,8 +76,15 @@ class PretrainingModel(nn.Module):
         bottom = next(iter(networks.values()))
         self.shared_layers = layer_stack(part.shared_layers, bottom, config, tensor_parallel)
         for name, shape in networks.items():
-            layers = part.layers(name)
-            self.add_module(name, Encoder(shape, config, layers, tensor_parallel, has_projection=part.has_embeddings))
+            encoder = Encoder(
+                shape,
+                config,
+                part.layers(name),
+                tensor_parallel,
+                has_projection=part.has_embeddings,
+                has_final_norm=name in part.ends and name not in topped,
+            )
+            self.add_module(name, encoder)
             for head, build in heads.get(name, {}).items():
                 self.add_module(head, build(tensor_parallel))
 
@@ -81,10 +99,10 @@ class PretrainingModel(nn.Module):
         return scatter_tokens(projection(self.embeddings(ids_T, token_types_T, sequences)), self.tensor_parallel)
 
     def run_layers(self, network: str, hidden_TH: Tensor, sequences: Sequences) -> Tensor:
-        """Run the shared layers and those of the network that are here: [T, H] -> [T, H]."""
+        """Run the shared layers, the network's own and its last norm, as far as they are here: [T, H] -> [T, H]."""
         for layer in (*self.shared_layers.values(), *self._encoder(network).layers.values()):
             hidden_TH = layer(hidden_TH, sequences)
-        return hidden_TH
+        return self._encoder(network).final_norm(hidden_TH)
 
     def all_tokens(self, hidden: Tensor, sequences: Sequences) -> Tensor:
         """Give the hidden states of all tokens where sequence parallelism left a slice of them."""
@@ -107,7 +125,14 @@ def whole_model(config: ModelConfig, networks: Mapping[str, EncoderShape]) -> Mo
 
 
 def layer_stack(
-    numbers: Iterable[int], shape: EncoderShape, config: ModelConfig, tensor_parallel: TensorParallel
+    numbers: Iterable[int], shape: EncoderShape, config: ModelConfig, tensor_parallel: TensorParallel, *, below: int = 0
 ) -> nn.ModuleDict:
-    """Make layers by their numbers, so that a part's parameters are named as in the whole."""
-    return nn.ModuleDict({str(number): TransformerLayer(shape, config, tensor_parallel) for number in numbers})
+    """Make layers by their numbers, so that a part's parameters are named as in the whole; `below` are beneath them."""
+    return nn.ModuleDict(
+        {str(number): TransformerLayer(shape, config, tensor_parallel, below + number) for number in numbers}
+    )
+
+
+def last_norm(shape: EncoderShape, config: ModelConfig, tensor_parallel: TensorParallel) -> nn.Module:
+    """Make what comes after a network's last layer: a norm, or nothing where the layers end in one."""
+    return Norm(shape.hidden_size, config, tensor_parallel) if config.is_pre_norm else nn.Identity()

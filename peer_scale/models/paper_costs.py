@@ -8,6 +8,7 @@ from typing import Final
 
 from peer_scale.models.config import EncoderShape, ModelConfig
 from peer_scale.models.costs import (
+    Blocks,
     layer_matmul_flops,
     mlm_head_matmul_flops,
     projection_matmul_flops,
@@ -22,7 +23,7 @@ _SOFTMAX: Final = 5
 _OUTPUT_FRACTION: Final = 0.15625
 
 
-def paper_layer_flops(shape: EncoderShape, seq_length: int) -> float:
+def paper_layer_flops(model: ModelConfig, shape: EncoderShape, seq_length: int) -> float:
     """Count one layer's forward pass over a sequence."""
     hidden, ffn = shape.hidden_size, shape.ffn_hidden_size
     biases = 3 * hidden + hidden + ffn + hidden
@@ -31,7 +32,7 @@ def paper_layer_flops(shape: EncoderShape, seq_length: int) -> float:
     # The released accounting counts the LayerNorm after attention for one element only; kept, so that totals are equal.
     layer_norms = _LAYER_NORM + _LAYER_NORM * hidden
     per_token = biases + attention_weights + dropouts_and_residuals + layer_norms + _GELU * ffn
-    return layer_matmul_flops(shape, seq_length, seq_length**2) + per_token * seq_length
+    return layer_matmul_flops(shape, seq_length, seq_length**2, Blocks.of(model)) + per_token * seq_length
 
 
 def paper_embedding_flops(model: ModelConfig, shape: EncoderShape, seq_length: int) -> float:
@@ -66,7 +67,7 @@ def paper_generator_flops(model: ModelConfig, seq_length: int) -> float:
     generator = model.generator
     layers = generator.num_layers - 0.5 * model.num_shared_layers
     return (
-        layers * paper_layer_flops(generator, seq_length)
+        layers * paper_layer_flops(model, generator, seq_length)
         + paper_embedding_flops(model, generator, seq_length)
         + paper_mlm_head_flops(model, generator, seq_length)
     )
@@ -75,7 +76,7 @@ def paper_generator_flops(model: ModelConfig, seq_length: int) -> float:
 def paper_ranker_flops(model: ModelConfig, shape: EncoderShape, seq_length: int) -> float:
     """Count the embeddings and layers of a network of `shape` and a binary head on every position."""
     return (
-        shape.num_layers * paper_layer_flops(shape, seq_length)
+        shape.num_layers * paper_layer_flops(model, shape, seq_length)
         + paper_embedding_flops(model, shape, seq_length)
         + paper_binary_head_flops(shape, seq_length)
     )

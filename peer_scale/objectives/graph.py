@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from peer_scale.models.config import EncoderShape, ModelConfig
-from peer_scale.models.costs import projection_matmul_flops
+from peer_scale.models.costs import Blocks, projection_matmul_flops
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -147,6 +147,7 @@ class Graph:
     networks: tuple[tuple[str, EncoderShape], ...]
     num_shared_layers: int
     works: tuple[Work, ...]
+    blocks: Blocks = field(default_factory=Blocks)
 
     def __post_init__(self) -> None:
         given: set[str] = set()

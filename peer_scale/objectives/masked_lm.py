@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, ClassVar, TypeAlias
 from peer_scale.configuration import configuration
 from peer_scale.errors import UserError
 from peer_scale.models.config import ModelConfig
-from peer_scale.models.costs import mlm_head_matmul_flops
+from peer_scale.models.costs import Blocks, mlm_head_matmul_flops
 from peer_scale.models.paper_costs import paper_generator_flops
-from peer_scale.objectives.exports import Entry, Export, dense_entries, vocabulary_entry
+from peer_scale.objectives.exports import Entry, Export, dense_entries, family_of, norm_entries, vocabulary_entry
 from peer_scale.objectives.graph import Cost, Graph, Value, Work, embedding_costs
 from peer_scale.objectives.objective import Loss, Objective
 from peer_scale.objectives.works import Outcome, WorkContext
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 MLM_LOSS = Loss("mlm_loss", 1.0, "selected")
 MLM_SUMS = ("mlm_correct", "selected_square", "selected_variation")
+
+_GENERATOR_USAGE = "This is the generator of the pre-training pair, kept to inspect it or to train further."
 
 AfterSampling: TypeAlias = "Callable[[WorkContext, GeneratorOutput], Mapping[str, Tensor]]"
 """Makes the values that a generator's head gives of what it has sampled."""
@@ -43,7 +45,7 @@ class MaskedLanguageModel(Objective):
             raise UserError("the objective mlm trains one network; a model with a ranker needs another objective")
 
     def graph(self, model: ModelConfig) -> Graph:
-        return Graph(tuple(model.networks.items()), model.num_shared_layers, generator_works(model))
+        return Graph(tuple(model.networks.items()), model.num_shared_layers, generator_works(model), Blocks.of(model))
 
     def heads(self, model: ModelConfig) -> Mapping[str, HeadBuilder]:
         from peer_scale.models.heads import MaskedLMHead
@@ -139,7 +141,12 @@ def generator_metrics(sums: Mapping[str, float]) -> dict[str, object]:
 
 
 def generator_exports(model: ModelConfig) -> tuple[Export, ...]:
-    """Describe the generator as an ElectraForMaskedLM and, where it can be one, as a BertForMaskedLM."""
+    """Describe the generator as an ElectraForMaskedLM and, where it can be one, as a BertForMaskedLM.
+
+    With ModernBERT's blocks it is a ModernBertForMaskedLM.
+    """
+    if family_of(model) == "modernbert":
+        return (_modern_bert_export(model),)
     # BertForMaskedLM cannot project embeddings to another width; ELECTRA's class computes the same function and can
     has_projection = model.embedding_size != model.generator.hidden_size
     return (generator_export(model),) if has_projection else (generator_export(model), _bert_export(model))
@@ -150,8 +157,7 @@ def generator_export(model: ModelConfig) -> Export:
     entries = _mlm_head_entries(
         model, "generator_predictions.dense", "generator_predictions.LayerNorm", "generator_lm_head.bias"
     )
-    usage = "This is the generator of the pre-training pair, kept to inspect it or to train further."
-    return Export("generator", "generator", "electra", "ElectraForMaskedLM", entries, usage, _mlm_logits)
+    return Export("generator", "generator", "electra", "ElectraForMaskedLM", entries, _GENERATOR_USAGE, _mlm_logits)
 
 
 def _bert_export(model: ModelConfig) -> Export:
@@ -160,10 +166,16 @@ def _bert_export(model: ModelConfig) -> Export:
     return Export("generator", "generator", "bert", "BertForMaskedLM", entries, "A masked language model.", _mlm_logits)
 
 
+def _modern_bert_export(model: ModelConfig) -> Export:
+    entries = _mlm_head_entries(model, "head.dense", "head.norm", "decoder.bias")
+    usage = "A masked language model." if model.ranker is None else _GENERATOR_USAGE
+    return Export("generator", "generator", "modernbert", "ModernBertForMaskedLM", entries, usage, _mlm_logits)
+
+
 def _mlm_head_entries(model: ModelConfig, dense: str, norm: str, bias: str) -> tuple[Entry, ...]:
     return (
-        *dense_entries("mlm_head.dense", dense),
-        *dense_entries("mlm_head.norm", norm),
+        *dense_entries("mlm_head.dense", dense, has_bias=model.linear_bias),
+        *norm_entries("mlm_head.norm", norm, model),
         vocabulary_entry("mlm_head.bias", bias, model.vocab_size),
     )
 

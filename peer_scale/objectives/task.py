@@ -112,7 +112,9 @@ def build_model(
     graph = objective.graph(config)
     networks = dict(graph.networks)
     part = part or whole_model(config, networks)
-    return PretrainingModel(config, networks, _heads(graph, objective.heads(config), part), tensor_parallel, part)
+    heads = _heads(graph, objective.heads(config), part)
+    topped = frozenset(work.network for work in graph.works if work.network is not None and work.end_layers)
+    return PretrainingModel(config, networks, heads, tensor_parallel, part, topped=topped)
 
 
 def _heads(graph: Graph, builders: Mapping[str, HeadBuilder], part: ModelPart) -> dict[str, dict[str, HeadBuilder]]:

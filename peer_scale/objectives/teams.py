@@ -11,13 +11,24 @@ from pydantic import NonNegativeFloat, PositiveInt
 from peer_scale.configuration import configuration, option
 from peer_scale.errors import UserError
 from peer_scale.models.config import EncoderShape, ModelConfig
+from peer_scale.models.costs import Blocks
 from peer_scale.models.paper_costs import paper_generator_flops, paper_ranker_flops
-from peer_scale.objectives.exports import Export
+from peer_scale.objectives.exports import ENCODER_CLASSES, Export, family_of
 from peer_scale.objectives.graph import Cost, Graph, Value, Work, embedding_costs
 from peer_scale.objectives.masked_lm import MLM_LOSS, MLM_SUMS, generator_exports, generator_metrics, generator_works
 from peer_scale.objectives.objective import Loss, Objective
 from peer_scale.objectives.statistics import RTD_SUMS, rtd_metrics, rtd_sums
-from peer_scale.objectives.tqr import corrupted_ids, rtd_head_entries, scatter_labels, score_head_cost, token_losses
+from peer_scale.objectives.tqr import (
+    RTD_CLASSES,
+    RTD_LABELS,
+    RTD_USAGES,
+    corrupted_ids,
+    replaced_logits,
+    rtd_head_entries,
+    scatter_labels,
+    score_head_cost,
+    token_losses,
+)
 from peer_scale.objectives.works import Outcome, WorkContext
 
 # torch and what needs it are imported where they are used: `--help` reads the fields below and shall not wait for them
@@ -25,7 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from peer_scale.models.generator_head import GeneratorOutput
-    from peer_scale.models.networks import HeadBuilder, PretrainingModel
+    from peer_scale.models.networks import HeadBuilder
 
 _REPLACED, _ORIGINAL = 1.0, 2.0  # rank labels of two levels
 
@@ -122,7 +133,7 @@ class Teams(Objective):
             ),
         )
         networks = {**model.networks, "ranker": trunk}
-        return Graph(tuple(networks.items()), model.num_shared_layers, works)
+        return Graph(tuple(networks.items()), model.num_shared_layers, works, Blocks.of(model))
 
     def heads(self, model: ModelConfig) -> Mapping[str, HeadBuilder]:
         from peer_scale.models.heads import MaskedLMHead
@@ -165,26 +176,32 @@ class Teams(Objective):
         return paper_generator_flops(model, seq_length) + paper_ranker_flops(model, all_layers, seq_length)
 
     def exports(self, model: ModelConfig) -> tuple[Export, ...]:
+        family = family_of(model)
         detection = Export(
             branch="rtd",
             network="ranker",
-            family="electra",
-            class_name="ElectraForPreTraining",
-            head=rtd_head_entries("rtd_branch.head"),
-            usage="The branch of replaced-token detection (rtd): positive logits mark tokens that do not fit.",
-            logits=_replaced_logits,
+            family=family,
+            class_name=RTD_CLASSES[family],
+            head=rtd_head_entries("rtd_branch.head", model),
+            usage=f"The branch of replaced-token detection (rtd). {RTD_USAGES[family]}",
+            logits=lambda model, hidden: replaced_logits(model, hidden, "rtd_branch.head"),
             top_layers=self._top_layers("rtd_branch"),
+            top_norm="rtd_branch.final_norm",
+            labels=RTD_LABELS[family],
         )
+        parts = [f"mws_branch.dense.{kind}" for kind in ("weight", *(["bias"] if model.linear_bias else []))]
+        parts += [f"mws_branch.norm.{kind}" for kind in ("weight", *(["bias"] if model.has_norm_bias else []))]
         selection = Export(
             branch="mws",
             network="ranker",
-            family="electra",
-            class_name="ElectraModel",
+            family=family,
+            class_name=ENCODER_CLASSES[family],
             head=(),
             usage="The branch of multi-word selection (mws), as an encoder to fine-tune.",
             logits=None,
             top_layers=self._top_layers("mws_branch"),
-            left_out=tuple(f"mws_branch.{part}.{kind}" for part in ("dense", "norm") for kind in ("weight", "bias")),
+            top_norm="mws_branch.final_norm",
+            left_out=tuple(parts),
         )
         return detection, selection, *generator_exports(model)
 
@@ -238,8 +255,3 @@ def _choose(context: WorkContext, _: Tensor | None) -> Outcome:
     originals = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
     loss = F.cross_entropy(scores, originals, reduction="sum")
     return Outcome({"mws_loss": loss}, {"mws_correct": (scores[:, :1] > scores[:, 1:]).all(1).sum()})
-
-
-def _replaced_logits(model: PretrainingModel, hidden: Tensor) -> Tensor:
-    scores, thresholds = model.head("rtd_branch.head")(hidden)
-    return thresholds[-1] - scores

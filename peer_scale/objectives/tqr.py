@@ -12,9 +12,9 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from peer_scale.configuration import configuration, option
 from peer_scale.errors import UserError
 from peer_scale.models.config import EncoderShape, ModelConfig
-from peer_scale.models.costs import score_head_matmul_flops
+from peer_scale.models.costs import Blocks, score_head_matmul_flops
 from peer_scale.models.paper_costs import paper_generator_flops, paper_ranker_flops
-from peer_scale.objectives.exports import Entry, Export, dense_entries, first
+from peer_scale.objectives.exports import Entry, Export, dense_entries, family_of, first, norm_entries
 from peer_scale.objectives.graph import Cost, Graph, Value, Work, embedding_costs
 from peer_scale.objectives.masked_lm import MLM_LOSS, MLM_SUMS, generator_exports, generator_metrics, generator_works
 from peer_scale.objectives.objective import Loss, Objective
@@ -212,14 +212,14 @@ class TokenQualityRanking(Objective):
                 end_costs=(score_head_cost(ranker),),
             ),
         )
-        return Graph(tuple(model.networks.items()), model.num_shared_layers, works)
+        return Graph(tuple(model.networks.items()), model.num_shared_layers, works, Blocks.of(model))
 
     def heads(self, model: ModelConfig) -> Mapping[str, HeadBuilder]:
         from peer_scale.models.heads import MaskedLMHead, RankingHead
 
         return {
             "mlm_head": lambda tensor_parallel: MaskedLMHead(model, tensor_parallel),
-            "ranking_head": lambda _: RankingHead(_ranker(model).hidden_size, self.num_levels),
+            "ranking_head": lambda _: RankingHead(_ranker(model).hidden_size, self.num_levels, model),
         }
 
     @property
@@ -254,15 +254,17 @@ class TokenQualityRanking(Objective):
         return paper_generator_flops(model, seq_length) + paper_ranker_flops(model, _ranker(model), seq_length)
 
     def exports(self, model: ModelConfig) -> tuple[Export, ...]:
+        family = family_of(model)
         ranker = Export(
             branch="ranker",
             network="ranker",
-            family="electra",
-            class_name="ElectraForPreTraining",
-            head=rtd_head_entries("ranking_head"),
-            usage="Positive logits mark tokens that do not fit: logit = -(w.h) + xi_{K-1}.",
-            logits=_replaced_logits,
+            family=family,
+            class_name=RTD_CLASSES[family],
+            head=rtd_head_entries("ranking_head", model),
+            usage=RTD_USAGES[family],
+            logits=lambda model, hidden: replaced_logits(model, hidden, "ranking_head"),
             extras={"free_thresholds": "ranking_head.free_thresholds"},
+            labels=RTD_LABELS[family],
         )
         return ranker, *generator_exports(model)
 
@@ -319,11 +321,35 @@ def score_head_cost(shape: EncoderShape) -> Cost:
     return Cost("token", flops=score_head_matmul_flops(shape), activations=3 * shape.hidden_size)
 
 
-def rtd_head_entries(head: str) -> tuple[Entry, ...]:
-    """Map our RankingHead to ElectraForPreTraining's, whose logit for "replaced" is -w.h + xi_{K-1} (Eq. 3).
+RTD_CLASSES = {"electra": "ElectraForPreTraining", "modernbert": "ModernBertForTokenClassification"}
+RTD_LABELS = {"electra": (), "modernbert": ("original", "replaced")}
+RTD_USAGES = {
+    "electra": "Positive logits mark tokens that do not fit: logit = -(w.h) + xi_{K-1}.",
+    "modernbert": "The label replaced marks tokens that do not fit: its logit is -(w.h) + xi_{K-1}, the other's is 0.",
+}
 
-    Of the thresholds it has the last only.
+
+def rtd_head_entries(head: str, model: ModelConfig) -> tuple[Entry, ...]:
+    """Map our RankingHead to transformers' class, whose logit for "replaced" is -w.h + xi_{K-1} (Eq. 3).
+
+    Of the thresholds it has the last only. ElectraForPreTraining has that logit alone; ModernBertForTokenClassification
+    has two labels, and the logit of "original" is 0.
     """
+    if family_of(model) == "modernbert":
+        return (
+            *dense_entries(f"{head}.dense", "head.dense", has_bias=model.linear_bias),
+            *norm_entries(f"{head}.norm", "head.norm", model),
+            Entry(
+                f"{head}.score.weight", ("classifier.weight",), lambda w: (_below_zero(-w),), lambda t: -_second(t[0])
+            ),
+            Entry(
+                f"{head}.free_thresholds",
+                ("classifier.bias",),
+                lambda xi: (_below_zero(xi[-1:]),),
+                lambda t: _second(t[0]),
+                _with_last,
+            ),
+        )
     theirs = "discriminator_predictions"
     return (
         *dense_entries(f"{head}.dense", f"{theirs}.dense"),
@@ -344,9 +370,26 @@ def _with_last(thresholds: Tensor, last: Tensor) -> Tensor:
     return torch.cat([thresholds[:-1], last])
 
 
-def _replaced_logits(model: PretrainingModel, hidden: Tensor) -> Tensor:
-    scores, thresholds = model.head("ranking_head")(hidden)
-    return thresholds[-1] - scores
+def _below_zero(row: Tensor) -> Tensor:
+    """Put a row of zeros, for the label "original", before that of "replaced"."""
+    import torch
+
+    return torch.cat([torch.zeros_like(row), row])
+
+
+def _second(rows: Tensor) -> Tensor:
+    """Take the row of "replaced", as it is where that of "original" is zero: other weights fail the verification."""
+    return rows[1:]
+
+
+def replaced_logits(model: PretrainingModel, hidden: Tensor, head: str) -> Tensor:
+    """Give the logits of transformers' class for the hidden states [T, H]: [T], or [T, 2] with those of "original"."""
+    import torch
+
+    scores, thresholds = model.head(head)(hidden)
+    logits = thresholds[-1] - scores
+    is_one = family_of(model.config) == "electra"
+    return logits if is_one else torch.stack([torch.zeros_like(logits), logits], -1)
 
 
 def _ranker(model: ModelConfig) -> EncoderShape:

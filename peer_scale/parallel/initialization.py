@@ -13,11 +13,27 @@ _DENSE = (nn.Linear, nn.Embedding, ColumnParallelLinear, RowParallelLinear, Voca
 
 @torch.no_grad()
 def initialize_weights(
-    model: nn.Module, *, seed: int, std: float, vocab_size: int, tensor_parallel: TensorParallel
+    model: nn.Module,
+    *,
+    seed: int,
+    std: float,
+    vocab_size: int,
+    tensor_parallel: TensorParallel,
+    residual_scale: float = 1.0,
+    by_width: bool = False,
 ) -> None:
-    """Truncated normal (two standard deviations) for matrices and tables, zero biases; LayerNorms as they come.
+    """Draw matrices and tables from a truncated normal (two standard deviations); biases are 0, norms as they come.
 
     A split parameter is drawn whole and then sliced; rows that only pad the vocabulary are zero.
+
+    Args:
+        model: what to change.
+        seed: of all draws, with the parameter's name.
+        std: standard deviation, before what follows.
+        vocab_size: rows of the word table that are drawn.
+        tensor_parallel: which slice is this rank's.
+        residual_scale: factor for the matrices at the end of a layer's blocks, whose outputs the layers add up.
+        by_width: matrices, but not tables, have the standard deviation 1 / sqrt(inputs) instead of `std`.
     """
     for module_name, module in model.named_modules():
         if not isinstance(module, _DENSE):
@@ -31,7 +47,11 @@ def initialize_weights(
         generator = torch.Generator().manual_seed(stream_seed(seed, "init", module_name))
         whole = torch.zeros(shape)
         drawn = whole[: logical[0]]
-        nn.init.trunc_normal_(drawn, std=std, a=-2 * std, b=2 * std, generator=generator)
+        is_table = isinstance(module, (nn.Embedding, VocabParallelEmbedding))
+        scale = shape[-1] ** -0.5 if by_width and not is_table else std
+        if isinstance(module, RowParallelLinear):
+            scale *= residual_scale
+        nn.init.trunc_normal_(drawn, std=scale, a=-2 * scale, b=2 * scale, generator=generator)
         weight.copy_(whole.chunk(tensor_parallel.size, split_dim)[tensor_parallel.rank] if split_dim >= 0 else whole)
         bias = getattr(module, "bias", None)
         if isinstance(bias, torch.Tensor):

@@ -95,7 +95,8 @@ class _Flops:
     layer_backward: int
 
     def layer(self, network: str) -> int:
-        return round(layer_matmul_flops(self.graph.shape(network), self.size.tokens, self.size.token_pairs))
+        size, shape = self.size, self.graph.shape(network)
+        return round(layer_matmul_flops(shape, size.tokens, size.token_pairs, self.graph.blocks))
 
     def begin(self, work: Work) -> int:
         """Count a work's forward beside its layers, where it begins."""

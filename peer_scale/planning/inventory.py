@@ -9,7 +9,7 @@ from typing import Final
 import torch
 from torch import nn
 
-from peer_scale.models.config import ModelConfig, padded_vocab_size
+from peer_scale.models.config import ModelConfig, decays, padded_vocab_size
 from peer_scale.objectives.graph import Work
 from peer_scale.objectives.objective import Objective
 from peer_scale.objectives.task import build_model
@@ -50,8 +50,8 @@ def take_inventory(
         with torch.device("meta"):
             parameters = dict(build_model(padded, objective, _WHOLE, part).named_parameters())
         sizes = {name: _local_size(parameter, tensor_parallel) for name, parameter in parameters.items()}
-        decayed = tuple(size for name, size in sizes.items() if parameters[name].ndim >= 2)
-        others = tuple(size for name, size in sizes.items() if parameters[name].ndim < 2)
+        decayed = tuple(size for name, size in sizes.items() if decays(name, parameters[name].ndim))
+        others = tuple(size for name, size in sizes.items() if not decays(name, parameters[name].ndim))
         reached = _reached(placement, stage, sizes) if placement.num_stages > 1 else (sum(sizes.values()),)
         inventories.append(Inventory(decayed, others, reached))
     return tuple(inventories)

@@ -71,8 +71,8 @@ def layer_activations(shape: EncoderShape, workload: Workload, layout: ParallelL
 
     Of width H: inputs of QKV and of the feed-forward block, which tensor-parallel ranks keep whole; the sums before the
     two LayerNorms, split by sequence parallelism; query, key, value and the attention's output, split by heads. Of
-    width F: the feed-forward block's activations before and after GELU. On a CPU there are the attention probabilities
-    and dropout's masks besides; a GPU's kernels compute and draw them again.
+    width F: the feed-forward block's activations before and after GELU, or its gate and value and their product. On a
+    CPU there are the attention probabilities and dropout's masks besides; a GPU's kernels compute and draw them again.
     """
     size, ranks = workload.fullest(layout.micro_batch_size), layout.tensor_parallel
     tokens, token_pairs = layout.micro_batch_size * size.tokens, layout.micro_batch_size * size.token_pairs
@@ -86,7 +86,8 @@ def layer_activations(shape: EncoderShape, workload: Workload, layout: ParallelL
         sums += 2 * (workload.model.hidden_dropout > 0)
         per_pair = shape.num_attention_heads / ranks * (1 + (workload.model.attention_dropout > 0))
         probabilities = per_pair * token_pairs
-    per_token = 2 * hidden + sums * hidden / scatter_along_sequence + (4 * hidden + 2 * shape.ffn_hidden_size) / ranks
+    split = 4 * hidden + (3 if workload.model.is_gated else 2) * shape.ffn_hidden_size
+    per_token = 2 * hidden + sums * hidden / scatter_along_sequence + split / ranks
     return int((tokens * per_token + probabilities) * workload.number_bytes)
 
 

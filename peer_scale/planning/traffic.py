@@ -65,7 +65,8 @@ def _work_traffic(part: StageWork, workload: Workload, layout: ParallelLayout) -
         # the whole sequence at the top, its gradient at the bottom; gradients of biases and LayerNorms
         states = part.shape.hidden_size * workload.number_bytes
         total += (part.ends * part.work.end_joins + part.begins * has_backward) * scatter(tokens * states, ranks)
-        total += has_backward * part.num_layers * 2 * all_reduce(3 * states, ranks)
+        parameters = 2 * (workload.model.linear_bias + 1 + workload.model.has_norm_bias)
+        total += has_backward * part.num_layers * all_reduce(parameters * states, ranks)
     return total
 
 

@@ -113,6 +113,8 @@ def _train(run: RunConfig, topology: Topology, coordinator: RankCoordinator, fol
         std=run.model.init_std,
         vocab_size=run.model.vocab_size,
         tensor_parallel=tensor_parallel,
+        residual_scale=run.model.residual_init_scale,
+        by_width=run.model.width_scaled_init,
     )
     num_parameters = count_parameters(task, tensor_parallel, topology.group("pp"))
     engine = build_engine(task, run, topology)

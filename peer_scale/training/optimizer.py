@@ -5,16 +5,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from peer_scale.models.config import decays
 from peer_scale.settings.run import TrainingConfig
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
     """AdamW over two groups: matrices and tables decay, biases, LayerNorms and thresholds do not."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    groups: list[dict[str, Any]] = [
+        {"params": [], "weight_decay": config.weight_decay},
+        {"params": [], "weight_decay": 0.0},
     ]
+    for name, parameter in model.named_parameters():
+        groups[0 if decays(name, parameter.ndim) else 1]["params"].append(parameter)
     betas = (config.adam_beta1, config.adam_beta2)
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.adam_eps, fused=True)
 

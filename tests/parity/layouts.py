@@ -6,6 +6,18 @@ from dataclasses import dataclass
 
 # every model's networks get as many attention heads as the widest row has tensor-parallel ranks
 FOUR_HEADS = ("--num-attention-heads", "4", "--generator-num-attention-heads", "4")
+# rows with other blocks than the paper's, in small models of two kinds
+BLOCKS = {
+    "modern": (
+        *("--position-embedding-type", "rotary", "--local-rotary-base", "1000", "--attention-window", "8"),
+        *("--global-attention-every-n", "2", "--norm-position", "pre", "--no-norm-bias", "--activation", "geglu"),
+        *("--no-linear-bias", "--num-token-types", "0"),
+    ),
+    "t5bias": (
+        *("--position-embedding-type", "t5_bias", "--relative-attention-num-buckets", "8"),
+        *("--relative-attention-max-distance", "20", "--normalization", "rms_norm", "--activation", "swiglu"),
+    ),
+}
 OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
 
 
@@ -25,6 +37,8 @@ class Layout:
         sp: whether activations are split along the sequence as well.
         offload: whether the optimizer is on the host.
         recompute: whether activations are recomputed in backward.
+        modern: whether the blocks are ModernBERT's.
+        t5bias: whether scores have T5's bias, and the other blocks are not BERT's either.
     """
 
     model: str
@@ -38,6 +52,8 @@ class Layout:
     sp: bool = False
     offload: bool = False
     recompute: bool = False
+    modern: bool = False
+    t5bias: bool = False
 
     @property
     def ranks(self) -> int:
@@ -60,12 +76,13 @@ class Layout:
             # both parts of the ranking loss within a run, where the objective has them
             *(("--warmup-epochs", "0.02") if self.model in ("peer", "electra") else ()),
             *(flag for flag, is_on in switches.items() if is_on),
+            *(flag for name, flags in BLOCKS.items() if getattr(self, name) for flag in flags),
         )
 
     @property
     def reference(self) -> Layout:
         """The run that this one must equal: one rank, one micro-batch per step."""
-        return Layout(self.model, zero=1, mb=self.batch, batch=self.batch)
+        return Layout(self.model, zero=1, mb=self.batch, batch=self.batch, modern=self.modern, t5bias=self.t5bias)
 
 
 def parse(row: str) -> Layout:
@@ -73,6 +90,6 @@ def parse(row: str) -> Layout:
     model, *words = row.split()
     values: dict[str, int | bool] = {}
     for word in words:
-        name = word.rstrip("0123456789")
+        name = word if word in BLOCKS else word.rstrip("0123456789")
         values[name] = int(word[len(name) :]) if name != word else True
     return Layout(model, **values)  # type: ignore[arg-type]

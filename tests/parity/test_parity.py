@@ -34,9 +34,30 @@ peer pp2 zero2 mb2 offload
 teams pp2 zero3 mb2
 peer pp4 zero3 mb2
 teams tp2 pp2 sp zero1 mb4
+peer modern tp2 sp zero3 mb4
+peer t5bias tp2 zero2 mb4
+peer modern pp2 zero1 mb4
 """
 
 SLOW = """
+peer modern dp2 zero2 mb2
+peer modern dp2 zero3 mb2 offload recompute
+peer modern tp2 sp zero2 mb4
+peer modern pp2 zero2 mb2
+peer modern pp2 zero3 mb4
+peer modern tp2 pp2 sp zero1 mb4
+peer modern tp2 pp2 zero3 mb4
+peer t5bias dp2 zero1 mb4
+peer t5bias dp2 zero3 mb2 recompute
+peer t5bias tp2 sp zero3 mb4
+peer t5bias pp2 zero2 mb4
+peer t5bias pp2 zero3 mb2
+peer t5bias tp2 pp2 sp zero1 mb4
+peer t5bias tp2 pp2 sp zero3 mb4
+teams modern tp2 pp2 sp zero1 mb4
+teams modern pp2 zero3 mb2
+electra modern tp2 sp zero2 mb4
+bert modern tp2 pp2 sp zero2 mb4
 peer dp2 zero2 mb2
 peer dp2 zero1 tok48
 peer dp2 zero3 tok48

@@ -323,7 +323,7 @@ def test_a_layers_activations(dropout):
     shape = EncoderShape(num_layers=1, hidden_size=128, ffn_hidden_size=512, num_attention_heads=2)
     work = workload("peer-tiny", precision="fp32")
     work = replace(work, model=replace(work.model, hidden_dropout=dropout, attention_dropout=dropout))
-    layer = TransformerLayer(shape, work.model, single_process_topology().tensor_parallel)
+    layer = TransformerLayer(shape, work.model, single_process_topology().tensor_parallel, 0)
     parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
