@@ -79,7 +79,8 @@ def _share(samples: ExampleDataset, corpus: Corpus) -> str:
 
 def _attention(run: RunConfig, topology: Topology) -> str:
     dtype, sizes = run.compute_dtype, {shape.head_size for shape in run.model.networks.values()}
-    ways = {describe_attention(topology.device, dtype, size, has_score_bias=False) for size in sorted(sizes)}
+    has_bias = run.model.position_embedding == "t5_bias"
+    ways = {describe_attention(topology.device, dtype, size, has_score_bias=has_bias) for size in sorted(sizes)}
     return "; ".join(sorted(ways))
 
 
