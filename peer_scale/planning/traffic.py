@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -38,7 +39,7 @@ def layer_traffic(shape: EncoderShape, workload: Workload, layout: ParallelLayou
 
     Under sequence parallelism each is a gather and a reduce-scatter of the same size together.
     """
-    tokens = layout.micro_batch_size * workload.size.tokens
+    tokens = _rows(workload, layout) * (layout.tensor_parallel if layout.sequence_parallel else 1)
     return 2 * all_reduce(tokens * shape.hidden_size * workload.number_bytes, layout.tensor_parallel)
 
 
@@ -64,7 +65,8 @@ def _work_traffic(part: StageWork, workload: Workload, layout: ParallelLayout) -
     if layout.sequence_parallel:
         # the whole sequence at the top, its gradient at the bottom; gradients of biases and LayerNorms
         states = part.shape.hidden_size * workload.number_bytes
-        total += (part.ends * part.work.end_joins + part.begins * has_backward) * scatter(tokens * states, ranks)
+        joined = _rows(workload, layout) * ranks * states
+        total += (part.ends * part.work.end_joins + part.begins * has_backward) * scatter(joined, ranks)
         parameters = 2 * (workload.model.linear_bias + 1 + workload.model.has_norm_bias)
         total += has_backward * part.num_layers * all_reduce(parameters * states, ranks)
     return total
@@ -91,9 +93,13 @@ def message_bytes(graph: Graph, message: Message, workload: Workload, layout: Pa
 
 def hidden_states_bytes(shape: EncoderShape, workload: Workload, layout: ParallelLayout) -> float:
     """Give the size of one message between neighbouring stages; under sequence parallelism a rank sends its slice."""
+    return _rows(workload, layout) * shape.hidden_size * workload.number_bytes
+
+
+def _rows(workload: Workload, layout: ParallelLayout) -> float:
+    """Count the rows of hidden states that a rank has; under sequence parallelism slices are filled to one size."""
     tokens = layout.micro_batch_size * workload.size.tokens
-    split = layout.tensor_parallel if layout.sequence_parallel else 1
-    return tokens / split * shape.hidden_size * workload.number_bytes
+    return math.ceil(tokens / layout.tensor_parallel) if layout.sequence_parallel else tokens
 
 
 def zero_traffic(

@@ -1,7 +1,7 @@
 import contextlib
 import itertools
 import json
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from peer_scale.planning.layout import GIB, Cluster, ParallelLayout, Workload
 from peer_scale.planning.memory import layer_activations, state_memory, work_activations
 from peer_scale.planning.stage_works import stage_works
 from peer_scale.planning.traffic import pipeline_traffic, tensor_traffic, zero_traffic
+from peer_scale.sequences import Sequences
 from peer_scale.settings.presets import find_preset
 from runs import corpus, ds_config, train_in_pool
 
@@ -29,6 +30,24 @@ def workload(name, **changes):
     training = preset.training
     sizes = (training.seq_length, training.global_batch_size, 1e9)
     return replace(Workload(preset.model, preset.objective, preset.masking, *sizes), **changes)
+
+
+@dataclass(frozen=True)
+class Measured(Workload):
+    """A workload whose samples have the sizes that a run was seen to have."""
+
+    seen: SampleSize | None = None
+
+    @classmethod
+    def as_is(cls, work, seen):
+        return cls(**{field.name: getattr(work, field.name) for field in fields(work)}, seen=seen)
+
+    @property
+    def size(self):
+        return self.seen
+
+    def fullest(self, micro_batch_size):
+        return self.seen
 
 
 # --- against runs
@@ -136,7 +155,10 @@ def test_state_is_predicted_to_the_byte(ranks, tensor, pipeline, stage, precisio
 
 
 def sent_in_a_step(flags):
-    """Train four steps; gives the bytes this rank sends in the last by kind, counted at torch's collectives."""
+    """Train four steps; gives the bytes this rank sends in the last by kind, counted at torch's collectives.
+
+    With them the tokens and the selected positions of its micro-batches.
+    """
     import torch.distributed as dist
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -185,13 +207,14 @@ def sent_in_a_step(flags):
             return plain_step(trainer, step, *batches)
         with Counter(trainer.topology, len(trainer.engine.module.sums) + 2) as counter:
             record = plain_step(trainer, step, *batches)
-        found.append(counter.sent)
+        sizes = [(batch.sequences.num_tokens, batch.selected.num_tokens) for batch in batches[0]]
+        found.append((counter.sent, sizes))
         return record
 
     with train_step_replaced(train_step):
         train_in_pool(flags)
-    (sent,) = found
-    return sent
+    (seen,) = found
+    return seen
 
 
 TRAFFIC = [  # model, ranks, TP, PP, ZeRO stage, more flags
@@ -249,12 +272,14 @@ def test_traffic_is_what_a_run_sends(name, ranks, tensor, pipeline, stage, more,
     work = Workload(model, preset.objective, preset.masking, 64, 8, 1e9, precision)
     num_micro = 4 // layout.data_parallel
     inventories = take_inventory(model, preset.objective, placement, tensor)
-    for rank, sent in enumerate(found):
+    for rank, (sent, sizes) in enumerate(found):
+        micro_batches = [Measured.as_is(work, SampleSize(tokens / 2, n / 2, 0)) for tokens, n in sizes]
+        assert len(micro_batches) == num_micro
         at = rank // (ranks // pipeline)
         gradients, parameters = zero_traffic(inventories[at], layout, work, num_micro)
         expected = {
-            "tensor": num_micro * tensor_traffic(placement, at, work, layout),
-            "pipeline": num_micro * pipeline_traffic(placement, at, work, layout),
+            "tensor": sum(tensor_traffic(placement, at, one, layout) for one in micro_batches),
+            "pipeline": sum(pipeline_traffic(placement, at, one, layout) for one in micro_batches),
             "gradients": gradients,
             "parameters": parameters,
         }
@@ -313,12 +338,12 @@ def test_a_whole_models_activations(name, dropout, checkpointing):
     assert storage_bytes(kept.values()) == pytest.approx(expected, rel=0.15)
 
 
+@pytest.mark.parametrize("lengths", [None, [128, 40, 40, 12]])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_a_layers_activations(dropout):
+def test_a_layers_activations(dropout, lengths):
     """Against what autograd really keeps of one layer on the CPU."""
     from peer_scale.models.layers import TransformerLayer
     from peer_scale.parallel.topology import single_process_topology
-    from peer_scale.sequences import Sequences
 
     shape = EncoderShape(num_layers=1, hidden_size=128, ffn_hidden_size=512, num_attention_heads=2)
     work = workload("peer-tiny", precision="fp32")
@@ -332,11 +357,13 @@ def test_a_layers_activations(dropout):
             kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    hidden = torch.randn(4 * work.seq_length, 128, requires_grad=True)
+    lengths = lengths or [work.seq_length] * 4
+    hidden = torch.randn(sum(lengths), 128, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = layer(hidden, Sequences.of([work.seq_length] * 4))
+        output = layer(hidden, Sequences.of(lengths))
     kept.pop(output.untyped_storage().data_ptr(), None)
-    expected = layer_activations(shape, work, ParallelLayout(1, micro_batch_size=4), on_cpu=True)
+    size = SampleSize(sum(lengths) / 4, 0, sum(length**2 for length in lengths) / 4)
+    expected = layer_activations(shape, Measured.as_is(work, size), ParallelLayout(1, micro_batch_size=4), on_cpu=True)
     assert storage_bytes(kept.values()) == pytest.approx(expected, rel=0.15)
 
 
