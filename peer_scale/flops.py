@@ -60,7 +60,8 @@ def actual_train_flops(
 
     2 FLOPs per multiply-add. Look-ups and element-wise work count nothing, backward is twice forward, and shared layers
     count in each pass. Activation checkpointing runs the layers' forward pass once more. Padding counts nothing. `size`
-    may be the mean or the sum over sequences of different lengths, since all costs are linear in it.
+    may be the mean or the sum over sequences of different lengths, since all costs are linear in it, but for those of
+    local attention: they count as if all sequences had the length at which a token has as many others.
     """
     graph = objective.graph(model)
     total: float = 0
@@ -79,11 +80,17 @@ def actual_train_flops(
 def square_cost_ratio(model: ModelConfig, objective: Objective, size: SampleSize) -> float:
     """Give what a pair of tokens of one sequence costs (attention) over what a token costs (all else).
 
-    A sequence of n tokens costs n + ratio * n * n; `size` says how many tokens are selected of how many.
+    A sequence of n tokens costs n + ratio * n * n; `size` says how many tokens are selected of how many. Both terms are
+    read off the costs of that many tokens and of half as many: local attention goes by the square of short ones only.
     """
-    of_tokens = actual_train_flops(model, objective, replace(size, token_pairs=0), samples=1 / size.tokens)
-    of_pairs = actual_train_flops(model, objective, SampleSize(0, 0, token_pairs=1), samples=1)
-    return of_pairs / of_tokens
+    share = size.selected / size.tokens
+
+    def cost(tokens: float) -> float:
+        return actual_train_flops(model, objective, SampleSize(tokens, share * tokens, tokens**2), samples=1)
+
+    whole, halves = cost(size.tokens), 2 * cost(size.tokens / 2)
+    of_pairs = 2 * (whole - halves) / size.tokens**2
+    return of_pairs / (whole / size.tokens - of_pairs * size.tokens)
 
 
 def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:

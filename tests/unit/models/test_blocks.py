@@ -8,11 +8,13 @@ from transformers import T5Config
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from peer_scale.errors import UserError
+from peer_scale.flops import actual_train_flops, square_cost_ratio
 from peer_scale.kernels.attention import padded_attention
 from peer_scale.models.config import EncoderShape, ModelConfig
 from peer_scale.models.costs import Blocks, layer_matmul_flops
 from peer_scale.models.layers import TransformerLayer
 from peer_scale.models.positions import RelativeBias
+from peer_scale.objectives.graph import SampleSize
 from peer_scale.objectives.masked_lm import MaskedLanguageModel
 from peer_scale.objectives.task import build_model
 from peer_scale.parallel.initialization import initialize_weights
@@ -176,3 +178,15 @@ def test_flops_are_those_of_a_plain_count(window, is_gated):
 def test_options_that_do_not_go(changes, message):
     with pytest.raises(UserError, match=message):
         replace(PLAIN, **changes)
+
+
+@pytest.mark.parametrize("window", [None, 8, 40])
+def test_the_cost_of_a_pair_over_a_tokens_gives_that_of_a_sequence(window):
+    model, objective = replace(PLAIN, attention_window=window), MaskedLanguageModel()
+    ratio = square_cost_ratio(model, objective, SampleSize(64, 8, 64**2))
+
+    def cost(length):
+        return actual_train_flops(model, objective, SampleSize(length, length / 8, length**2), samples=1)
+
+    for length in (32, 64):
+        assert cost(length) / cost(64) == pytest.approx((length + ratio * length**2) / (64 + ratio * 64**2), rel=1e-9)
