@@ -173,6 +173,8 @@ teams dp1 zero1 mb8
 teams pp2 zero3 mb4
 """
 SLOW_RESUMED = """
+peer modern tp2 sp zero1 mb4
+peer t5bias tp2 pp2 sp zero3 mb4
 teams dp2 zero2 mb2
 teams tp2 zero1 mb4
 teams tp2 pp2 sp zero3 mb2
