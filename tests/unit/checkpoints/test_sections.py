@@ -7,7 +7,7 @@ import pytest
 
 from checkpoint_runs import SHAPE, WHOLE
 from peer_scale.checkpoints.sections import parse_sections
-from peer_scale.checkpoints.upgrade import from_format_2, with_split
+from peer_scale.checkpoints.upgrade import from_format_2, with_blocks, with_split
 from peer_scale.errors import UserError
 from peer_scale.models.config import ModelConfig
 from peer_scale.objectives.masked_lm import MaskedLanguageModel
@@ -104,3 +104,18 @@ def test_an_import_of_format_2_says_nothing_of_random_streams():
     content = as_format_2(IMPORTED)
     content["random"] = {"seed": 7}
     assert parse_sections(from_format_2(content), "peer_scale.json").random.seed == 7
+
+
+def test_a_model_of_before_there_were_blocks_to_choose_from_has_berts():
+    model = WHOLE.as_json()["model"]
+    assert with_blocks({"model": {**model, "activation": "geglu"}})["model"]["activation"] == "geglu"
+    added = {name for name in model if name not in MODEL_OF_BEFORE}
+    before = {name: value for name, value in model.items() if name not in added}
+    assert with_blocks({"model": before}) == {"model": model}
+    assert "norm_position" in added and "init_std" not in added
+
+
+MODEL_OF_BEFORE = (
+    *("generator", "ranker", "num_shared_layers", "vocab_size", "embedding_size", "max_position_embeddings"),
+    *("num_token_types", "hidden_dropout", "attention_dropout", "init_std", "layer_norm_eps"),
+)
