@@ -128,7 +128,7 @@ def _add_to_hf(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="NAME",
         help="which network, with the head on top of it: ranker (of TEAMS: rtd), an ElectraForPreTraining; mws (of "
         "TEAMS), an ElectraModel; generator, an ElectraForMaskedLM (of BERT, which has nothing else, a "
-        "BertForMaskedLM); default: the first of these that the model has",
+        "BertForMaskedLM), or ModernBERT's classes of them; default: the first of these that the model has",
     )
     parser.add_argument(
         "--no-verify", action="store_true", help="do not compare the written folder's logits with our own model's"
@@ -138,7 +138,7 @@ def _add_to_hf(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def _add_from_hf(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     from peer_scale.settings.flags import add_model_flags, add_objective_flags
 
-    text = "Write a checkpoint of step 0 with the weights of ELECTRA or BERT models, from which the trainer starts."
+    text = "Write a checkpoint of step 0 with ELECTRA's, BERT's or ModernBERT's weights, from which the trainer starts."
     parser = _add(
         commands, "from-hf", from_hf, "start from Hugging Face weights", text, _FROM_HF_EXAMPLE, has_load=False
     )

@@ -325,8 +325,8 @@ from peer_scale.quiet import silence_libraries
 silence_libraries()
 from peer_scale.objectives import tqr
 right = tqr.rtd_head_entries
-def wrong(head):
-    return tuple(e._replace(convert=lambda w: (w,)) if "score" in e.ours else e for e in right(head))
+def wrong(*head):
+    return tuple(e._replace(convert=lambda w: (w,)) if "score" in e.ours else e for e in right(*head))
 tqr.rtd_head_entries = wrong
 from peer_scale.commands import convert
 assert convert.main(sys.argv[1:]) == 2
