@@ -9,7 +9,8 @@ from pathlib import Path
 
 from bench_peers import MissingPeer
 from peer_scale.samples.examples import Batch
-from peer_scale.samples.loader import BatchPlan, micro_batches
+from peer_scale.samples.loader import micro_batches
+from peer_scale.samples.shares import BatchPlan
 from peer_scale.settings.flags import build_parser
 from peer_scale.settings.resolve import resolve
 from peer_scale.settings.run import RunConfig

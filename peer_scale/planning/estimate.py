@@ -93,7 +93,7 @@ def make_plan(workload: Workload, cluster: Cluster, layout: ParallelLayout) -> P
     """Say everything about one layout.
 
     Raises:
-        UserError: The model, the sequence or the batch cannot be cut so.
+        UserError: The model or the batch cannot be cut so.
     """
     check_layout(layout, workload)
     num_micro = layout.num_micro_batches(workload.global_batch_size)

@@ -170,7 +170,7 @@ class ParallelLayout:
 
 
 def check_layout(layout: ParallelLayout, workload: Workload) -> None:
-    """Raise UserError where the model or the sequence cannot be cut so."""
+    """Raise UserError where the model cannot be cut so."""
     size = layout.tensor_parallel
     for network, shape in workload.graph.networks:
         for name in ("num_attention_heads", "ffn_hidden_size"):
@@ -178,5 +178,3 @@ def check_layout(layout: ParallelLayout, workload: Workload) -> None:
                 raise UserError(
                     f"--tensor-model-parallel-size {size} does not divide the {network}'s {name} {getattr(shape, name)}"
                 )
-    if layout.sequence_parallel and workload.seq_length % size:
-        raise UserError(f"--tensor-model-parallel-size {size} does not divide --seq-length {workload.seq_length}")

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import ElectraForMaskedLM, ElectraForPreTraining, ElectraModel
 
 from peer_scale.checkpoints.manifest import VOCABULARY_PARAMETERS
@@ -14,7 +15,7 @@ from peer_scale.objectives.masked_lm import MaskedLanguageModel
 from peer_scale.objectives.task import build_model
 from peer_scale.objectives.tqr import TokenQualityRanking, tqr_loss
 from peer_scale.parallel.initialization import initialize_weights
-from peer_scale.parallel.topology import single_process_topology
+from peer_scale.parallel.topology import build_topology, single_process_topology
 from peer_scale.sequences import Sequences
 
 SHAPE = EncoderShape(num_layers=3, hidden_size=48, ffn_hidden_size=96, num_attention_heads=4)
@@ -167,3 +168,69 @@ def test_electra_model_opens_the_encoder_alone(model, text):
     alone.load_state_dict(reference.electra.state_dict(), strict=True)
     expected = alone(ids, attention_mask=mask, token_type_ids=types).last_hidden_state
     assert_close(encode(model, "generator", text), expected[mask])
+
+
+def encode_sharded(config, weights, network, ids, types, lengths, grad):
+    """Run by each of the tensor-parallel ranks, with sequence parallelism: states, and the gradients of its shards."""
+    ranks = build_topology(
+        torch.device("cpu"), tensor_parallel=dist.get_world_size(), sequence_parallel=True
+    ).tensor_parallel
+    model = build_model(config, objective_of(config), ranks)
+    named = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in named.items():
+            whole = weights[name]
+            if getattr(parameter, "tensor_model_parallel", False):
+                dim = parameter.partition_dim
+                missing = parameter.shape[dim] * ranks.size - whole.shape[dim]  # the vocabulary is padded to more rows
+                whole = torch.cat([whole, whole.new_zeros(missing, *whole.shape[1:])]) if missing else whole
+                whole = whole.chunk(ranks.size, dim)[ranks.rank]
+            parameter.copy_(whole)
+    hidden = model.encode(network, ids, types, Sequences.of(lengths))
+    (hidden * grad).sum().backward()
+    gradients = {
+        name: (parameter.grad, parameter.partition_dim if hasattr(parameter, "partition_dim") else None)
+        for name, parameter in named.items()
+        if parameter.grad is not None
+    }
+    return hidden.detach(), gradients
+
+
+@pytest.mark.parametrize("network", ["generator", "ranker"])
+def test_two_tensor_parallel_ranks_are_electra_too(network, two_ranks):
+    """Lengths of 3 to S, an odd number of tokens: the last rank's slice is filled up."""
+    config = replace(MODELS["peer"], hidden_dropout=0.0, attention_dropout=0.0, max_position_embeddings=32)
+    single = single_process_topology().tensor_parallel
+    model = build_model(config, objective_of(config), single)
+    initialize_weights(model, seed=3, std=0.1, vocab_size=101, tensor_parallel=single)
+    torch.manual_seed(1)
+    lengths = torch.tensor([32, 3, 17, 4, 5])
+    ids = torch.randint(5, 101, (5, 32))
+    types = (torch.arange(32) > 11).long().expand_as(ids)
+    mask = torch.arange(32) < lengths[:, None]
+    grad = torch.randn(int(lengths.sum()), SHAPE.hidden_size)
+    assert len(grad) % 2 == 1
+
+    reference, entries = hugging_face(model, network)
+    expected = reference.electra(ids, attention_mask=mask, token_type_ids=types).last_hidden_state[mask]
+    (expected * grad).sum().backward()
+    theirs = {name: parameter.grad for name, parameter in reference.named_parameters()}
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    by_rank = two_ranks.run(
+        encode_sharded, config, weights, network, ids[mask], types[mask], lengths.tolist(), grad, timeout=60
+    )
+    compared = 0
+    for hidden, _ in by_rank:
+        assert_close(hidden, expected)
+    for entry in entries:
+        if entry.ours not in by_rank[0][1]:
+            continue
+        parts, dims = zip(*(gradients[entry.ours] for _, gradients in by_rank), strict=True)
+        whole = parts[0] if dims[0] is None else torch.cat(parts, dims[0])
+        if dims[0] is None:
+            assert_close(parts[0], parts[1])
+        whole = whole[:101] if entry.ours in VOCABULARY_PARAMETERS else whole
+        for name, mine in zip(entry.theirs, entry.convert(whole), strict=True):
+            assert (mine - theirs[name]).abs().max() < TOLERANCE * max(1.0, theirs[name].abs().max()), name
+            compared += 1
+    assert compared == sum(gradient is not None for gradient in theirs.values())
