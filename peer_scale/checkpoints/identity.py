@@ -18,7 +18,10 @@ _SECTIONS = ("model", "objective", "masking", "tokenizer", "data")
 _SECTIONS_OF_WEIGHTS = ("model", "tokenizer")
 _SPLIT = "data.split"  # is taken over by the run that goes on: `with_split_of`
 # what of the model does not change what its weights mean
-_OF_TRAINING = ("hidden_dropout", "attention_dropout", "init_std", "depth_scaled_init", "width_scaled_init")
+_OF_TRAINING = (
+    *("hidden_dropout", "attention_dropout"),
+    *("init_std", "depth_scaled_init", "width_scaled_init", "unigram_output_bias"),
+)
 
 
 def differences_of_weights(manifest: Manifest, own: Sections, tensor_parallel: TensorParallel) -> str:

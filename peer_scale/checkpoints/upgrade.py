@@ -22,6 +22,7 @@ _BLOCKS = (
     "linear_bias",
     "depth_scaled_init",
     "width_scaled_init",
+    "unigram_output_bias",
 )
 
 

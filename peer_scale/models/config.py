@@ -139,6 +139,11 @@ class ModelConfig:
         help="Draw a matrix with a standard deviation of one over the square root of its inputs; tables keep "
         "--init-method-std.",
     )
+    unigram_output_bias: bool = option(
+        default=False,
+        help="Begin with the MLM head's biases at the logarithm of how often each token stands in the text, so that "
+        "the generator does not have to learn that first.",
+    )
     layer_norm_eps: PositiveFloat = option(
         default=1e-12, help="What normalization adds to the variance.", metavar="X", flag="norm-epsilon"
     )

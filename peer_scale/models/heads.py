@@ -25,9 +25,16 @@ class MaskedLMHead(nn.Module):
         rows = padded_vocab_size(config.vocab_size, tensor_parallel.size) // tensor_parallel.size
         self.bias = nn.Parameter(torch.zeros(rows))
         mark_sharded(self.bias, dim=0)
-        first_row = rows * tensor_parallel.rank
-        is_padding = torch.arange(first_row, first_row + rows) >= config.vocab_size
+        self.first_row = rows * tensor_parallel.rank
+        is_padding = torch.arange(self.first_row, self.first_row + rows) >= config.vocab_size
         self.register_buffer("is_padding", is_padding, persistent=False)
+
+    @torch.no_grad()
+    def begin_with_frequencies(self, counts: Tensor) -> None:
+        """Set the biases to the logarithms of relative frequencies, from counts [V]; each is counted once more."""
+        frequencies = (counts.double() + 1) / (counts.sum() + len(counts))
+        own = frequencies.log()[self.first_row :][: len(self.bias)]
+        self.bias[: len(own)] = own.to(self.bias)
 
     def forward(self, hidden_nH: Tensor) -> tuple[Tensor, Tensor]:
         """Give transformed states [n, E] and bias [rows], -inf on padding rows: never sampled, ranked or counted."""

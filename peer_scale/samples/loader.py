@@ -56,6 +56,13 @@ class ExampleDataset(Dataset):
         """Make a sample of its window's tokens."""
         return self.builder.build(self.windows.tokens(window, self.builder.tokenizer.vocab_size), sample)
 
+    def token_counts(self, num_samples: int) -> np.ndarray:
+        """Count the tokens in the text of the first samples, int64 [vocabulary]; UserError for damaged text."""
+        vocab_size = self.builder.tokenizer.vocab_size
+        windows = self._order.at(np.arange(min(num_samples, len(self))))
+        tokens = [self.windows.tokens(window, vocab_size) for window in windows.tolist()]
+        return np.bincount(np.concatenate(tokens), minlength=vocab_size)
+
     def measure(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Find the windows of any samples, and without reading them how many tokens the samples have at most."""
         windows = self._order.at(samples)

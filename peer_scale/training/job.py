@@ -18,6 +18,7 @@ from peer_scale.checkpoints.state import TrainingState, require_supported_offloa
 from peer_scale.checkpoints.writer import CheckpointWriter
 from peer_scale.errors import UserError
 from peer_scale.host_memory import keep_freed_memory
+from peer_scale.models.heads import MaskedLMHead
 from peer_scale.objectives.task import PretrainingTask
 from peer_scale.parallel.coordination import RankCoordinator
 from peer_scale.parallel.environment import ProcessEnvironment, default_num_threads
@@ -46,6 +47,8 @@ from peer_scale.training.runner import Runner, WholeModelRunner
 from peer_scale.training.starting_point import StartingPoint, find_start
 from peer_scale.training.summary import startup_summary
 from peer_scale.training.trainer import Callback, Trainer
+
+_SAMPLES_FOR_UNIGRAMS = 4096
 
 
 def run_job(args: argparse.Namespace, environment: ProcessEnvironment) -> None:
@@ -116,6 +119,10 @@ def _train(run: RunConfig, topology: Topology, coordinator: RankCoordinator, fol
         residual_scale=run.model.residual_init_scale,
         by_width=run.model.width_scaled_init,
     )
+    if run.model.unigram_output_bias and start.folder is None:
+        counts = coordinator.everyone(lambda: corpus.training.token_counts(_SAMPLES_FOR_UNIGRAMS))
+        for head in (module for module in task.modules() if isinstance(module, MaskedLMHead)):
+            head.begin_with_frequencies(torch.from_numpy(counts))
     num_parameters = count_parameters(task, tensor_parallel, topology.group("pp"))
     engine = build_engine(task, run, topology)
     runner: Runner = WholeModelRunner(engine, topology)
