@@ -34,7 +34,7 @@ def steps_begun(save):
     return [int(path.name[-8:]) for path in save.glob(".writing_step_*")] if save.exists() else []
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_at_any_moment_of_saving_it_loads_at_the_last_committed_step(kills, two_ranks, text_file, tmp_path):
     rng = random.Random(kills)
     steps = 4 * kills + 4
@@ -57,7 +57,7 @@ def test_killed_at_any_moment_of_saving_it_loads_at_the_last_committed_step(kill
         assert_loads(save)
     ranks = ForkedRanks(saving, 2, tmp_path)
     assert ranks.end() == [0, 0], ranks.said
-    assert unfinished >= kills // 4, "the kills came too late to test anything"
+    assert unfinished >= max(1, kills // 4), "the kills came too late to test anything"
     assert without_times(read_metrics(tmp_path / "cut")) == without_times(whole)
     assert sorted(path.name for path in save.iterdir()) == [
         "latest",
