@@ -7,6 +7,9 @@ python tools/bench.py --rows text-512-transformers-fp32 prepare-jsonl-2
 
 Rows step-*, head-* and kernel-* are of full sequences, without padding. Rows text-* are training steps on Wikipedia
 introductions, of at most so many tokens: the peers pad them to that length or, -longest-, to the longest of each batch.
+Rows block-* are forward and backward of an encoder of other blocks and of transformers' class of the same sizes, both
+without dropout and with weights in bf16 or, -fp32, in fp32: on full sequences or, -text, on introductions of at most
+128 tokens.
 Rows prepare-* compare tools/preprocess_data.py on so many workers with the tokenizer alone on as many threads.
 Other people's training steps run in processes of their own.
 """
@@ -37,7 +40,8 @@ import torch.nn.functional as F  # noqa: E402
 from pydantic import PositiveInt  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from bench_peers import MissingPeer, Setting, matrix_products, our_task, padded, plain_loop  # noqa: E402
+from bench_blocks import our_pass, their_pass  # noqa: E402
+from bench_peers import PEERS, MissingPeer, Setting, matrix_products, our_task, padded, plain_loop  # noqa: E402
 from bench_preparation import preparation_pair  # noqa: E402
 from bench_processes import peer_step  # noqa: E402
 from bench_text import text_batches  # noqa: E402
@@ -209,7 +213,7 @@ class Row:
     Attributes:
         peer: what stands in the table.
         is_step: whether our side is a whole training step.
-        text_length: of a step on real text, the longest sequence.
+        text_length: of a row on real text, the longest sequence.
     """
 
     peer: str
@@ -230,6 +234,21 @@ def _text_rows(length: int) -> dict[str, Row]:
     return rows
 
 
+def _block_rows() -> dict[str, Row]:
+    blocks = {
+        "modernbert": Row("transformers' ModernBertModel, sdpa", is_step=False),
+        "t5-bias": Row("transformers' T5EncoderModel: one table of biases, not one per layer", is_step=False),
+        "modernbert-text": Row(
+            "transformers' ModernBertModel, sdpa, padded to the longest of the batch", is_step=False, text_length=128
+        ),
+    }
+    return {
+        f"block-{name}{suffix}": replace(row, peer=f"{row.peer}, both {precision}")
+        for name, row in blocks.items()
+        for suffix, precision in (("", "bf16"), ("-fp32", "fp32"))
+    }
+
+
 ROWS: dict[str, Row] = {
     "step-transformers-fp32": Row("transformers, tied and shared, fp32"),
     "step-transformers-bf16": Row("transformers, tied and shared, bf16 autocast"),
@@ -243,6 +262,7 @@ ROWS: dict[str, Row] = {
     "head-backward": Row("its three products", is_step=False),
     "kernel-norm": Row("torch's composition", is_step=False),
     "kernel-gelu": Row("torch's composition", is_step=False),
+    **_block_rows(),
     **_text_rows(128),
     **_text_rows(512),
     **{
@@ -287,6 +307,8 @@ def build_row(name: str, bench: Bench, setting: Setting, folder: Path) -> tuple[
     device = setting.topology.device
     if name in ("step-while-saving", "save-copy"):
         return saving_pair(setting, folder, copy_alone=name == "save-copy")
+    if kind == "block":
+        return block_pair(rest, setting)
     if kind == "prepare":
         source, workers = rest.split("-")
         return preparation_pair(source, int(workers), setting.run.model.vocab_size, bench.copies, bench.folder)
@@ -313,7 +335,17 @@ def foreign_step(name: str, setting: Setting) -> Action | None:
     length = None if peer == "longest" else setting.run.training.seq_length
     batches = [padded(batch, length) for batch in setting.batches]
     peer = "transformers" if peer == "longest" else peer
-    return peer_step(peer, setting.run, batches, setting.topology.device, autocast=precision == "bf16")
+    device = setting.topology.device
+    return peer_step(functools.partial(PEERS[peer], setting.run, device, precision == "bf16"), batches, device)
+
+
+def block_pair(name: str, setting: Setting) -> tuple[Action, Action]:
+    """Our encoder of other blocks and transformers', named "block", "block-text", or so with "-fp32"."""
+    dtype = torch.float32 if name.endswith("-fp32") else torch.bfloat16
+    block, device = name.removesuffix("-fp32").removesuffix("-text"), setting.topology.device
+    batches = [padded(batch, None) for batch in setting.batches]
+    peer = peer_step(functools.partial(their_pass, block, setting.run.model, device, dtype), batches, device)
+    return Here(our_pass(block, setting, dtype), device), peer
 
 
 def summarise(row: str, pairs: list[tuple[float, float]]) -> Result:

@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 
-from bench_peers import PEERS, MissingPeer, PaddedBatch
+from bench_peers import MissingPeer, PaddedBatch, PeerStep
 from bench_turns import Here, over_batches
-from peer_scale.settings.run import RunConfig
 
 _STEP, _MEMORY = "step", "memory"
 
@@ -85,20 +84,22 @@ def _serve(connection: Connection, build: Callable[..., Here], arguments: tuple[
         connection.send(answer)
 
 
-def peer_step(
-    name: str, run: RunConfig, batches: Sequence[PaddedBatch], device: torch.device, *, autocast: bool
-) -> PeerProcess:
-    """Start a peer's training step over batches in turns, with as many threads as this process has."""
+def peer_step(build: Callable[[], PeerStep], batches: Sequence[PaddedBatch], device: torch.device) -> PeerProcess:
+    """Start a peer's step over batches in turns, with as many threads as this process has.
+
+    Args:
+        build: makes the step there; it is pickled.
+        batches: what it works on.
+        device: where they are put.
+    """
     arrays = [[tensor.numpy(force=True) for tensor in batch] for batch in batches]
-    return PeerProcess(_build_step, name, run, arrays, device, autocast, torch.get_num_threads())
+    return PeerProcess(_build_step, build, arrays, device, torch.get_num_threads())
 
 
-def _build_step(
-    name: str, run: RunConfig, arrays: list[list[Any]], device: torch.device, autocast: bool, threads: int
-) -> Here:
+def _build_step(build: Callable[[], PeerStep], arrays: list[list[Any]], device: torch.device, threads: int) -> Here:
     torch.set_num_threads(threads)
     batches = [PaddedBatch(*(torch.from_numpy(array).to(device) for array in batch)) for batch in arrays]
-    return Here(over_batches(PEERS[name](run, device, autocast), batches), device)
+    return Here(over_batches(build(), batches), device)
 
 
 def encode_batch(tokenizer: str, texts: Sequence[str], threads: int) -> PeerProcess:

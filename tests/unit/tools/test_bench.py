@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import bench
+import bench_blocks
 import bench_peers
 import bench_text
 from bench_turns import Here, measured, over_batches
@@ -42,6 +43,19 @@ def test_the_transformers_peer_is_tied_and_shared_like_ours():
         loss = pair.eval()(batch).item()
     expected = torch.log(torch.tensor(float(run.model.vocab_size))) + 50 * torch.log(torch.tensor(2.0))
     assert loss == pytest.approx(expected.item(), rel=0.03)
+
+
+@pytest.mark.parametrize("name", ["modernbert", "t5-bias"])
+def test_transformers_encoder_of_other_blocks_has_our_parameters(name):
+    model = bench_blocks.with_blocks(name, small_run().model)
+    ours = bench_blocks.our_encoder(model, single_process_topology().tensor_parallel, seed=0)
+    theirs = bench_blocks.their_encoder(name, model)
+    tables = [p.numel() for key, p in ours.named_parameters() if "relative_bias" in key]
+    assert len(tables) == (model.generator.num_layers if name == "t5-bias" else 0)
+    expected = sum(parameter.numel() for parameter in ours.parameters()) - sum(tables[1:])
+    assert sum(parameter.numel() for parameter in theirs.parameters()) == expected
+    if name == "modernbert":
+        assert theirs.config._attn_implementation == "sdpa"
 
 
 def test_ratios_are_paired():
@@ -98,6 +112,7 @@ def test_text_that_is_not_installed_is_left_out_with_a_word(monkeypatch):
 
 ROWS = ["step-transformers-bf16", "step-plain-loop", "step-matrix-products", "head-forward", "head-backward"]
 ROWS += ["kernel-norm", "kernel-gelu", "text-128-longest-bf16", "text-128-full", "prepare-jsonl-2"]
+ROWS += ["block-modernbert", "block-t5-bias-fp32", "block-modernbert-text"]
 
 
 @pytest.mark.slow
