@@ -25,6 +25,8 @@ from peer_scale.corpus.store import TokenStore
 from peer_scale.errors import UserError
 from test_readers import documents, read_in_slices, write
 
+pytestmark = pytest.mark.heavy
+
 COMPRESS = {
     "gz": gzip.compress,
     "bz2": bz2.compress,

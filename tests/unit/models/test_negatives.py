@@ -11,6 +11,8 @@ import torch.distributed as dist
 from peer_scale.models.generator_head import DRAW_REDUCED_BYTES, EXCLUSION_REDUCED_BYTES, generator_head
 from test_generator_head import DTYPES, VOCAB, Traffic, problem
 
+pytestmark = pytest.mark.heavy
+
 DRAWS = 50_000
 SURE = 40.0  # a logit beside which all others weigh nothing in fp32
 LAWS = {  # logits, target, k

@@ -18,6 +18,8 @@ from peer_scale.pipeline.simulator import simulate
 from peer_scale.settings.presets import find_preset
 from runs import PROJECT
 
+pytestmark = pytest.mark.heavy
+
 DOCS = PROJECT / "docs" / "pipeline.md"
 
 

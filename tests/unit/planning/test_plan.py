@@ -299,6 +299,7 @@ def activation_rows():
             yield pytest.param(name, dropout, checkpointing, marks=() if is_default else pytest.mark.slow)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("name", "dropout", "checkpointing"), activation_rows())
 def test_a_whole_models_activations(name, dropout, checkpointing):
     """Against what autograd really keeps of one micro-batch, both passes and heads, on the CPU."""
