@@ -1,7 +1,12 @@
 """Small runs whose checkpoints tests look at, and an example of what a manifest says of a run."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import torch
+
+from peer_scale.checkpoints.initial import write_initial
+from peer_scale.checkpoints.parameters import shardings
 from peer_scale.checkpoints.progress import Progress
 from peer_scale.checkpoints.sections import (
     TIES,
@@ -17,6 +22,7 @@ from peer_scale.checkpoints.sections import (
 )
 from peer_scale.models.config import EncoderShape, ModelConfig
 from peer_scale.objectives.tqr import TokenQualityRanking
+from peer_scale.parallel.topology import single_process_topology
 from peer_scale.samples.masking import MaskingConfig
 from runs import corpus, ds_config
 
@@ -50,3 +56,18 @@ def flags_for(folder: Path, text_file: Path, name: str, *more: object, stage: in
 
 def without_times(metrics: list[dict]) -> list[dict]:
     return [{key: value for key, value in line.items() if key not in TIMES} for line in metrics]
+
+
+def write_random(folder, model, objective, branch, wordpiece):
+    """Write a checkpoint of random numbers, as if the branch had been imported; give the weights by name."""
+    imported = {"data": None, "layout": None, "training": None, "reshaped": None, "imported": {branch: "nowhere"}}
+    tokenizer = replace(WHOLE.tokenizer, digest=wordpiece.digest)
+    sections = replace(WHOLE, model=model, objective=objective, tokenizer=tokenizer, **imported)
+    generator = torch.Generator().manual_seed(5)
+    ours = shardings(model, objective, single_process_topology().tensor_parallel)
+    weights = {
+        name: torch.randn(sharding.shape, generator=generator) * 0.2 + ("norm.weight" in name)
+        for name, sharding in ours.items()
+    }
+    write_initial(folder, sections, ours, lambda name: weights[name], wordpiece)
+    return weights

@@ -66,6 +66,19 @@ def refusal(capfd, tmp_path):
 
 
 @pytest.fixture
+def run(capfd):
+    """Run the conversion tool on what it must do; gives what it says."""
+
+    def run(*arguments):
+        code = convert.main(list(map(str, arguments)))
+        captured = capfd.readouterr()
+        assert code == 0, captured.err
+        return captured.out
+
+    return run
+
+
+@pytest.fixture
 def mount_disk(tmp_path):
     """Mount a small disk, of a size as `mount` writes it; gives its folder. Skips where that is not allowed."""
     mounted = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,7 @@ def self_attention(
     """
     if qkv.device.type == "cpu":
         return GroupedAttention.apply(qkv, bias, sequences, head_size, dropout, score_bias, window)
-    flash = flash_kernel() if _suits_flash(qkv.dtype, head_size, score_bias) else None
+    flash = _suitable_flash(qkv.dtype, head_size, has_score_bias=score_bias is not None)
     num_tokens = sequences.num_tokens
     biased = qkv[:num_tokens] if bias is None else qkv[:num_tokens] + bias
     query, key, value = biased.view(num_tokens, -1, 3, head_size).unbind(2)
@@ -68,7 +68,7 @@ def describe_attention(device: torch.device, dtype: torch.dtype, head_size: int,
     """Name the way attention is computed, for the start-up summary."""
     if device.type == "cpu":
         return "in groups of like length"
-    flash = flash_kernel() if _suits_flash(dtype, head_size, has_score_bias or None) else None
+    flash = _suitable_flash(dtype, head_size, has_score_bias=has_score_bias)
     return "torch's fused kernel on padded sequences" if flash is None else flash.name
 
 
@@ -86,9 +86,10 @@ def flash_kernel() -> FlashKernel | None:
     return None
 
 
-def _suits_flash(dtype: torch.dtype, head_size: int, score_bias: Any) -> bool:
+def _suitable_flash(dtype: torch.dtype, head_size: int, *, has_score_bias: bool) -> FlashKernel | None:
     is_half = dtype in (torch.float16, torch.bfloat16)
-    return is_half and score_bias is None and head_size % 8 == 0 and head_size <= 256
+    is_suitable = is_half and not has_score_bias and head_size % 8 == 0 and head_size <= 256
+    return flash_kernel() if is_suitable else None
 
 
 def _flash_attn(varlen: Callable[..., Tensor]) -> Callable[..., Tensor]:

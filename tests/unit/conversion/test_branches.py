@@ -15,10 +15,7 @@ from transformers import (
     ElectraModel,
 )
 
-import convert_checkpoint
-from checkpoint_runs import WHOLE
-from peer_scale.checkpoints.initial import write_initial
-from peer_scale.checkpoints.parameters import shardings
+from checkpoint_runs import write_random
 from peer_scale.checkpoints.reader import read_checkpoint
 from peer_scale.models.config import EncoderShape, ModelConfig
 from peer_scale.objectives.task import build_model
@@ -41,29 +38,8 @@ def teams(tmp_path_factory, wordpiece):
         embedding_size=24,
         max_position_embeddings=40,
     )
-    imported = {"data": None, "layout": None, "training": None, "reshaped": None, "imported": {"rtd": "nowhere"}}
-    tokenizer = replace(WHOLE.tokenizer, digest=wordpiece.digest)
-    sections = replace(WHOLE, model=model, objective=OBJECTIVE, tokenizer=tokenizer, **imported)
-    generator = torch.Generator().manual_seed(5)
-    ours = shardings(model, OBJECTIVE, single_process_topology().tensor_parallel)
-    weights = {
-        name: torch.randn(sharding.shape, generator=generator) * 0.2 + ("norm.weight" in name)
-        for name, sharding in ours.items()
-    }
     folder = tmp_path_factory.mktemp("teams")
-    write_initial(folder, sections, ours, lambda name: weights[name], wordpiece)
-    return folder, weights
-
-
-@pytest.fixture
-def run(capfd):
-    def run(*arguments):
-        code = convert_checkpoint.main(list(map(str, arguments)))
-        captured = capfd.readouterr()
-        assert code == 0, captured.err
-        return captured.out
-
-    return run
+    return folder, write_random(folder, model, OBJECTIVE, "rtd", wordpiece)
 
 
 def our_model(folder, weights):

@@ -22,7 +22,6 @@ from peer_scale.checkpoints.folder import newest
 from peer_scale.checkpoints.manifest import KINDS
 from peer_scale.checkpoints.pieces import TensorReader
 from peer_scale.checkpoints.reader import our_weights, read_checkpoint
-from peer_scale.commands import convert
 from peer_scale.objectives.task import build_model
 from peer_scale.parallel.topology import single_process_topology
 from peer_scale.sequences import Sequences
@@ -39,17 +38,6 @@ SIZES = {
 }
 NARROW = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
 BERT_SIZES = {**SIZES, "layer_norm_eps": 1e-7}
-
-
-@pytest.fixture
-def run(capfd):
-    def run(*arguments):
-        code = convert.main(list(map(str, arguments)))
-        captured = capfd.readouterr()
-        assert code == 0, captured.err
-        return captured.out
-
-    return run
 
 
 @pytest.fixture

@@ -13,14 +13,10 @@ from transformers import (
     ModernBertForTokenClassification,
 )
 
-from checkpoint_runs import WHOLE
-from peer_scale.checkpoints.initial import write_initial
-from peer_scale.checkpoints.parameters import shardings
+from checkpoint_runs import write_random
 from peer_scale.checkpoints.reader import read_checkpoint
-from peer_scale.commands import convert
 from peer_scale.models.config import EncoderShape, ModelConfig
 from peer_scale.objectives.tqr import TokenQualityRanking
-from peer_scale.parallel.topology import single_process_topology
 
 pytestmark = pytest.mark.heavy
 
@@ -63,30 +59,9 @@ def pair(wordpiece):
             linear_bias=False,
         )
         model = replace(model, **changes)
-        imported = {"data": None, "layout": None, "training": None, "reshaped": None, "imported": {"ranker": "nowhere"}}
-        tokenizer = replace(WHOLE.tokenizer, digest=wordpiece.digest)
-        sections = replace(WHOLE, model=model, objective=PEER, tokenizer=tokenizer, **imported)
-        generator = torch.Generator().manual_seed(5)
-        ours = shardings(model, PEER, single_process_topology().tensor_parallel)
-        weights = {
-            name: torch.randn(sharding.shape, generator=generator) * 0.2 + ("norm.weight" in name)
-            for name, sharding in ours.items()
-        }
-        write_initial(folder, sections, ours, lambda name: weights[name], wordpiece)
-        return weights
+        return write_random(folder, model, PEER, "ranker", wordpiece)
 
     return write
-
-
-@pytest.fixture
-def run(capfd):
-    def run(*arguments):
-        code = convert.main(list(map(str, arguments)))
-        captured = capfd.readouterr()
-        assert code == 0, captured.err
-        return captured.out
-
-    return run
 
 
 def save(model, folder, wordpiece):
