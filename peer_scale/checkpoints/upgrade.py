@@ -7,6 +7,25 @@ from typing import Any
 from peer_scale.configuration import settings
 from peer_scale.models.config import ModelConfig
 
+_BLOCKS = (
+    "position_embedding",
+    "rotary_base",
+    "local_rotary_base",
+    "relative_attention_num_buckets",
+    "relative_attention_max_distance",
+    "attention_window",
+    "global_attention_every_n",
+    "norm",
+    "norm_position",
+    "norm_bias",
+    "activation",
+    "linear_bias",
+    "depth_scaled_init",
+    "width_scaled_init",
+    "unigram_output_bias",
+)
+
+
 def from_format_2(sections: dict[str, Any]) -> dict[str, Any]:
     """Give the sections of format 2 as format 3 has them.
 
@@ -33,7 +52,7 @@ def with_split(sections: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_blocks(sections: dict[str, Any]) -> dict[str, Any]:
-    """Fill in the choices that a model's section does not name: its default is what all models had before the choice."""
+    """Say of a model, where its section does not, that its blocks are BERT's, as all were before there was a choice."""
     model = sections.get("model")
-    defaults = {name: setting.default for name, setting in settings(ModelConfig).items() if not setting.is_required}
+    defaults = {name: settings(ModelConfig)[name].default for name in _BLOCKS}
     return {**sections, "model": {**defaults, **model}} if isinstance(model, dict) else sections
