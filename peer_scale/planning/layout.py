@@ -199,7 +199,9 @@ class ParallelLayout:
 
 
 def check_layout(layout: ParallelLayout, workload: Workload) -> None:
-    """Raise UserError where the model cannot be cut so."""
+    """Raise UserError where the model cannot be cut so, or does not go with torch.compile."""
+    if workload.compiled and layout.zero_stage == 3:
+        raise UserError("--compile does not go with ZeRO-3, which gathers parameters while the layers run")
     size = layout.tensor_parallel
     for network, shape in workload.graph.networks:
         for name in ("num_attention_heads", "ffn_hidden_size"):
