@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from peer_scale.commands import plan as plan_command
+from peer_scale.errors import UserError
 from peer_scale.flops import actual_train_flops
 from peer_scale.models.config import EncoderShape
 from peer_scale.pipeline.search import choose_placement
@@ -15,7 +16,7 @@ from peer_scale.planning.estimate import make_plan
 from peer_scale.planning.gpus import GPUS
 from peer_scale.planning.layout import GIB, Cluster, ParallelLayout, Workload
 from peer_scale.planning.report import Row, roofline
-from peer_scale.planning.roofline import LAUNCHES, Launches, attention_seconds, forward_and_backward, product_seconds
+from peer_scale.planning.roofline import LAUNCHES, attention_seconds, forward_and_backward, product_seconds
 from peer_scale.planning.stage_works import stage_part
 from peer_scale.settings.presets import find_preset
 
@@ -114,15 +115,18 @@ def test_the_head_reads_and_writes_its_logits():
 
 
 def test_compiled_layers_start_fewer_kernels():
-    eager, compiled = (workload("peer-small", compiled=compiled) for compiled in (False, True))
+    eager_work, compiled_work = (workload("peer-small", compiled=compiled) for compiled in (False, True))
     layout = ParallelLayout(8, micro_batch_size=1)
-    plans = [make_plan(work, ROUND, layout) for work in (eager, compiled)]
+    plans = [make_plan(work, ROUND, layout) for work in (eager_work, compiled_work)]
     assert plans[1].host_time < plans[0].host_time
-    counts = Launches(12, 56, 80, 100, 100)
-    assert LAUNCHES[False] == counts
     # generator 6 layers, ranker 12, and the head: 64 micro-batches, one update
-    started = 64 * (18 * (12 + 56) + 3 * (80 + 100)) + 100
-    assert plans[0].host_time == pytest.approx(started * 1e-6)
+    for plan, compiled in zip(plans, (False, True), strict=True):
+        counts = LAUNCHES[compiled]
+        layers = 18 * (counts.layer_forward + counts.layer_backward)
+        started = 64 * (layers + 3 * (counts.work_forward + counts.work_backward)) + counts.step
+        assert plan.host_time == pytest.approx(started * 1e-6)
+    with pytest.raises(UserError, match="--compile does not go with ZeRO-3"):
+        make_plan(compiled_work, ROUND, replace(layout, zero_stage=3))
 
 
 @pytest.mark.parametrize(
