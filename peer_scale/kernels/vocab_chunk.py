@@ -21,7 +21,7 @@ def add_up_chunk(
         offset: fp32 [n].
         threshold: fp32 [n]; counted is where (product + bias - offset) log2 e is greater.
         logits: Buffer for fp32 [n, rows]; may be `product` itself.
-        flags: The same, and not `logits`. Both are used on the CPU only.
+        flags: The same, and not `logits`. Triton uses neither.
 
     Returns:
         The sums (fp64 [n]) and the counts (fp32 [n]).

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from peer_scale.kernels.availability import on_gpu, use_triton
 from peer_scale.kernels.vocab_chunk import LOG2_E, add_up_chunk, chunk_gradient
 
 _GRID_BITS = 34
@@ -218,8 +219,8 @@ class _Shard:
         self.chunk_size = max(1, min(chunk_size, self.num_rows))
         self._product = hidden.new_empty(hidden.shape[0] * self.chunk_size)
         is_single = hidden.dtype == torch.float32
-        # the GPU's kernels keep what they work on in registers
-        size = 0 if hidden.is_cuda else len(self._product)
+        # Triton's kernels keep what they work on in registers
+        size = 0 if use_triton(hidden) else len(self._product)
         self._logits = self._product if is_single else hidden.new_empty(size, dtype=torch.float32)
         self._flags = hidden.new_empty(size, dtype=torch.float32)
 
@@ -235,7 +236,7 @@ class _Shard:
     def target_logits(self, targets: Tensor) -> Tensor:
         """Each position's target's logit [n], by a product of the same kind as all others."""
         rows, is_own = self._localise(targets)
-        if self.hidden.is_cuda:  # nothing whose size depends on values, which the host would have to wait for
+        if on_gpu(self.hidden.device):  # nothing whose size depends on values, which the host would have to wait for
             values = self._paired_product(rows) + self.bias[rows]
             return self.sum(torch.where(is_own, values, 0.0))
         needed, column = torch.unique(rows, return_inverse=True)
@@ -316,7 +317,8 @@ class _Shard:
         """
         found = torch.zeros((num_results, len(number)), dtype=torch.float64, device=number.device)
         for index, first in enumerate(range(0, self.num_rows, self.chunk_size)):
-            if self.hidden.is_cuda:  # all positions, and those that are not here are left out: the host need not wait
+            if on_gpu(self.hidden.device):
+                # all positions, and those that are not here are left out: the host need not wait
                 everywhere = torch.arange(len(number), device=number.device)
                 found = torch.where(number == index, compute(first, everywhere), found)
                 continue
@@ -397,7 +399,7 @@ class _Shard:
 
         The GPU's kernel adds up fp64 powers, which do not overflow here.
         """
-        if self.hidden.is_cuda:
+        if on_gpu(self.hidden.device):
             return False
         return bool((~(totals.sum(-1) < 2.0 ** (_MAX_BITS + _GRID_BITS))).any())
 
