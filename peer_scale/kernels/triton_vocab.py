@@ -8,20 +8,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peer_scale.kernels.vocab_chunk import BLOCK
-
 _POSITIONS, _COLUMNS = 32, 128  # tiles; the columns are those of the gradient's
 _TILES = 4  # the gradient's: so many below each other are one program's, which adds up the bias's gradient over them
 
 
-def add_up(product: Tensor, bias: Tensor, reference: Tensor, limit: Tensor, sums: Tensor, counts: Tensor) -> None:
-    """See `add_up_blocks`."""
+def add_up(
+    product: Tensor, bias: Tensor, reference: Tensor, limit: Tensor, sums: Tensor, counts: Tensor, block: int
+) -> None:
+    """See `add_up_blocks`; a block has `block` columns."""
     num_positions, num_columns = product.shape
     if num_positions:
-        add_up_kernel[(triton.cdiv(num_positions, _POSITIONS), triton.cdiv(num_columns, BLOCK))](
+        add_up_kernel[(triton.cdiv(num_positions, _POSITIONS), triton.cdiv(num_columns, block))](
             *(product, bias, reference, limit, sums, counts, num_positions, num_columns, sums.stride(0)),
             POSITIONS=_POSITIONS,
-            COLUMNS=BLOCK,
+            COLUMNS=block,
         )
 
 
