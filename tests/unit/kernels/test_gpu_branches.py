@@ -12,10 +12,10 @@ from peer_scale.kernels.dropout import keep_mask
 from peer_scale.kernels.gated import gated_activation
 from peer_scale.kernels.gelu import bias_gelu
 from peer_scale.kernels.norm import bias_dropout_residual_norm
+from peer_scale.kernels.residual import bias_dropout_residual
 from peer_scale.models.config import EncoderShape, ModelConfig
 from peer_scale.models.generator_head import generator_head
 from peer_scale.models.layers import TransformerLayer
-from peer_scale.models.norms import residual_sum
 from peer_scale.parallel.initialization import initialize_weights
 from peer_scale.parallel.topology import single_process_topology
 from peer_scale.sequences import Sequences
@@ -86,7 +86,7 @@ def test_norm_gelu_and_gates():
 
     check(norm, [x, bias, residual, weight, norm_bias])
     check(bias_gelu, [x, bias])
-    check(lambda x, bias, residual: residual_sum(x, bias, residual, 0.0), [x, bias, residual])
+    check(lambda x, bias, residual: bias_dropout_residual(x, bias, residual, dropout=0.0), [x, bias, residual])
     for activation in ("geglu", "swiglu"):
         check(lambda wide, bias, kind=activation: gated_activation(wide, bias, kind), [wide, wide_bias])
 
@@ -99,7 +99,7 @@ def test_gradients_under_dropout_belong_to_the_mask_that_was_drawn(post):
         torch.manual_seed(5)
         if post:
             return bias_dropout_residual_norm(x, bias, residual, weight, norm_bias, dropout=0.4, eps=1e-5)
-        return residual_sum(x, bias, residual, 0.4)
+        return bias_dropout_residual(x, bias, residual, dropout=0.4)
 
     with gpu_branches(triton=False):
         leaves = [tensor.detach().requires_grad_() for tensor in (x, bias, residual)]
