@@ -55,7 +55,6 @@ def run_job(args: argparse.Namespace, environment: ProcessEnvironment) -> None:
     """Train as the flags say; raises UserError (on all ranks alike) for bad input."""
     notify = (lambda line: print(f"notice: {line}", flush=True)) if environment.rank == 0 else None
     run = resolve(args, environment.world_size, notify=notify)
-    check_precision(run.training.precision)
     num_threads = run.num_threads
     if num_threads is None:
         num_threads = default_num_threads(environment, os.environ)
@@ -66,7 +65,9 @@ def run_job(args: argparse.Namespace, environment: ProcessEnvironment) -> None:
         keep_freed_memory()
     atexit.register(end_workers)
     try:
-        train(run, arrange_ranks(run, device), RankCoordinator())
+        coordinator = RankCoordinator()
+        coordinator.everyone(lambda: check_precision(run.training.precision))
+        train(run, arrange_ranks(run, device), coordinator)
     finally:
         dist.destroy_process_group()
 
