@@ -96,9 +96,10 @@ def init_process_group(environment: ProcessEnvironment, timeout_minutes: float =
     UserError, on all ranks alike, where a rank has no GPU of its own while others have.
     """
     timeout = timedelta(minutes=timeout_minutes)
+    store: dist.Store
     if environment.master_port == ANY_PORT:
-        store: dist.Store = dist.TCPStore(environment.master_addr, ANY_PORT, is_master=True, timeout=timeout)
-        environment = replace(environment, master_port=store.port)
+        store = own = dist.TCPStore(environment.master_addr, ANY_PORT, is_master=True, timeout=timeout)
+        environment = replace(environment, master_port=own.port)
     else:
         address = f"tcp://{environment.master_addr}:{environment.master_port}"
         store, *_ = next(dist.rendezvous(address, environment.rank, environment.world_size, timeout=timeout))
