@@ -49,9 +49,16 @@ class Batch(NamedTuple):
     def to(self, device: torch.device) -> "Batch":
         """Give the batch on `device`, whole numbers as int64; the copy does not block the host."""
         # widened where it arrives: torch would do both at once on the host, and wait
-        there = [tensor.to(device, non_blocking=True) for tensor in self[:6]]
-        wide = [tensor if tensor.is_floating_point() else tensor.long() for tensor in there]
-        return Batch(*wide, self.sequences.to(device), self.selected.to(device))
+        return Batch(
+            self.input_ids.to(device, non_blocking=True).long(),
+            self.masked_ids.to(device, non_blocking=True).long(),
+            self.token_types.to(device, non_blocking=True).long(),
+            self.positions.to(device, non_blocking=True).long(),
+            self.uniforms.to(device, non_blocking=True),
+            self.extra_uniforms.to(device, non_blocking=True),
+            self.sequences.to(device),
+            self.selected.to(device),
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Go from a worker to the training process as arrays through the pipe.
@@ -59,12 +66,12 @@ class Batch(NamedTuple):
         Tensors would go by shared memory: slower for such small ones, with an open file for each as long as it waits,
         and containers often have little of it.
         """
-        arrays = tuple(tensor.numpy() for tensor in self[:6])
-        return _arrived, (arrays, self.sequences.lengths, self.selected.lengths)
+        *tensors, sequences, selected = self
+        return _arrived, ([tensor.numpy() for tensor in tensors], sequences.lengths, selected.lengths)
 
 
 def _arrived(arrays: Sequence[np.ndarray], lengths: Sequence[int], selected: Sequence[int]) -> Batch:
-    return Batch(*map(torch.from_numpy, arrays), Sequences.of(lengths), Sequences.of(selected))
+    return Batch._make([*map(torch.from_numpy, arrays), Sequences.of(lengths), Sequences.of(selected)])
 
 
 @dataclass(frozen=True)
