@@ -26,7 +26,6 @@ _NANOSECONDS = 1e9
 _LIVE_PARAMETERS = 10**9  # DeepSpeed's stage3_max_live_parameters
 _MOST_STAGES = 16  # of the search
 _MOST_TOKENS = 1 << 15  # of a micro-batch of the search
-_BUCKETS = 2 * 4 * (1 << 20)  # ZeRO's bucket of at least so many numbers, and its copy
 
 
 @dataclass(frozen=True)
@@ -316,7 +315,7 @@ def _stage_memory(
     activations: int,
 ) -> StageMemory:
     working = memory.gathered_memory(inventory, layout, workload, _LIVE_PARAMETERS)
-    working += memory.recomputed_layer(workload, layout) + _BUCKETS
+    working += memory.recomputed_layer(workload, layout) + memory.bucket_memory(inventory, layout)
     return StageMemory(
         memory.state_memory(inventory, layout, workload.precision),
         activations,

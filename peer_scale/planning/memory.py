@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from peer_scale.models.config import EncoderShape
+from peer_scale.parallel.buckets import bucket_sizes
 from peer_scale.pipeline.placement import Placement
 from peer_scale.planning.inventory import Inventory
 from peer_scale.planning.layout import ParallelLayout, Workload
@@ -64,6 +65,11 @@ def gathered_memory(inventory: Inventory, layout: ParallelLayout, workload: Work
     if layout.zero_stage < 3:
         return 0
     return workload.number_bytes * min(inventory.count, live_parameters)
+
+
+def bucket_memory(inventory: Inventory, layout: ParallelLayout) -> int:
+    """Count the bytes of ZeRO's bucket of gradients, in fp32 at most, and of the one that is filled meanwhile."""
+    return 2 * 4 * bucket_sizes(inventory.count, layout.data_parallel).reduce
 
 
 def layer_activations(shape: EncoderShape, workload: Workload, layout: ParallelLayout, *, on_cpu: bool = False) -> int:
