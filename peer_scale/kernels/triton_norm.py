@@ -29,7 +29,8 @@ class FusedNorm(torch.autograd.Function):
         num_rows = x.numel() // num_columns
         out, summed = torch.empty_like(x), torch.empty_like(x)
         mean, rstd = (torch.empty(num_rows, dtype=torch.float32, device=x.device) for _ in range(2))
-        seed = int(torch.randint(2**31, ())) if dropout else 0  # the CPU's generator: nothing waits for the GPU
+        # on the device, so that the host need not wait for it, and a compiled graph draws another one each time
+        seed = torch.randint(2**31, (1,), device=x.device) if dropout else None
         if num_rows:
             norm_forward[(num_rows,)](
                 *(x, bias, residual, weight, norm_bias, out, summed, mean, rstd),
@@ -37,14 +38,14 @@ class FusedNorm(torch.autograd.Function):
                 BLOCK=triton.next_power_of_2(num_columns),
                 HAS_DROPOUT=dropout > 0,
             )
-        ctx.save_for_backward(summed, mean, rstd, weight)
-        ctx.dropout, ctx.seed = dropout, seed
+        ctx.save_for_backward(summed, mean, rstd, weight, seed)
+        ctx.dropout = dropout
         ctx.dtypes = (bias.dtype, weight.dtype, norm_bias.dtype)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        summed, mean, rstd, weight = ctx.saved_tensors
+        summed, mean, rstd, weight, seed = ctx.saved_tensors
         grad = grad.contiguous()
         num_columns = summed.shape[-1]
         num_rows = summed.numel() // num_columns
@@ -54,7 +55,7 @@ class FusedNorm(torch.autograd.Function):
         if num_rows:
             norm_backward[(num_programs,)](
                 *(grad, summed, mean, rstd, weight, grad_x, grad_residual, partial),
-                *(num_rows, num_columns, num_programs, ctx.dropout, ctx.seed),
+                *(num_rows, num_columns, num_programs, ctx.dropout, seed),
                 BLOCK=triton.next_power_of_2(num_columns),
                 ROWS=_ROWS_A_PROGRAM,
                 HAS_DROPOUT=ctx.dropout > 0,
@@ -75,7 +76,7 @@ def norm_forward(  # noqa: D103
     at = row.to(tl.int64) * num_columns + column
     value = tl.load(x + at, inside, 0.0).to(tl.float32) + tl.load(bias + column, inside, 0.0).to(tl.float32)
     if HAS_DROPOUT:
-        value = tl.where(tl.rand(seed, at.to(tl.int32)) >= dropout, value / (1 - dropout), 0.0)
+        value = tl.where(tl.rand(tl.load(seed), at.to(tl.int32)) >= dropout, value / (1 - dropout), 0.0)
     value += tl.load(residual + at, inside, 0.0).to(tl.float32)
     average = tl.sum(value) / num_columns
     centred = tl.where(inside, value - average, 0.0)
@@ -116,7 +117,7 @@ def norm_backward(  # noqa: D103
         of_sum = tl.where(here, (scaled - normal * along - level) * scale, 0.0)
         of_x = of_sum
         if HAS_DROPOUT:
-            of_x = tl.where(tl.rand(seed, at.to(tl.int32)) >= dropout, of_sum / (1 - dropout), 0.0)
+            of_x = tl.where(tl.rand(tl.load(seed), at.to(tl.int32)) >= dropout, of_sum / (1 - dropout), 0.0)
         tl.store(grad_residual + at, of_sum.to(grad_residual.dtype.element_ty), here)
         tl.store(grad_x + at, of_x.to(grad_x.dtype.element_ty), here)
         of_bias += of_x

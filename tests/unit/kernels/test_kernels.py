@@ -95,14 +95,15 @@ def test_what_runs_is_said():
     assert "Apex" in apex_state()
 
 
-@pytest.mark.parametrize("check", ["norm", "norm_dropout", "gelu", "chunk", "compile"])
+@pytest.mark.parametrize("check", ["norm", "norm_dropout", "gelu", "chunk", "head", "compile"])
 def test_triton_kernels(check):
     """In a process of its own: Triton decides at its import whether it interprets."""
     pytest.importorskip("triton")
     script = Path(__file__).parent / "triton_checks.py"
+    root = script.parents[3]
     environment = dict(os.environ) | {
         "TRITON_INTERPRET": "0" if check == "compile" else "1",
-        "PYTHONPATH": str(script.parents[3]),
+        "PYTHONPATH": os.pathsep.join(map(str, (root, root / "tests", root / "tests/unit/models", root / "tools"))),
     }
     done = subprocess.run(
         [sys.executable, str(script), check], capture_output=True, text=True, env=environment, timeout=400, check=False

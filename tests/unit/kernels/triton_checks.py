@@ -9,9 +9,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from peer_scale.kernels import triton_gelu, triton_norm, triton_vocab
+from peer_scale.kernels.availability import gpu_branches
 from peer_scale.kernels.gelu import bias_gelu
 from peer_scale.kernels.norm import bias_dropout_residual_norm
-from peer_scale.kernels.vocab_chunk import add_up_chunk, chunk_gradient
+from peer_scale.kernels.vocab_chunk import add_up_blocks, chunk_gradient
+from peer_scale.models.generator_head import generator_head
+from test_generator_head import problem
 from test_kernels import SHAPES, norm_problem
 
 
@@ -69,19 +72,21 @@ def chunk() -> str:
     for n, width, dtype in (
         (1, 1, torch.float32),
         (5, 37, torch.float32),
-        (33, 300, torch.bfloat16),
+        (200, 300, torch.bfloat16),
         (16, 256, torch.float32),
     ):
         torch.manual_seed(n)
         product = (3 * torch.randn(n, width)).to(dtype)
         bias = torch.randn(width)
         bias[width // 2 + 1 :: 7] = -torch.inf
-        offset = product[:, 0].float() + bias[0] - 20
-        threshold = torch.full((n,), 20 * 1.4426950408889634)
-        found = triton_vocab.add_up(product, bias, offset, threshold)
-        twin = add_up_chunk(product.clone(), bias, offset, threshold, product.float().clone(), torch.empty(n, width))
-        torch.testing.assert_close(found[0], twin[0], rtol=1e-6, atol=1.0)
-        assert torch.equal(found[1], twin[1])
+        reference = product[:, 0].float() + bias[0]
+        found = [torch.zeros(n, 9, dtype=torch.float64)[:, 1 : 1 - (-width // 64)] for _ in range(2)]
+        counts = [torch.full((n,), 3, dtype=torch.int32) for _ in range(2)]
+        for is_triton in (False, True):
+            with gpu_branches(triton=is_triton):
+                add_up_blocks(product, bias, reference, torch.zeros(n), found[is_triton], counts[is_triton])
+        torch.testing.assert_close(*found, rtol=1e-6, atol=0)
+        assert torch.equal(*counts)
         log_sum_exp = torch.logsumexp(product.float() + bias, -1)
         columns = torch.randint(-1, width, (n,))
         outs = [torch.empty(n, width, dtype=dtype) for _ in range(2)]
@@ -96,26 +101,45 @@ def chunk() -> str:
     return "4 sizes"
 
 
+def head() -> str:
+    """The whole head with Triton's kernels against the same in plain torch."""
+    for n, dtype in ((33, torch.float32), (130, torch.bfloat16)):
+        *matrices, targets, uniforms = problem(n, "plain", dtype, vocab=320)
+        numbers, outputs = torch.rand(n, 3), []
+        for is_triton in (False, True):
+            leaves = [matrix.clone().requires_grad_() for matrix in matrices]
+            with gpu_branches(triton=is_triton):
+                output = generator_head(*leaves, targets, uniforms, chunk_size=128, negative_uniforms=numbers)
+                outputs.append((*output, output.negatives, *torch.autograd.grad(output.loss.sum(), leaves)))
+        for twin, found in zip(*outputs, strict=True):
+            same(found, twin, 2e-2 if found.dtype == torch.bfloat16 else 1e-5, "head")
+    return "2 problems"
+
+
 def _signatures(low: str) -> list[tuple]:
     """Each kernel with its arguments' types, `low` being that of its main tensors, and its constants."""
     one, sizes = "*fp32", ["i32", "i32"]
     norm_sizes = {"BLOCK": 1024, "HAS_DROPOUT": True}
-    tile, chunk_tile = {"ROWS": 32, "COLUMNS": 128}, {"POSITIONS": 16, "COLUMNS": 256}
-    norm_backward = [low, low, one, one, low, low, low, one, "i32", *sizes, "fp32", "i32"]
+    tile, gradient_tile = {"ROWS": 32, "COLUMNS": 128}, {"POSITIONS": 32, "COLUMNS": 128, "TILES": 4}
+    norm_backward = [low, low, one, one, low, low, low, one, "i32", *sizes, "fp32", "*i64"]
     return [
-        (triton_norm.norm_forward, [*[low] * 7, one, one, "i32", "fp32", "fp32", "i32"], norm_sizes),
+        (triton_norm.norm_forward, [*[low] * 7, one, one, "i32", "fp32", "fp32", "*i64"], norm_sizes),
         (triton_norm.norm_backward, norm_backward, {"BLOCK": 1024, "ROWS": 16, "HAS_DROPOUT": True}),
         (triton_gelu.gelu_forward, [low, low, low, *sizes], tile),
         (triton_gelu.gelu_backward, [low, low, low, low, one, *sizes], tile),
-        (triton_vocab.add_up_kernel, [low, one, one, one, "*fp64", one, *sizes], chunk_tile),
-        (triton_vocab.gradient_kernel, [low, one, one, "*i64", one, low, one, *sizes], chunk_tile),
+        (
+            triton_vocab.add_up_kernel,
+            [low, one, one, one, "*fp64", "*i32", *sizes, "i32"],
+            {"POSITIONS": 32, "COLUMNS": 64},
+        ),
+        (triton_vocab.gradient_kernel, [low, one, one, "*i64", one, low, one, *sizes], gradient_tile),
     ]
 
 
 def compile() -> str:
-    """Every kernel to machine code for sm_80 and sm_90, in bf16 and fp32."""
+    """Every kernel to machine code for sm_80, sm_90 and sm_100, in bf16 and fp32."""
     done = []
-    for capability, low in itertools.product((80, 90), ("bf16", "fp32")):
+    for capability, low in itertools.product((80, 90, 100), ("bf16", "fp32")):
         for kernel, types, constants in _signatures(f"*{low}"):
             names = kernel.arg_names
             signature = dict(zip(names, types + ["constexpr"] * len(constants), strict=True))
