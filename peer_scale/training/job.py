@@ -24,6 +24,7 @@ from peer_scale.parallel.coordination import RankCoordinator
 from peer_scale.parallel.environment import ProcessEnvironment, default_num_threads
 from peer_scale.parallel.initialization import count_parameters, initialize_weights
 from peer_scale.parallel.topology import Topology, build_topology, init_process_group
+from peer_scale.pipeline.pair_groups import PairGroups
 from peer_scale.pipeline.placement import Placement
 from peer_scale.pipeline.runner import PipelineRunner
 from peer_scale.pipeline.search import choose_placement
@@ -127,7 +128,7 @@ def _train(run: RunConfig, topology: Topology, coordinator: RankCoordinator, fol
     engine = build_engine(task, run, topology)
     runner: Runner = WholeModelRunner(engine, topology)
     if placement is not None:
-        runner = PipelineRunner(engine, topology, placement, run.compute_dtype)
+        runner = PipelineRunner(engine, topology, placement, PairGroups(topology, placement), run.compute_dtype)
     state = TrainingState(engine, topology, run.model.vocab_size)
     progress = Progress()
     if start.folder is not None and start.manifest is not None:
