@@ -7,7 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_ROWS_A_PROGRAM = 16  # backward: rows whose contributions to the parameters' gradients one program adds up
+ROWS = 16  # backward: rows whose contributions to the parameters' gradients one program adds up
+
+
+def tile(num_columns: int) -> dict[str, int]:
+    """Give a program whole rows, and threads enough to hold them in registers."""
+    block = triton.next_power_of_2(num_columns)
+    return {"BLOCK": block, "num_warps": min(max(block // 128, 4), 16)}
 
 
 class FusedNorm(torch.autograd.Function):
@@ -35,8 +41,8 @@ class FusedNorm(torch.autograd.Function):
             norm_forward[(num_rows,)](
                 *(x, bias, residual, weight, norm_bias, out, summed, mean, rstd),
                 *(num_columns, dropout, eps, seed),
-                BLOCK=triton.next_power_of_2(num_columns),
                 HAS_DROPOUT=dropout > 0,
+                **tile(num_columns),
             )
         ctx.save_for_backward(summed, mean, rstd, weight, seed)
         ctx.dropout = dropout
@@ -49,16 +55,16 @@ class FusedNorm(torch.autograd.Function):
         grad = grad.contiguous()
         num_columns = summed.shape[-1]
         num_rows = summed.numel() // num_columns
-        num_programs = triton.cdiv(num_rows, _ROWS_A_PROGRAM)
+        num_programs = triton.cdiv(num_rows, ROWS)
         grad_x, grad_residual = torch.empty_like(summed), torch.empty_like(summed)
-        partial = torch.zeros((3, num_programs, num_columns), dtype=torch.float32, device=summed.device)
+        partial = torch.empty((3, num_programs, num_columns), dtype=torch.float32, device=summed.device)
         if num_rows:
             norm_backward[(num_programs,)](
                 *(grad, summed, mean, rstd, weight, grad_x, grad_residual, partial),
                 *(num_rows, num_columns, num_programs, ctx.dropout, seed),
-                BLOCK=triton.next_power_of_2(num_columns),
-                ROWS=_ROWS_A_PROGRAM,
+                ROWS=ROWS,
                 HAS_DROPOUT=ctx.dropout > 0,
+                **tile(num_columns),
             )
         of_bias, of_weight, of_norm_bias = (p.to(t) for p, t in zip(partial.sum(1), ctx.dtypes, strict=True))
         return grad_x, of_bias, grad_residual, of_weight, of_norm_bias, None, None

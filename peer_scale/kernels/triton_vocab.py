@@ -8,20 +8,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peer_scale.kernels.vocab_chunk import BLOCK
+SUMS_TILE = {"POSITIONS": 32, "num_warps": 8}
+# so many tiles below each other are one program's, which adds up the bias's gradient over them
+GRADIENT_TILE = {"POSITIONS": 16, "COLUMNS": 128, "TILES": 8, "num_warps": 8}
 
-_POSITIONS, _COLUMNS = 32, 128  # tiles; the columns are those of the gradient's
-_TILES = 4  # the gradient's: so many below each other are one program's, which adds up the bias's gradient over them
 
-
-def add_up(product: Tensor, bias: Tensor, reference: Tensor, limit: Tensor, sums: Tensor, counts: Tensor) -> None:
-    """See `add_up_blocks`."""
+def add_up(
+    product: Tensor, bias: Tensor, reference: Tensor, limit: Tensor, sums: Tensor, counts: Tensor, block: int
+) -> None:
+    """See `add_up_blocks`; a block has `block` columns."""
     num_positions, num_columns = product.shape
     if num_positions:
-        add_up_kernel[(triton.cdiv(num_positions, _POSITIONS), triton.cdiv(num_columns, BLOCK))](
+        add_up_kernel[(triton.cdiv(num_positions, SUMS_TILE["POSITIONS"]), triton.cdiv(num_columns, block))](
             *(product, bias, reference, limit, sums, counts, num_positions, num_columns, sums.stride(0)),
-            POSITIONS=_POSITIONS,
-            COLUMNS=BLOCK,
+            COLUMNS=block,
+            **SUMS_TILE,
         )
 
 
@@ -31,14 +32,13 @@ def gradient(
     """See `chunk_gradient`."""
     num_positions, num_columns = product.shape
     grad_loss = grad_loss.contiguous()  # a sum's is one number expanded
-    grid = (triton.cdiv(num_columns, _COLUMNS), triton.cdiv(num_positions, _POSITIONS * _TILES))
+    rows = GRADIENT_TILE["POSITIONS"] * GRADIENT_TILE["TILES"]
+    grid = (triton.cdiv(num_columns, GRADIENT_TILE["COLUMNS"]), triton.cdiv(num_positions, rows))
     partial = torch.empty((grid[1], num_columns), dtype=torch.float32, device=product.device)
     if num_positions:
         gradient_kernel[grid](
             *(product, bias, log_sum_exp, columns, grad_loss, out, partial, num_positions, num_columns),
-            POSITIONS=_POSITIONS,
-            COLUMNS=_COLUMNS,
-            TILES=_TILES,
+            **GRADIENT_TILE,
         )
     return partial.sum(0)
 

@@ -51,7 +51,7 @@ def add_up_blocks(
     if use_triton(product):
         from peer_scale.kernels.triton_vocab import add_up
 
-        add_up(product, bias, reference, limit, sums, counts)
+        add_up(product, bias, reference, limit, sums, counts, BLOCK)
         return
     bits = (product.float() + bias).sub_(reference[:, None]).mul_(LOG2_E)
     counts += (bits > limit[:, None]).sum(-1, dtype=torch.int32)

@@ -110,7 +110,7 @@ class Shard:
         return torch.where(is_own, ids - self.first, 0), is_own
 
     def part_of(self, ids: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """Say which rank has each of tokens [n], and in which `size` rows of its shard; -1 where it is another rank's."""
+        """Say which rank has each of tokens [n], and in which `size` rows of its shard; -1 where it is another's."""
         rows, is_own = self.localise(ids)
         return ids // self.num_rows, torch.where(is_own, rows // size, -1)
 
