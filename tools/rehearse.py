@@ -278,9 +278,9 @@ class HostWaits(TorchDispatchMode):
         if name == "_local_scalar_dense" and args[0].device.type == "cpu":
             return 1
         result = func(*args, **kwargs)
-        if name in ("index", "index_put", "index_put_") and args[0].is_cuda:
-            if any(index is not None and not index.is_cuda for index in args[1]):
-                raise LeftBehind("an index on the host")
+        indices = args[1] if name in ("index", "index_put", "index_put_") and args[0].is_cuda else []
+        if any(index is not None and not index.is_cuda for index in indices):
+            raise LeftBehind("an index on the host")
         if name in ("_to_copy", "copy", "copy_"):
             devices = {leaf.device.type for leaf in tree_leaves((args, result)) if isinstance(leaf, Tensor)}
             is_asked = kwargs.get("non_blocking", args[2] if name != "_to_copy" and len(args) > 2 else False)

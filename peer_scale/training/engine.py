@@ -75,8 +75,8 @@ def gradient_norm(engine: Engine) -> SupportsFloat | None:
 def _without_waits(config: dict[str, Any]) -> dict[str, Any]:
     """Switch off what has the host wait for the device in each step and is of no use here.
 
-    DeepSpeed's clock waits twice for each micro-batch. Its search for overflows in bf16, which a ds_config may still ask
-    for, is what our own check of a step's norm does, one step late.
+    DeepSpeed's clock waits twice for each micro-batch. Its search for overflows in bf16, which a ds_config may still
+    ask for, is what our own check of a step's norm does, one step late.
     """
     bf16 = {"check_grad_overflow": False, **config.get("bf16", {})}
     return {**config, "bf16": bf16, "timers": {"throughput": {"enabled": False}}}

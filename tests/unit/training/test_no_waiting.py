@@ -52,7 +52,7 @@ def test_from_the_hosts_batch_to_the_steps_sums(preset, dropout):
         late = LateNumbers(trainer.global_sums(sums, 0.0, 1.0))
     *_, votes, faults = late.tolist()
     assert (votes, faults) == (0, 1)
-    assert math.isfinite(loss)
+    assert math.isfinite(loss.item())
     assert all(parameter.grad is not None for parameter in task.parameters())
 
 
