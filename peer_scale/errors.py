@@ -4,6 +4,9 @@ USER_ERROR_EXIT_CODE = 2
 TRAINING_ERROR_EXIT_CODE = 1
 
 
+STOPPED_EXIT_CODE = 75
+"""Of a run that was stopped and saved, as sysexits.h has it: a passing reason, so start it again."""
+
 _LONGEST_MESSAGE = 2000
 
 
@@ -26,3 +29,10 @@ class TrainingError(RuntimeError):
 
     def __init__(self, message: str) -> None:
         super().__init__(one_line(message))
+
+
+class StoppedEarly(BaseException):
+    """A run ends before its last step because it was told to; the same command goes on where it stopped.
+
+    Not an Exception, like KeyboardInterrupt: a signal may raise it anywhere.
+    """

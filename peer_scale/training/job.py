@@ -16,7 +16,7 @@ from peer_scale.checkpoints.progress import Progress
 from peer_scale.checkpoints.sections import Sections, sections_of, split_of
 from peer_scale.checkpoints.state import TrainingState, require_supported_offload
 from peer_scale.checkpoints.writer import CheckpointWriter
-from peer_scale.errors import UserError
+from peer_scale.errors import StoppedEarly, UserError
 from peer_scale.host_memory import keep_freed_memory
 from peer_scale.models.heads import MaskedLMHead
 from peer_scale.objectives.task import PretrainingTask
@@ -38,7 +38,7 @@ from peer_scale.training.callbacks.checkpointing import Checkpointing
 from peer_scale.training.callbacks.closing import ClosingSummary
 from peer_scale.training.callbacks.console import ProgressLine
 from peer_scale.training.callbacks.reporting import MetricsFile, MonitorEvents
-from peer_scale.training.callbacks.stopping import StopAfter, StopOnInterrupt, StopOnSignal
+from peer_scale.training.callbacks.stopping import StopAfter, StopOnInterrupt, StopOnSignal, StopSignals
 from peer_scale.training.callbacks.validation import Validation
 from peer_scale.training.data import Corpus, cut_into_samples, open_text, plan_batches
 from peer_scale.training.engine import build_engine, check_precision
@@ -83,18 +83,26 @@ def arrange_ranks(run: RunConfig, device: torch.device) -> Topology:
 
 
 def train(run: RunConfig, topology: Topology, coordinator: RankCoordinator) -> None:
-    """Train in the process groups that are there; UserError and TrainingError come on all ranks alike."""
+    """Train in the process groups that are there.
+
+    Raises:
+        UserError, TrainingError: on all ranks alike.
+        StoppedEarly: on all ranks alike, where the run was saved before its last step; at a signal on its ranks.
+    """
     if run.output.save is not None or run.output.load is not None or run.output.init_from is not None:
         require_supported_offload(run.deepspeed)
     folders = RunFolders(run.output)
-    try:
-        coordinator.first_rank(folders.claim)
-        _train(run, topology, coordinator, folders)
-    finally:
-        folders.release()
+    with StopSignals(active=run.output.exit_signal_handler and run.output.save is not None) as signals:
+        try:
+            coordinator.first_rank(folders.claim)
+            _train(run, topology, coordinator, folders, signals)
+        finally:
+            folders.release()
 
 
-def _train(run: RunConfig, topology: Topology, coordinator: RankCoordinator, folders: RunFolders) -> None:
+def _train(
+    run: RunConfig, topology: Topology, coordinator: RankCoordinator, folders: RunFolders, signals: StopSignals
+) -> None:
     say: Callable[[str], None] = print if topology.is_first_rank else _say_nothing
     store, tokenizer = coordinator.one_by_one(lambda: open_text(run, show_progress=topology.is_first_rank))
     run = replace(run, model=replace(run.model, vocab_size=tokenizer.vocab_size))
@@ -145,7 +153,7 @@ def _train(run: RunConfig, topology: Topology, coordinator: RankCoordinator, fol
         engine,
         runner,
         Meter(run, dist.get_world_size(), peak, skipped_steps=engine.skipped_steps),
-        _callbacks(run, topology, coordinator, corpus, plan, sections, state, warmup_steps, start),
+        _callbacks(run, topology, coordinator, corpus, plan, sections, state, warmup_steps, start, signals),
         progress=progress,
         warmup_steps=warmup_steps,
     )
@@ -157,6 +165,11 @@ def _train(run: RunConfig, topology: Topology, coordinator: RankCoordinator, fol
         num_workers=run.data.num_workers,
     )
     trainer.fit(steps)
+    last, wanted = trainer.progress.step, run.training.train_iters
+    if run.output.save is not None and last < wanted:
+        raise StoppedEarly(
+            f"stopped after step {last} of {wanted}, saved in {run.output.save}: the same command goes on"
+        )
 
 
 def place_stages(run: RunConfig) -> Placement:
@@ -179,6 +192,7 @@ def _callbacks(
     state: TrainingState,
     warmup_steps: int,
     start: StartingPoint,
+    signals: StopSignals,
 ) -> list[Callback]:
     output = run.output
     callbacks: list[Callback] = []
@@ -189,8 +203,7 @@ def _callbacks(
     callbacks += coordinator.everyone(lambda: _reporting(run, start.step) if topology.is_first_rank else [])
     if output.exit_duration_in_mins is not None:
         callbacks.append(StopAfter(output.exit_duration_in_mins))
-    if output.exit_signal_handler:
-        callbacks.append(StopOnSignal())
+    callbacks.append(StopOnSignal(signals))
     if output.save is not None:
         kept = CheckpointFolder(
             output.save, output.keep_last, output.keep_every, run=start.run, resumed=start.saving_in(output.save)
