@@ -11,6 +11,9 @@ def gated_activation(x: Tensor, bias: Tensor | None, activation: Literal["geglu"
     """From gate and value [..., 2F], with a bias [2F] or None, to activation(gate) * value [..., F]."""
     if bias is not None:
         x = x + bias.to(x.dtype)
+    if torch.compiler.is_compiling():
+        gate, value = x.chunk(2, -1)
+        return (F.gelu(gate) if activation == "geglu" else F.silu(gate)) * value
     return _Gated.apply(x, activation == "geglu")
 
 

@@ -84,6 +84,8 @@ def residual_sum(output: Tensor, output_bias: Tensor | None, residual: Tensor, d
     """Add up residual + dropout(output + bias); the dropout mask comes from torch's default generator."""
     if output_bias is not None:
         output = output + output_bias.to(output.dtype)
+    if torch.compiler.is_compiling():
+        return residual + F.dropout(output, dropout)
     if not dropout:
         return residual + output
     kept = keep_mask(output.shape, dropout, output.dtype, output.device)

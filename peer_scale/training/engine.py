@@ -10,6 +10,7 @@ from peer_scale.objectives.engine import Engine
 from peer_scale.objectives.task import PretrainingTask
 from peer_scale.parallel.topology import ModelParallelUnit, Topology
 from peer_scale.settings.run import RunConfig
+from peer_scale.training.compilation import compile_task
 from peer_scale.training.optimizer import build_optimizer
 
 MONITOR_BLOCKS = ("tensorboard", "wandb", "csv_monitor", "comet")
@@ -25,6 +26,8 @@ def build_engine(task: PretrainingTask, run: RunConfig, topology: Topology) -> E
     _leave_out_shared_memory_op()
     if run.training.activation_checkpointing:
         apply_activation_checkpointing(task, check_fn=lambda module: isinstance(module, TransformerLayer))
+    if run.training.compile:
+        compile_task(task)
     config = {key: value for key, value in run.deepspeed.items() if key not in MONITOR_BLOCKS}
     task.to(topology.device)
     optimizer = build_optimizer(task, run.training)
