@@ -6,6 +6,7 @@ length. One padded call of torch's fused kernel serves what the flash kernels ca
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peer_scale.kernels.grouped_attention import GroupedAttention, window_mask
+from peer_scale.kernels.optional_parts import FLASH_ATTN, offered
 from peer_scale.sequences import Sequences
 
 
@@ -75,12 +77,8 @@ def describe_attention(device: torch.device, dtype: torch.dtype, head_size: int,
 @cache
 def flash_kernel() -> FlashKernel | None:
     """Find the variable-length kernel of this machine, once: flash-attn where it is installed, else torch's own."""
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except ImportError:
-        pass
-    else:
-        return FlashKernel("flash-attn, variable length", _flash_attn(flash_attn_varlen_func))
+    with contextlib.suppress(ImportError):
+        return FlashKernel("flash-attn, variable length", _flash_attn(offered(FLASH_ATTN)))
     if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0):
         return FlashKernel("torch's flash attention, variable length", _torch_flash)
     return None

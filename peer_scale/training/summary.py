@@ -10,6 +10,7 @@ import torch
 from peer_scale.corpus.manifest import unknown_counts
 from peer_scale.kernels.attention import describe_attention
 from peer_scale.kernels.availability import fused_kernels
+from peer_scale.kernels.optional_parts import optional_parts
 from peer_scale.models.config import EncoderShape
 from peer_scale.parallel.topology import Topology
 from peer_scale.samples.examples import NUM_SPECIAL_TOKENS
@@ -42,6 +43,7 @@ def startup_summary(run: RunConfig, topology: Topology, corpus: Corpus, num_para
         "compiled": "layers around their attention, statistics" if training.compile else "nothing",
         "kernel: attention": _attention(run, topology),
         **{f"kernel: {name}": state for name, state in fused_kernels(topology.device).items()},
+        "optional parts": optional_parts(topology.device),
     }
     width = max(map(len, lines))
     aligned = [f"{name:<{width}}  {text}" for name, text in lines.items()]
