@@ -1,6 +1,5 @@
 """GELU (erf) of x + bias, the middle of a feed-forward block."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -9,7 +8,7 @@ from peer_scale.kernels.availability import use_triton
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     """From x [..., H] and bias [H] to [..., H], computed in fp32 inside."""
-    if use_triton(x) and not torch.compiler.is_compiling():
+    if use_triton(x):
         from peer_scale.kernels.triton_gelu import FusedGelu
 
         return FusedGelu.apply(x, bias)

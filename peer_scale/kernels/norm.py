@@ -15,9 +15,8 @@ def bias_dropout_residual_norm(
 ) -> Tensor:
     """Add, drop, add, normalise over the last dimension: x and residual [..., H], the rest [H] -> [..., H].
 
-    Statistics are fp32, the output is in x's format. The dropout mask comes from torch's default generator (on a GPU: a
-    seed from the CPU's), so recomputation from its saved state draws the same one. torch.compile gets the plain
-    composition: what it makes of that is one kernel too.
+    Statistics are fp32, the output is in x's format. The dropout mask comes from torch's default generator of x's
+    device, so recomputation from its saved state draws the same one. torch.compile gets a plain composition to fuse.
     """
     if torch.compiler.is_compiling():
         summed = residual + F.dropout(x + bias.to(x.dtype), dropout)

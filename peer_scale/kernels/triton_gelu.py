@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_ROWS, _COLUMNS = 32, 128  # a program's tile
+TILE = {"ROWS": 32, "COLUMNS": 64, "num_warps": 8}
 
 
 class FusedGelu(torch.autograd.Function):
@@ -20,9 +20,9 @@ class FusedGelu(torch.autograd.Function):
         num_columns = x.shape[-1]
         num_rows = x.numel() // num_columns
         ctx.save_for_backward(x, bias)
-        ctx.grid = (triton.cdiv(num_rows, _ROWS), triton.cdiv(num_columns, _COLUMNS))
+        ctx.grid = (triton.cdiv(num_rows, TILE["ROWS"]), triton.cdiv(num_columns, TILE["COLUMNS"]))
         if num_rows:
-            gelu_forward[ctx.grid](x, bias, out, num_rows, num_columns, ROWS=_ROWS, COLUMNS=_COLUMNS)
+            gelu_forward[ctx.grid](x, bias, out, num_rows, num_columns, **TILE)
         return out
 
     @staticmethod
@@ -33,9 +33,7 @@ class FusedGelu(torch.autograd.Function):
         num_rows = x.numel() // num_columns
         partial = torch.zeros((ctx.grid[0], num_columns), dtype=torch.float32, device=x.device)
         if num_rows:
-            gelu_backward[ctx.grid](
-                grad.contiguous(), x, bias, grad_x, partial, num_rows, num_columns, ROWS=_ROWS, COLUMNS=_COLUMNS
-            )
+            gelu_backward[ctx.grid](grad.contiguous(), x, bias, grad_x, partial, num_rows, num_columns, **TILE)
         return grad_x, partial.sum(0).to(bias.dtype)
 
 
