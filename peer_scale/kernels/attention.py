@@ -51,13 +51,17 @@ def self_attention(
         return GroupedAttention.apply(qkv, bias, sequences, head_size, dropout, score_bias, window)
     flash = _suitable_flash(qkv.dtype, head_size, has_score_bias=score_bias is not None)
     num_tokens = sequences.num_tokens
-    biased = qkv[:num_tokens] if bias is None else qkv[:num_tokens] + bias
+    num_filling = len(qkv) - num_tokens
+    biased = qkv[:num_tokens] if num_filling else qkv  # a slice or a padding of nothing costs kernels, too
+    if bias is not None:
+        biased = biased + bias
     query, key, value = biased.view(num_tokens, -1, 3, head_size).unbind(2)
     if flash is None:
         context = padded_attention(query, key, value, sequences, dropout, score_bias, window)
     else:
         context = flash.run(query, key, value, sequences, dropout, window)
-    return F.pad(context.reshape(num_tokens, -1), (0, 0, 0, len(qkv) - num_tokens))
+    context = context.reshape(num_tokens, -1)
+    return F.pad(context, (0, 0, 0, num_filling)) if num_filling else context
 
 
 class FlashKernel(NamedTuple):

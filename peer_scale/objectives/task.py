@@ -103,11 +103,14 @@ class PretrainingTask(nn.Module):
 
     def _packed(self, sums: Mapping[str, Tensor], batch: Batch) -> Tensor:
         zero = torch.zeros((), dtype=torch.float64, device=batch.input_ids.device)
-        return self.call(_stacked, *(sums[name].detach() if name in sums else zero for name in self.sums.names))
-
-
-def _stacked(*sums: Tensor) -> Tensor:
-    return torch.stack([each.double() for each in sums])
+        scalars = [sums[name].detach() if name in sums else zero for name in self.sums.names]
+        # number formats are changed for all of one format at once: a kernel for each scalar would cost its launch
+        for dtype in {each.dtype for each in scalars} - {torch.float64}:
+            places = [place for place, each in enumerate(scalars) if each.dtype == dtype]
+            changed = torch.stack([scalars[place] for place in places]).double().unbind()
+            for place, each in zip(places, changed, strict=True):
+                scalars[place] = each
+        return torch.stack(scalars)
 
 
 def build_model(

@@ -99,6 +99,11 @@ def tqr_loss(
     return token_losses(scores, thresholds, labels, gamma=gamma, buffer_offset=buffer_offset, warmup=warmup).sum()
 
 
+def _loss(scores: Tensor, thresholds: Tensor, labels: Tensor, gammas: tuple[float, ...], warmup: bool) -> Tensor:
+    """Do as `tqr_loss` does, by arguments in a row as what is compiled gets them."""
+    return tqr_loss(scores, thresholds, labels, gamma=gammas, warmup=warmup)
+
+
 def token_losses(
     scores: Tensor,
     thresholds: Tensor,
@@ -114,7 +119,7 @@ def token_losses(
 
     dtype = torch.promote_types(scores.dtype, torch.float32)
     scores, thresholds = scores.to(dtype), thresholds.to(dtype)
-    num_levels = len(thresholds) + 1
+    num_levels = len(thresholds.unbind()) + 1
     losses = F.binary_cross_entropy_with_logits(
         thresholds[-1] - scores, (labels <= num_levels - 1).to(dtype), reduction="none"
     )
@@ -299,9 +304,9 @@ class TokenQualityRanking(Objective):
         hidden = context.model.all_tokens(hidden, batch.sequences)
         scores, thresholds = context.model.head("ranking_head")(hidden)
         labels = scatter_labels(batch, context.values["labels"], self.num_levels)
-        losses = token_losses(scores, thresholds, labels, gamma=self.gammas, warmup=context.warmup)
+        loss = context.call(_loss, scores, thresholds, labels, self.gammas, context.warmup)
         sums = context.tally(ranking_sums, scores.detach(), thresholds.detach(), labels)
-        return Outcome({"tqr_loss": losses.sum()}, sums)
+        return Outcome({"tqr_loss": loss}, sums)
 
 
 def corrupted_ids(context: WorkContext) -> Tensor:
@@ -431,7 +436,7 @@ def ranking_sums(scores: Tensor, thresholds: Tensor, labels: Tensor, places: Pla
 
     from peer_scale.sequences import tokens_of_each
 
-    num_levels = len(thresholds.unbind()) + 1  # a number that is known when this is compiled
+    num_levels = len(thresholds.unbind()) + 1  # known when this is compiled, as the length of a tensor is not
     sums = rtd_sums(scores, thresholds[-1], labels != num_levels, places)
     scores, labels = scores[places.positions], labels[places.positions]
     is_level = (labels >= 1) & (labels < num_levels) & (labels == labels.round())

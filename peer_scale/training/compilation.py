@@ -31,7 +31,7 @@ def check_compiler(device: torch.device) -> None:
 
 
 def compile_task(task: PretrainingTask, *, backend: str = "inductor") -> None:
-    """Compile what surrounds the attention in every layer of `task`, and its statistics.
+    """Compile what surrounds the attention in every layer of `task`, its statistics and the ranking loss.
 
     The attention itself stays as it is: it is a kernel of its own, and works by the sequences' lengths, of which every
     micro-batch has others. What is compiled sees tensors alone, with a number of tokens that may vary: layers of one

@@ -40,7 +40,7 @@ def startup_summary(run: RunConfig, topology: Topology, corpus: Corpus, num_para
         f"pipeline parallel {run.pipeline_parallel}, ZeRO-{run.zero_stage}, optimizer offload: {optimizer_offload}",
         "device": f"{_device(topology.device)}, {training.precision}, "
         + ("peak not known (no MFU)" if peak is None else f"peak {peak / 1e12:.3g} TFLOP/s per rank"),
-        "compiled": "layers around their attention, statistics" if training.compile else "nothing",
+        "compiled": "layers around their attention, ranking loss, statistics" if training.compile else "nothing",
         "kernel: attention": _attention(run, topology),
         **{f"kernel: {name}": state for name, state in fused_kernels(topology.device).items()},
         "optional parts": optional_parts(topology.device),
