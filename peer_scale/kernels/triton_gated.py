@@ -20,7 +20,8 @@ class FusedGate(torch.autograd.Function):
         num_rows = x.numel() // x.shape[-1]
         out = x.new_empty((*x.shape[:-1], num_columns))
         ctx.save_for_backward(x, bias)
-        ctx.grid = (triton.cdiv(num_rows, TILE["ROWS"]), triton.cdiv(num_columns, TILE["COLUMNS"]))
+        # columns first: programs that run together read rows from end to end
+        ctx.grid = (triton.cdiv(num_columns, TILE["COLUMNS"]), triton.cdiv(num_rows, TILE["ROWS"]))
         ctx.constants = {"IS_GELU": is_gelu, "HAS_BIAS": bias is not None, **TILE}
         if num_rows:
             gate_forward[ctx.grid](x, bias, out, num_rows, num_columns, **ctx.constants)
@@ -34,7 +35,7 @@ class FusedGate(torch.autograd.Function):
         num_rows = x.numel() // x.shape[-1]
         partial = None
         if bias is not None:
-            partial = torch.empty((ctx.grid[0], 2 * num_columns), dtype=torch.float32, device=x.device)
+            partial = torch.empty((ctx.grid[1], 2 * num_columns), dtype=torch.float32, device=x.device)
         if num_rows:
             arguments = grad.contiguous(), x, bias, grad_x, partial, num_rows, num_columns
             gate_backward[ctx.grid](*arguments, **ctx.constants)
@@ -46,8 +47,8 @@ def gate_forward(  # noqa: D103
     x, bias, out, num_rows, num_columns,
     IS_GELU: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = (row < num_rows) & (column < num_columns)
     at = row.to(tl.int64) * 2 * num_columns + column
     gate = tl.load(x + at, inside, 0.0).to(tl.float32)
@@ -65,8 +66,8 @@ def gate_backward(  # noqa: D103
     grad, x, bias, grad_x, partial, num_rows, num_columns,
     IS_GELU: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = (row < num_rows) & (column < num_columns)
     at = row.to(tl.int64) * 2 * num_columns + column
     gate = tl.load(x + at, inside, 0.0).to(tl.float32)
@@ -85,6 +86,6 @@ def gate_backward(  # noqa: D103
     tl.store(grad_x + at, of_gate.to(grad_x.dtype.element_ty), inside)
     tl.store(grad_x + at + num_columns, of_value.to(grad_x.dtype.element_ty), inside)
     if HAS_BIAS:
-        where = partial + tl.program_id(0) * 2 * num_columns + column
+        where = partial + tl.program_id(1) * 2 * num_columns + column
         tl.store(where, tl.sum(of_gate, 0)[None, :], column < num_columns)
         tl.store(where + num_columns, tl.sum(of_value, 0)[None, :], column < num_columns)

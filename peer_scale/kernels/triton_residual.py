@@ -22,7 +22,8 @@ class FusedResidual(torch.autograd.Function):
         seed = torch.randint(2**31, (1,), device=x.device)
         ctx.save_for_backward(seed)
         ctx.dropout, ctx.bias_dtype = dropout, None if bias is None else bias.dtype
-        ctx.grid = (triton.cdiv(num_rows, TILE["ROWS"]), triton.cdiv(num_columns, TILE["COLUMNS"]))
+        # columns first: programs that run together read rows from end to end
+        ctx.grid = (triton.cdiv(num_columns, TILE["COLUMNS"]), triton.cdiv(num_rows, TILE["ROWS"]))
         if num_rows:
             arguments = x, bias, residual, out, seed, dropout, num_rows, num_columns
             residual_forward[ctx.grid](*arguments, HAS_BIAS=bias is not None, **TILE)
@@ -37,7 +38,7 @@ class FusedResidual(torch.autograd.Function):
         num_rows = grad.numel() // num_columns
         partial = None
         if ctx.bias_dtype is not None:
-            partial = torch.empty((ctx.grid[0], num_columns), dtype=torch.float32, device=grad.device)
+            partial = torch.empty((ctx.grid[1], num_columns), dtype=torch.float32, device=grad.device)
         if num_rows:
             arguments = grad, grad_x, partial, seed, ctx.dropout, num_rows, num_columns
             residual_backward[ctx.grid](*arguments, HAS_BIAS=partial is not None, **TILE)
@@ -49,8 +50,8 @@ def residual_forward(  # noqa: D103
     x, bias, residual, out, seed, dropout, num_rows, num_columns,
     HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = (row < num_rows) & (column < num_columns)
     at = row.to(tl.int64) * num_columns + column
     value = tl.load(x + at, inside, 0.0).to(tl.float32)
@@ -66,8 +67,8 @@ def residual_backward(  # noqa: D103
     grad, grad_x, partial, seed, dropout, num_rows, num_columns,
     HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = (row < num_rows) & (column < num_columns)
     at = row.to(tl.int64) * num_columns + column
     given = tl.load(grad + at, inside, 0.0).to(tl.float32)
@@ -75,5 +76,5 @@ def residual_backward(  # noqa: D103
     result = tl.where(kept, given / (1 - dropout), 0.0)
     tl.store(grad_x + at, result.to(grad_x.dtype.element_ty), inside)
     if HAS_BIAS:
-        where = tl.program_id(0) * num_columns + column
+        where = tl.program_id(1) * num_columns + column
         tl.store(partial + where, tl.sum(result, 0)[None, :], column < num_columns)

@@ -19,7 +19,7 @@ def add_up(
     """See `add_up_blocks`; a block has `block` columns."""
     num_positions, num_columns = product.shape
     if num_positions:
-        add_up_kernel[(triton.cdiv(num_positions, SUMS_TILE["POSITIONS"]), triton.cdiv(num_columns, block))](
+        add_up_kernel[(triton.cdiv(num_columns, block), triton.cdiv(num_positions, SUMS_TILE["POSITIONS"]))](
             *(product, bias, reference, limit, sums, counts, num_positions, num_columns, sums.stride(0)),
             COLUMNS=block,
             **SUMS_TILE,
@@ -48,8 +48,8 @@ def add_up_kernel(  # noqa: D103
     product, bias, reference, limit, sums, counts, num_positions, num_columns, sums_stride,
     POSITIONS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    position = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    position = tl.program_id(1) * POSITIONS + tl.arange(0, POSITIONS)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     here = position < num_positions
     inside = here[:, None] & (column < num_columns)[None, :]
     row = position.to(tl.int64)
@@ -64,7 +64,7 @@ def add_up_kernel(  # noqa: D103
     power = ((whole.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
     weight = tl.exp2(bounded - whole).to(tl.float64) * power
     total = tl.sum(tl.where(bits >= -1000.0, weight, 0.0), 1)
-    tl.store(sums + row * sums_stride + tl.program_id(1), total, here)
+    tl.store(sums + row * sums_stride + tl.program_id(0), total, here)
 
 
 @triton.jit

@@ -28,7 +28,6 @@ class Topology:
 
     mesh: DeviceMesh
     model_mesh: DeviceMesh
-    reverse_mesh: DeviceMesh
     device: torch.device
     sequence_parallel: bool = False
 
@@ -43,10 +42,6 @@ class Topology:
     def group(self, dim: Dimension) -> dist.ProcessGroup:
         """Give the ranks that differ from this one only along `dim`."""
         return self.model_mesh.get_group() if dim == "model" else self.mesh.get_group(dim)
-
-    def pipeline_group(self, *, forward: bool) -> dist.ProcessGroup:
-        """Give the ranks of this pipeline, for messages to later stages or for those that go back."""
-        return (self.mesh if forward else self.reverse_mesh).get_group("pp")
 
     @property
     def tensor_parallel(self) -> TensorParallel:
@@ -133,13 +128,10 @@ def build_topology(
     shape = (pipeline_parallel, data_parallel, tensor_parallel)
     names = ("pp", "dp", "tp")
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-    # a second set of groups, so that messages in either direction do not queue up behind each other
-    reverse_mesh = mesh if pipeline_parallel == 1 else init_device_mesh(device.type, shape, mesh_dim_names=names)
     model_mesh = mesh["tp"] if pipeline_parallel == 1 else mesh["pp", "tp"]._flatten("model")
     return Topology(
         mesh=mesh,
         model_mesh=model_mesh,
-        reverse_mesh=reverse_mesh,
         device=device,
         sequence_parallel=sequence_parallel and tensor_parallel > 1,
     )

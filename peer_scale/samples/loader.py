@@ -148,7 +148,7 @@ def _leave_signals_to_the_rank(_: int) -> None:
 
     A rank that ends kills its workers (`end_workers`), since Python would ask them by SIGTERM and wait.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -209,7 +209,9 @@ class OutputConfig:
         metavar="MINUTES",
         default_text="no limit",
     )
-    exit_signal_handler: bool = option(default=False, help="Save and stop on SIGTERM.")
+    exit_signal_handler: bool = option(
+        default=True, help="With --save: save and stop on SIGTERM or SIGUSR1, with exit code 75."
+    )
 
     def __post_init__(self) -> None:
         for name in ("save_interval", "keep_every"):

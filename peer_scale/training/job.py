@@ -16,7 +16,7 @@ from peer_scale.checkpoints.progress import Progress
 from peer_scale.checkpoints.sections import Sections, sections_of, split_of
 from peer_scale.checkpoints.state import TrainingState, require_supported_offload
 from peer_scale.checkpoints.writer import CheckpointWriter
-from peer_scale.errors import UserError
+from peer_scale.errors import StoppedEarly, UserError
 from peer_scale.host_memory import keep_freed_memory
 from peer_scale.models.heads import MaskedLMHead
 from peer_scale.objectives.task import PretrainingTask
@@ -24,6 +24,7 @@ from peer_scale.parallel.coordination import RankCoordinator
 from peer_scale.parallel.environment import ProcessEnvironment, default_num_threads
 from peer_scale.parallel.initialization import count_parameters, initialize_weights
 from peer_scale.parallel.topology import Topology, build_topology, init_process_group
+from peer_scale.pipeline.pair_groups import PairGroups
 from peer_scale.pipeline.placement import Placement
 from peer_scale.pipeline.runner import PipelineRunner
 from peer_scale.pipeline.search import choose_placement
@@ -37,7 +38,7 @@ from peer_scale.training.callbacks.checkpointing import Checkpointing
 from peer_scale.training.callbacks.closing import ClosingSummary
 from peer_scale.training.callbacks.console import ProgressLine
 from peer_scale.training.callbacks.reporting import MetricsFile, MonitorEvents
-from peer_scale.training.callbacks.stopping import StopAfter, StopOnInterrupt, StopOnSignal
+from peer_scale.training.callbacks.stopping import StopAfter, StopOnInterrupt, StopOnSignal, StopSignals
 from peer_scale.training.callbacks.validation import Validation
 from peer_scale.training.compilation import check_compiler
 from peer_scale.training.data import Corpus, cut_into_samples, open_text, plan_batches
@@ -83,18 +84,26 @@ def arrange_ranks(run: RunConfig, device: torch.device) -> Topology:
 
 
 def train(run: RunConfig, topology: Topology, coordinator: RankCoordinator) -> None:
-    """Train in the process groups that are there; UserError and TrainingError come on all ranks alike."""
+    """Train in the process groups that are there.
+
+    Raises:
+        UserError, TrainingError: on all ranks alike.
+        StoppedEarly: on all ranks alike, where the run was saved before its last step; at a signal on its ranks.
+    """
     if run.output.save is not None or run.output.load is not None or run.output.init_from is not None:
         require_supported_offload(run.deepspeed)
     folders = RunFolders(run.output)
-    try:
-        coordinator.first_rank(folders.claim)
-        _train(run, topology, coordinator, folders)
-    finally:
-        folders.release()
+    with StopSignals(active=run.output.exit_signal_handler and run.output.save is not None) as signals:
+        try:
+            coordinator.first_rank(folders.claim)
+            _train(run, topology, coordinator, folders, signals)
+        finally:
+            folders.release()
 
 
-def _train(run: RunConfig, topology: Topology, coordinator: RankCoordinator, folders: RunFolders) -> None:
+def _train(
+    run: RunConfig, topology: Topology, coordinator: RankCoordinator, folders: RunFolders, signals: StopSignals
+) -> None:
     say: Callable[[str], None] = print if topology.is_first_rank else _say_nothing
     store, tokenizer = coordinator.one_by_one(lambda: open_text(run, show_progress=topology.is_first_rank))
     run = replace(run, model=replace(run.model, vocab_size=tokenizer.vocab_size))
@@ -130,7 +139,7 @@ def _train(run: RunConfig, topology: Topology, coordinator: RankCoordinator, fol
     engine = build_engine(task, run, topology)
     runner: Runner = WholeModelRunner(engine, topology)
     if placement is not None:
-        runner = PipelineRunner(engine, topology, placement, run.compute_dtype)
+        runner = PipelineRunner(engine, topology, placement, PairGroups(topology, placement), run.compute_dtype)
     state = TrainingState(engine, topology, run.model.vocab_size)
     progress = Progress()
     if start.folder is not None and start.manifest is not None:
@@ -147,7 +156,7 @@ def _train(run: RunConfig, topology: Topology, coordinator: RankCoordinator, fol
         engine,
         runner,
         Meter(run, dist.get_world_size(), peak, skipped_steps=engine.skipped_steps),
-        _callbacks(run, topology, coordinator, corpus, plan, sections, state, warmup_steps, start),
+        _callbacks(run, topology, coordinator, corpus, plan, sections, state, warmup_steps, start, signals),
         progress=progress,
         warmup_steps=warmup_steps,
     )
@@ -159,6 +168,11 @@ def _train(run: RunConfig, topology: Topology, coordinator: RankCoordinator, fol
         num_workers=run.data.num_workers,
     )
     trainer.fit(steps)
+    last, wanted = trainer.progress.step, run.training.train_iters
+    if run.output.save is not None and last < wanted:
+        raise StoppedEarly(
+            f"stopped after step {last} of {wanted}, saved in {run.output.save}: the same command goes on"
+        )
 
 
 def place_stages(run: RunConfig) -> Placement:
@@ -181,6 +195,7 @@ def _callbacks(
     state: TrainingState,
     warmup_steps: int,
     start: StartingPoint,
+    signals: StopSignals,
 ) -> list[Callback]:
     output = run.output
     callbacks: list[Callback] = []
@@ -191,8 +206,7 @@ def _callbacks(
     callbacks += coordinator.everyone(lambda: _reporting(run, start.step) if topology.is_first_rank else [])
     if output.exit_duration_in_mins is not None:
         callbacks.append(StopAfter(output.exit_duration_in_mins))
-    if output.exit_signal_handler:
-        callbacks.append(StopOnSignal())
+    callbacks.append(StopOnSignal(signals))
     if output.save is not None:
         kept = CheckpointFolder(
             output.save, output.keep_last, output.keep_every, run=start.run, resumed=start.saving_in(output.save)

@@ -17,7 +17,7 @@ from peer_scale.kernels.norm import bias_dropout_residual_norm
 
 pytestmark = pytest.mark.heavy
 
-SHAPES = [(1, 1), (3, 7), (5, 2, 100), (17, 257), (2, 3, 768)]
+SHAPES = [(1, 1), (3, 7), (5, 2, 100), (17, 257), (70, 100), (2, 3, 768)]
 
 
 def norm_problem(shape, dtype=torch.float32, seed=0):
