@@ -205,7 +205,7 @@ def put_in(found: dict[Any, Kernels], task: PretrainingTask, launches: Launches)
         def after(context: Tensor, hidden: Tensor, kernels: Kernels = kernels, parameters: Any = parameters) -> Tensor:
             return _Opaque.apply(launches, kernels, hidden.detach(), context, hidden, *parameters)
 
-        layer.after_attention = after  # type: ignore[method-assign]
+        layer.after_attention = after  # type: ignore[method-assign,assignment]
 
     def call(function: Callable[..., Any], *arguments: Any) -> Any:
         kernels = found[function]
@@ -257,10 +257,7 @@ def model_launches(run: RunConfig, found: dict[Any, Kernels] | None = None) -> L
 
 def _without_numbers(value: Any) -> Any:
     if isinstance(value, Sequences):
-        tensors = {each.name: getattr(value, each.name) for each in fields(value)}
-        return replace(
-            value, **{name: torch.empty_like(each) for name, each in tensors.items() if torch.is_tensor(each)}
-        )
+        return Sequences(value.lengths, *(torch.empty_like(getattr(value, each.name)) for each in fields(value)[1:]))
     return torch.empty_like(value)
 
 

@@ -1,7 +1,11 @@
 """The one place that builds a DeepSpeed engine and knows what of DeepSpeed has to be worked around."""
 
+from typing import Any, SupportsFloat
+
 import deepspeed
+import torch
 from deepspeed.accelerator import get_accelerator
+from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 from peer_scale.errors import UserError
@@ -11,7 +15,9 @@ from peer_scale.objectives.task import PretrainingTask
 from peer_scale.parallel.topology import ModelParallelUnit, Topology
 from peer_scale.settings.run import RunConfig
 from peer_scale.training.compilation import compile_task
+from peer_scale.training.late_numbers import LateNumbers
 from peer_scale.training.optimizer import build_optimizer
+from peer_scale.training.unread_norms import leave_norms_unread
 
 MONITOR_BLOCKS = ("tensorboard", "wandb", "csv_monitor", "comet")
 
@@ -28,7 +34,7 @@ def build_engine(task: PretrainingTask, run: RunConfig, topology: Topology) -> E
         apply_activation_checkpointing(task, check_fn=lambda module: isinstance(module, TransformerLayer))
     if run.training.compile:
         compile_task(task)
-    config = {key: value for key, value in run.deepspeed.items() if key not in MONITOR_BLOCKS}
+    config = _without_waits({key: value for key, value in run.deepspeed.items() if key not in MONITOR_BLOCKS})
     task.to(topology.device)
     optimizer = build_optimizer(task, run.training)
     try:
@@ -38,6 +44,8 @@ def build_engine(task: PretrainingTask, run: RunConfig, topology: Topology) -> E
     except (AssertionError, ImportError, NotImplementedError, ValueError) as error:  # how it refuses a ds_config
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"DeepSpeed refuses the ds_config: {reason}") from error
+    if run.training.precision != "fp16" and engine.zero_optimization_stage() < 3:
+        leave_norms_unread(engine.optimizer)
     return engine
 
 
@@ -54,6 +62,27 @@ def check_precision(precision: str) -> None:
 def loss_scale(engine: Engine) -> float:
     """Current fp16 loss scale, 1 in other precisions."""
     return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0
+
+
+def gradient_norm(engine: Engine) -> SupportsFloat | None:
+    """Give the norm of the last step's gradients before clipping, not yet read; infinity where it is not finite.
+
+    None before the first step.
+    """
+    norm = engine.get_global_grad_norm()
+    if not isinstance(norm, Tensor):
+        return norm
+    return LateNumbers(torch.where(norm < 0, torch.inf, norm))  # -1 is DeepSpeed's word for it
+
+
+def _without_waits(config: dict[str, Any]) -> dict[str, Any]:
+    """Switch off what has the host wait for the device in each step and is of no use here.
+
+    DeepSpeed's clock waits twice for each micro-batch. Its search for overflows in bf16, which a ds_config may still
+    ask for, is what our own check of a step's norm does, one step late.
+    """
+    bf16 = {"check_grad_overflow": False, **config.get("bf16", {})}
+    return {**config, "bf16": bf16, "timers": {"throughput": {"enabled": False}}}
 
 
 def _leave_out_shared_memory_op() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 
@@ -16,19 +16,20 @@ from peer_scale.objectives.graph import SampleSize
 from peer_scale.objectives.objective import SumsLayout
 from peer_scale.samples.loader import Fault
 from peer_scale.settings.run import RunConfig
+from peer_scale.training.late_numbers import LateNumbers
 
 
 @dataclass
 class StepRecord:
-    """What is known of a step when it has been launched; `sums` may still be under way on the device.
+    """What is known of a step when it has been launched; `sums` and `grad_norm` may still be under way on the device.
 
     `fault` is what this rank found wrong with its own samples of the step; `sums` end with the count of such ranks.
     """
 
     step: int
-    sums: torch.Tensor
+    sums: LateNumbers
     lr: float
-    grad_norm: Any
+    grad_norm: SupportsFloat | None
     loss_scale: float
     skipped_steps: int
     step_time: float = 0.0

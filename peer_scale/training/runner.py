@@ -31,19 +31,19 @@ class WholeModelRunner:
         self._engine, self._topology = engine, topology
         self._works = tuple(work.name for work in engine.module.graph.works)
         self._num_sums = len(engine.module.sums)
+        # DeepSpeed averages over data-parallel ranks; our loss is a share of the global sum
+        self._scale = topology.size("dp")
 
     def train(self, batches: Sequence[Batch], step: StepInfo, seed_dropout: Callable[..., None]) -> Tensor:
         """See `Runner`."""
         engine = self._engine
-        # DeepSpeed averages over data-parallel ranks; our loss is a share of the global sum
-        scale = self._topology.size("dp")
         sums = self._zeros()
         for micro, batch in enumerate(batches):
             seed_dropout(micro)
             engine.set_gradient_accumulation_boundary(micro == len(batches) - 1)
             loss, of_micro_batch, _ = engine(self._works, batch, step)
             assert loss is not None, "the works have losses"
-            engine.backward(loss * scale, scale_wrt_gas=False)
+            engine.backward(loss * self._scale, scale_wrt_gas=False)
             engine.step()
             sums += of_micro_batch
         return sums

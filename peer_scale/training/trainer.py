@@ -21,7 +21,8 @@ from peer_scale.samples.examples import Batch
 from peer_scale.samples.loader import Fault, StepBatches
 from peer_scale.seeds import stream_seed
 from peer_scale.settings.run import RunConfig
-from peer_scale.training.engine import loss_scale
+from peer_scale.training.engine import gradient_norm, loss_scale
+from peer_scale.training.late_numbers import LateNumbers
 from peer_scale.training.metering import Meter, StepRecord
 from peer_scale.training.optimizer import set_hyperparameters
 from peer_scale.training.runner import Runner
@@ -100,8 +101,8 @@ class Trainer:
         seed_dropout = partial(self._seed_dropout, step)
         sums = self.runner.train(batches, self.step_info(step, batches), seed_dropout)
         sums = self.global_sums(sums, float(self.wants_stop), float(fault is not None))
-        norm, scale = engine.get_global_grad_norm(), loss_scale(engine)
-        return StepRecord(step, sums, lr, norm, scale, engine.skipped_steps, fault=fault)
+        norm, scale = gradient_norm(engine), loss_scale(engine)
+        return StepRecord(step, LateNumbers(sums), lr, norm, scale, engine.skipped_steps, fault=fault)
 
     def step_info(self, step: int, batches: Sequence[Batch]) -> StepInfo:
         """Give what all micro-batches of a step have in common, on all ranks."""
@@ -120,7 +121,8 @@ class Trainer:
         """Give the sums of all micro-batches of all ranks, and `more` added up over all ranks."""
         if self.topology.rank("tp"):
             sums = torch.zeros_like(sums)  # tensor-parallel ranks have seen the same
-        sums = torch.cat([sums, sums.new_tensor(more)])
+        # filled on the device: a copy of the host's numbers would wait for all that is under way there
+        sums = torch.cat([sums, *(torch.full_like(sums[:1], number) for number in more)])
         dist.all_reduce(sums)
         return sums
 
