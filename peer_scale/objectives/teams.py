@@ -240,7 +240,7 @@ def _detect(context: WorkContext, hidden: Tensor | None) -> Outcome:
     labels = scatter_labels(batch, context.values["labels"], num_levels=2)
     losses = token_losses(scores, thresholds, labels)
     states = model.head("mws_branch")(hidden, batch.sequences, batch.positions)
-    sums = rtd_sums(scores.detach(), thresholds.detach()[-1], labels == _REPLACED, batch)
+    sums = context.tally(rtd_sums, scores.detach(), thresholds.detach()[-1], labels == _REPLACED)
     return Outcome({"rtd_loss": losses.sum()}, sums, {"selection_states": states})
 
 

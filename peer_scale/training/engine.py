@@ -15,6 +15,7 @@ from peer_scale.objectives.task import PretrainingTask
 from peer_scale.parallel.topology import ModelParallelUnit, Topology
 from peer_scale.settings.ds_config import with_bucket_sizes
 from peer_scale.settings.run import RunConfig
+from peer_scale.training.compilation import compile_task
 from peer_scale.training.late_numbers import LateNumbers
 from peer_scale.training.optimizer import build_optimizer
 from peer_scale.training.unread_norms import leave_norms_unread
@@ -38,6 +39,8 @@ def build_engine(task: PretrainingTask, run: RunConfig, topology: Topology) -> E
         data_parallel=topology.size("dp"),
     )
     config = _without_waits({key: value for key, value in sized.items() if key not in MONITOR_BLOCKS})
+    if run.training.compile:
+        compile_task(task)
     task.to(topology.device)
     optimizer = build_optimizer(task, run.training)
     try:

@@ -41,6 +41,7 @@ from peer_scale.training.callbacks.console import ProgressLine
 from peer_scale.training.callbacks.reporting import MetricsFile, MonitorEvents
 from peer_scale.training.callbacks.stopping import StopAfter, StopOnInterrupt, StopOnSignal, StopSignals
 from peer_scale.training.callbacks.validation import Validation
+from peer_scale.training.compilation import check_compiler
 from peer_scale.training.data import Corpus, choose_num_workers, cut_into_samples, open_text, plan_batches
 from peer_scale.training.engine import build_engine, check_precision
 from peer_scale.training.metering import Meter, device_peak
@@ -137,6 +138,8 @@ def _train(
         counts = coordinator.everyone(lambda: corpus.training.token_counts(_SAMPLES_FOR_UNIGRAMS))
         for head in (module for module in task.modules() if isinstance(module, MaskedLMHead)):
             head.begin_with_frequencies(torch.from_numpy(counts))
+    if run.training.compile:
+        coordinator.everyone(lambda: check_compiler(topology.device))
     num_parameters = count_parameters(task, tensor_parallel, topology.group("pp"))
     engine = build_engine(task, run, topology)
     runner: Runner = WholeModelRunner(engine, topology)

@@ -10,6 +10,7 @@ import torch
 from peer_scale.corpus.manifest import unknown_counts
 from peer_scale.kernels.attention import describe_attention
 from peer_scale.kernels.availability import fused_kernels
+from peer_scale.kernels.optional_parts import optional_parts
 from peer_scale.models.config import EncoderShape
 from peer_scale.parallel.cpu_binding import CpuShare
 from peer_scale.parallel.topology import Topology
@@ -53,8 +54,10 @@ def startup_summary(
         "device": f"{_device(topology.device)}, {training.precision}, "
         + ("peak not known (no MFU)" if peak is None else f"peak {peak / 1e12:.3g} TFLOP/s per rank"),
         **({} if cpus is None else {"CPUs": f"{cpus.describe()}; {num_workers} processes prepare batches"}),
+        "compiled": "layers around their attention, ranking loss, statistics" if training.compile else "nothing",
         "kernel: attention": _attention(run, topology),
         **{f"kernel: {name}": state for name, state in fused_kernels(topology.device).items()},
+        "optional parts": optional_parts(topology.device),
     }
     width = max(map(len, lines))
     aligned = [f"{name:<{width}}  {text}" for name, text in lines.items()]
