@@ -18,7 +18,7 @@ from peer_scale.settings.arguments import Parser, of
 from peer_scale.settings.run import SeqLength
 
 if TYPE_CHECKING:
-    from peer_scale.planning.layout import Workload
+    from peer_scale.planning.layout import Cluster, Workload
     from peer_scale.planning.lengths import Lengths
 
 _EXAMPLE = """\
@@ -27,8 +27,10 @@ examples:
   peer-scale plan --model peer-large --nodes 32 --gpus-per-node 8 --gpu H100 --search --top 10
   peer-scale plan --model peer-large --config 3b.yaml --nodes 32 --gpus-per-node 8 --search
   peer-scale plan --model peer-base --nodes 4 --gpus-per-node 8 --search --data-path data/corpus
+  peer-scale plan --model peer-base --nodes 4 --gpus-per-node 8 --search --measured doctor.json
 """
 _GPU_NAMES = {"A100": "A100", "H100": "H100 80GB HBM3", "H200": "H200", "B200": "B200", "L40S": "L40S"}
+_INTRA_BANDWIDTH, _INTER_BANDWIDTH = 300, 40
 _Share = Annotated[float, Field(ge=0, le=1)]
 _Fill = Annotated[float, Field(gt=0, le=1)]
 
@@ -75,16 +77,14 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     machines.add_argument(
         "--intra-bandwidth",
         **of(PositiveFloat),
-        default=300,
         metavar="GB/S",
-        help="per GPU in a node (default: %(default)s)",
+        help=f"per GPU in a node (default: {_INTRA_BANDWIDTH})",
     )
     machines.add_argument(
         "--inter-bandwidth",
         **of(PositiveFloat),
-        default=40,
         metavar="GB/S",
-        help="per GPU between nodes (default: %(default)s)",
+        help=f"per GPU between nodes (default: {_INTER_BANDWIDTH})",
     )
     machines.add_argument(
         "--efficiency",
@@ -95,6 +95,12 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     )
     machines.add_argument(
         "--overlap", **of(_Share), default=0.5, metavar="SHARE", help="of ZeRO's traffic, hidden (default: %(default)s)"
+    )
+    machines.add_argument(
+        "--measured",
+        type=Path,
+        metavar="FILE",
+        help="report of peer-scale doctor, whose bandwidths and latency hold here",
     )
     layout = parser.add_argument_group("layout")
     layout.add_argument(
@@ -139,12 +145,14 @@ def run(args: argparse.Namespace) -> str:
         gpus_per_node=args.gpus_per_node,
         memory=args.memory * GIB,
         peak_flops=peak,
-        intra_bandwidth=args.intra_bandwidth * 1e9,
-        inter_bandwidth=args.inter_bandwidth * 1e9,
+        intra_bandwidth=(args.intra_bandwidth or _INTRA_BANDWIDTH) * 1e9,
+        inter_bandwidth=(args.inter_bandwidth or _INTER_BANDWIDTH) * 1e9,
         efficiency=args.efficiency,
         overlap=args.overlap,
         reserved=args.reserved * GIB,
     )
+    if args.measured is not None:
+        cluster = _as_measured(cluster, args)
     training = preset.training
     seq_length = training.seq_length if args.seq_length is None else args.seq_length
     batch = training.global_batch_size if args.global_batch_size is None else args.global_batch_size
@@ -171,6 +179,17 @@ def run(args: argparse.Namespace) -> str:
     )
     plan = make_plan(workload, cluster, layout)
     return as_json(plan) if args.json else describe(plan, workload, cluster)
+
+
+def _as_measured(cluster: Cluster, args: argparse.Namespace) -> Cluster:
+    """Give the cluster with what --measured has; UserError for a flag that would have no effect."""
+    from peer_scale.planning.measured import Measured
+
+    measured = Measured.read(args.measured)
+    for name in ("intra_bandwidth", "inter_bandwidth"):
+        if getattr(args, name) is not None and getattr(measured, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name):g} has no effect: --measured has another")
+    return measured.put_into(cluster)
 
 
 def _check_text_flags(args: argparse.Namespace) -> None:

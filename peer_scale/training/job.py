@@ -3,7 +3,7 @@
 import argparse
 import atexit
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -81,19 +81,28 @@ def arrange_ranks(run: RunConfig, device: torch.device) -> Topology:
     )
 
 
-def train(run: RunConfig, topology: Topology, coordinator: RankCoordinator) -> None:
-    """Train in the process groups that are there; UserError and TrainingError come on all ranks alike."""
+def train(run: RunConfig, topology: Topology, coordinator: RankCoordinator, watching: Sequence[Callback] = ()) -> None:
+    """Train in the process groups that are there; UserError and TrainingError come on all ranks alike.
+
+    `watching` are told of each step after the run's own callbacks.
+    """
     if run.output.save is not None or run.output.load is not None or run.output.init_from is not None:
         require_supported_offload(run.deepspeed)
     folders = RunFolders(run.output)
     try:
         coordinator.first_rank(folders.claim)
-        _train(run, topology, coordinator, folders)
+        _train(run, topology, coordinator, folders, watching)
     finally:
         folders.release()
 
 
-def _train(run: RunConfig, topology: Topology, coordinator: RankCoordinator, folders: RunFolders) -> None:
+def _train(
+    run: RunConfig,
+    topology: Topology,
+    coordinator: RankCoordinator,
+    folders: RunFolders,
+    watching: Sequence[Callback],
+) -> None:
     say: Callable[[str], None] = print if topology.is_first_rank else _say_nothing
     store, tokenizer = coordinator.one_by_one(lambda: open_text(run, show_progress=topology.is_first_rank))
     run = replace(run, model=replace(run.model, vocab_size=tokenizer.vocab_size))
@@ -144,7 +153,7 @@ def _train(run: RunConfig, topology: Topology, coordinator: RankCoordinator, fol
         engine,
         runner,
         Meter(run, dist.get_world_size(), peak, skipped_steps=engine.skipped_steps),
-        _callbacks(run, topology, coordinator, corpus, plan, sections, state, warmup_steps, start),
+        [*_callbacks(run, topology, coordinator, corpus, plan, sections, state, warmup_steps, start), *watching],
         progress=progress,
         warmup_steps=warmup_steps,
     )
