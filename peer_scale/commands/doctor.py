@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import PositiveFloat, PositiveInt
 
+import peer_scale
 from peer_scale.commands.outcome import INTERRUPTED_EXIT_CODE
 from peer_scale.errors import TRAINING_ERROR_EXIT_CODE, USER_ERROR_EXIT_CODE, UserError
 from peer_scale.parallel.environment import ProcessEnvironment, detect_environment
@@ -103,7 +105,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED_EXIT_CODE
-    return TRAINING_ERROR_EXIT_CODE if any(outcome.state == "failed" for outcome in outcomes) else 0
+    # one of the processes is enough to say so: launchers make a fuss about each
+    has_failed = rank == 0 and any(outcome.state == "failed" for outcome in outcomes)
+    return TRAINING_ERROR_EXIT_CODE if has_failed else 0
 
 
 def _examine(args: argparse.Namespace, environment: ProcessEnvironment, given: list[str]) -> list[Outcome]:
@@ -123,6 +127,7 @@ def _examine(args: argparse.Namespace, environment: ProcessEnvironment, given: l
     if num_gpus and ranks > num_gpus and environment.launcher == "none":
         raise UserError(f"--ranks {ranks}: there are {num_gpus} GPUs, and a rank takes one of its own")
     begin = time.monotonic()
+    before = signal.signal(signal.SIGTERM, _leave)
     scratch = Path(tempfile.mkdtemp(prefix="peer-scale-doctor-"))
     crew = None
     try:
@@ -143,6 +148,7 @@ def _examine(args: argparse.Namespace, environment: ProcessEnvironment, given: l
             local_rank=environment.local_rank,
             folder=args.folder,
             shared_memory=args.shared_memory,
+            bench=Path(peer_scale.__file__).resolve().parent.parent / "tools" / "bench.py",
             tell=tell,
         )
         outcomes = examination.run(args.only)
@@ -151,8 +157,15 @@ def _examine(args: argparse.Namespace, environment: ProcessEnvironment, given: l
             write_report(args.report, outcomes, bandwidth=bandwidth, environ=os.environ, arguments=given)
             print_table(outcomes)
             print(f"report: {args.report}")
+        crew.exchange(None)  # a launcher ends all processes when one of them ends
     finally:
         if crew is not None:
             crew.close()
         shutil.rmtree(scratch, ignore_errors=True)
+        signal.signal(signal.SIGTERM, before)
     return outcomes
+
+
+def _leave(*_: object) -> None:
+    """End by an exception, so that the ranks are ended too."""
+    sys.exit(128 + signal.SIGTERM)

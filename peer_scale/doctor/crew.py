@@ -22,6 +22,7 @@ import torch.distributed as dist
 import peer_scale
 from peer_scale.doctor.outcome import Failed
 from peer_scale.errors import UserError
+from peer_scale.parallel.coordination import RankCoordinator
 from peer_scale.parallel.environment import ProcessEnvironment
 
 T = TypeVar("T")
@@ -79,16 +80,14 @@ class Crew:
         self.num_gpus = num_gpus
         self.is_first = environment.rank == 0
         self._trials = 0
-        self._port = free_port()
-        if self._has_launcher:
-            self._meet()
+        self._coordinator = self._meet() if self._has_launcher else None
 
     @property
-    def num_nodes(self) -> int:
-        """Nodes with as many ranks as this one has."""
-        return max(1, self.num_ranks // self.ranks_per_node)
+    def place(self) -> tuple[int, int, int]:
+        """Give this process's rank, its rank on the node, and the number of ranks on the node."""
+        return self._environment.rank, self._environment.local_rank, self.ranks_per_node
 
-    def _meet(self) -> None:
+    def _meet(self) -> RankCoordinator:
         place = self._environment
         address = f"{place.master_addr}:{place.master_port}"
         try:
@@ -104,6 +103,7 @@ class Crew:
             raise UserError(
                 f"rank {place.rank} of {place.world_size} has not met the others at {address}: {reason}"
             ) from None
+        return RankCoordinator()  # which waits as long as a trial takes
 
     def close(self) -> None:
         """Part from the other processes."""
@@ -112,11 +112,7 @@ class Crew:
 
     def exchange(self, value: T) -> list[T]:
         """Give the values of all of the doctor's processes, on all of them."""
-        if not self._has_launcher:
-            return [value]
-        values: list = [None] * self._environment.world_size
-        dist.all_gather_object(values, value)
-        return values
+        return [value] if self._coordinator is None else self._coordinator.exchange(value)
 
     def run(self, trial: Trial) -> list[Any]:
         """Run a trial; give its ranks' results, in their order, on all of the doctor's processes.
@@ -267,7 +263,7 @@ class _Ranks:
         frames = [line.strip() for line in self._said(rank) if line.strip().startswith("File ")]
         ours = next((frame for frame in frames if "peer_scale" in frame), None)
         where = f", at {ours}" if ours else ""
-        return f"rank {rank} did not end in {timeout:.0f} s{where}"
+        return f"rank {rank} did not end in {timeout:g} s{where}"
 
     def _result(self, rank: int) -> Path:
         return self._folder / f"rank-{rank}.json"

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import peer_scale
 from peer_scale.doctor.crew import Crew, Trial
 from peer_scale.doctor.curves import Layout, ShortRun, Steps, compare, layouts
 from peer_scale.doctor.machine import NO_GPU, check_setup
@@ -39,11 +38,12 @@ class Examination:
         local_rank: int,
         folder: Path,
         shared_memory: Path,
+        bench: Path,
         tell: Callable[[Outcome], None],
     ) -> None:
         self._crew, self._run, self._tell = crew, run, tell
         self._environ, self._host, self._local_rank = environ, host, local_rank
-        self._folder, self._shared_memory = folder, shared_memory
+        self._folder, self._shared_memory, self._bench = folder, shared_memory, bench
         self._references: dict[int, Steps] = {}
         self.bandwidth: dict[str, Any] | None = None
 
@@ -173,10 +173,10 @@ class Examination:
         return (*flags[:place], str(_STEPS_OF_A_WATCHED_RUN), *flags[place + 1 :])
 
     def _speed(self) -> Found:
-        script = Path(peer_scale.__file__).resolve().parent.parent / "tools" / "bench.py"
-        if not script.is_file():
-            raise NotTried("tools/bench.py is not here: it is part of a checkout")
-        found = self._crew.exchange(_bench(script, self._run.folder) if self._crew.is_first else None)[0]
+        has_bench = self._crew.exchange(self._bench.is_file())[0]
+        if not has_bench:
+            raise NotTried(f"{self._bench} is not there: it is part of a checkout")
+        found = self._crew.exchange(_run_bench(self._bench, self._run.folder) if self._crew.is_first else None)[0]
         assert found is not None
         if isinstance(found, str):
             raise Failed(found)
@@ -189,6 +189,11 @@ class Examination:
     def _messages(self) -> Found:
         if self._crew.num_ranks == 1:
             raise NotTried("one rank")
+        for rank, local_rank, ranks_per_node in self._crew.exchange(self._crew.place):
+            if ranks_per_node != self._crew.ranks_per_node:
+                raise NotTried("nodes have unequal numbers of ranks")
+            if local_rank != rank % ranks_per_node:
+                raise NotTried("neighbouring ranks are on different nodes: srun --distribution=block")
         self.bandwidth = self._crew.run(Trial("bandwidth"))[0]
         figures = {
             "within a node": self.bandwidth["intra_bandwidth"],
@@ -204,7 +209,7 @@ def _no_gpu() -> str:
     raise NotTried(NO_GPU)
 
 
-def _bench(script: Path, folder: Path) -> list[dict[str, Any]] | str:
+def _run_bench(script: Path, folder: Path) -> list[dict[str, Any]] | str:
     """Run some rows of the benchmark on the first GPU; give them, or the line that says why not."""
     output = folder / "bench.json"
     command = [sys.executable, str(script), "--json", str(output), "--rows", *_BENCH_ROWS]
@@ -217,8 +222,8 @@ def _bench(script: Path, folder: Path) -> list[dict[str, Any]] | str:
         if done.returncode == 0:
             return list(json.loads(output.read_text(encoding="utf-8")))
     except subprocess.TimeoutExpired:
-        return f"tools/bench.py did not end in {_BENCH_SECONDS} s"
+        return f"{script} did not end in {_BENCH_SECONDS} s"
     except (OSError, ValueError) as error:
-        return f"tools/bench.py: {error}"
+        return f"{script}: {error}"
     said = done.stderr.strip().splitlines()[-1:] or ["nothing"]
-    return f"tools/bench.py ended with exit code {done.returncode} and said: {said[0][:200]}"
+    return f"{script} ended with exit code {done.returncode} and said: {said[0][:200]}"

@@ -75,7 +75,7 @@ def check_setup(
         "temporary files": lambda: check_temporary_files(Path(tempfile.gettempdir()), file_systems()),
         "address": lambda: check_address(socket.gethostname(), environ.get("MASTER_ADDR")),
         "port": lambda: check_port(environ),
-        "open files": lambda: check_open_files(num_ranks),
+        "open files": check_open_files,
         "compiler": lambda: check_compiler(environ, has_gpus=num_gpus > 0),
     }
     return [attempt("setup", name, check) for name, check in checks.items()]
@@ -297,13 +297,12 @@ def check_port(environ: Mapping[str, str]) -> str:
     return f"{name} {port} is free"
 
 
-def check_open_files(num_ranks: int) -> str:
-    """Compare the limit of open files with what ranks need for their sockets and shared tensors."""
+def check_open_files() -> str:
+    """Compare the limit of open files with what a rank needs for its sockets and shared tensors."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = _FILES_OF_A_RANK
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        raise Failed(f"a process may have {soft} files open, a rank wants {needed}: ulimit -n {max(needed, 65536)}")
-    return f"{_limit(soft)} per process (at most {_limit(hard)}), {num_ranks} ranks"
+    if soft != resource.RLIM_INFINITY and soft < _FILES_OF_A_RANK:
+        raise Failed(f"a process may have {soft} files open, a rank wants {_FILES_OF_A_RANK}: ulimit -n 65536")
+    return f"{_limit(soft)} per process (at most {_limit(hard)})"
 
 
 def check_compiler(environ: Mapping[str, str], *, has_gpus: bool) -> str:

@@ -31,6 +31,9 @@ class Outcome:
         assert "\n" not in self.line, self.line
 
 
+_ALIKE = ("versions", "NCCL")  # checks whose lines must be the same on all nodes
+
+
 class NotTried(Exception):
     """A check cannot be tried here; the message says why."""
 
@@ -71,17 +74,23 @@ def join_nodes(found: list[tuple[str, list[Outcome]]]) -> list[Outcome]:
     Args:
         found: of each node its name and the outcomes, in the same order on all.
     """
-    joined = []
-    for of_nodes in zip(*(outcomes for _, outcomes in found), strict=True):
-        worst = max(of_nodes, key=lambda outcome: ("not tried", "passed", "failed").index(outcome.state))
-        names = [name for (name, _), outcome in zip(found, of_nodes, strict=True) if outcome.state == worst.state]
-        if len(found) == 1:
-            joined.append(worst)
-            continue
-        where = f"all {len(found)} nodes" if len(names) == len(found) else _some(names)
-        details = {name: outcome.line for (name, _), outcome in zip(found, of_nodes, strict=True)}
-        joined.append(Outcome(worst.group, worst.name, worst.state, f"{where}: {worst.line}", details))
-    return joined
+    hosts = [host for host, _ in found]
+    columns = zip(*(outcomes for _, outcomes in found), strict=True)
+    return [column[0] if len(found) == 1 else _join(hosts, column) for column in columns]
+
+
+def _join(hosts: list[str], outcomes: tuple[Outcome, ...]) -> Outcome:
+    """Join what several nodes have found by one check."""
+    details = dict(zip(hosts, (outcome.line for outcome in outcomes), strict=True))
+    first = outcomes[0]
+    other = next((host for host, line in details.items() if line != first.line), None)
+    if first.name in _ALIKE and other is not None:
+        line = f"nodes differ: {hosts[0]} has {first.line}; {other} has {details[other]}"
+        return Outcome(first.group, first.name, "failed", line, details)
+    worst = max(outcomes, key=lambda outcome: ("not tried", "passed", "failed").index(outcome.state))
+    names = [host for host, outcome in zip(hosts, outcomes, strict=True) if outcome.state == worst.state]
+    where = f"all {len(hosts)} nodes" if len(names) == len(hosts) else _some(names)
+    return Outcome(worst.group, worst.name, worst.state, f"{where}: {worst.line}", details)
 
 
 def _some(names: list[str]) -> str:

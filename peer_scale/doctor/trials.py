@@ -53,7 +53,9 @@ class Synchronizations(Callback):
     def on_step_end(self, trainer: Trainer, record: StepRecord) -> None:
         if record.step == FIRST_QUIET_STEP - 1:
             self._recorder = warnings.catch_warnings(record=True)
-            self._recorded = self._recorder.__enter__() or []
+            recorded = self._recorder.__enter__()
+            assert recorded is not None, "it was asked to record"
+            self._recorded = recorded
             warnings.simplefilter("always")
             self._set_mode("warn")
         elif record.step == FIRST_STRICT_STEP - 1:
@@ -72,19 +74,23 @@ class Kernels(Callback):
     def __init__(self, device: torch.device) -> None:
         self.kernels: dict[str, float] = {}
         self.launches = 0
-        self._device = device
-        kinds = torch.profiler.ProfilerActivity
-        self._profiler = torch.profiler.profile(activities=[kinds.CUDA if device.type == "cuda" else kinds.CPU])
+        self._is_gpu = device.type == "cuda"
+        activities, kinds = torch.profiler.ProfilerActivity, torch.autograd.DeviceType
+        self._profiler = torch.profiler.profile(activities=[activities.CUDA if self._is_gpu else activities.CPU])
+        self._kind = kinds.CUDA if self._is_gpu else kinds.CPU
 
     def on_step_end(self, trainer: Trainer, record: StepRecord) -> None:
-        if record.step == PROFILED_STEP - 1:
+        if record.step not in (PROFILED_STEP - 1, PROFILED_STEP):
+            return
+        if self._is_gpu:
+            torch.cuda.synchronize()
+        if record.step < PROFILED_STEP:
             self._profiler.start()
-        elif record.step == PROFILED_STEP:
-            if self._device.type == "cuda":
-                torch.cuda.synchronize()
+        else:
             self._profiler.stop()
-            kind = "self_device_time_total" if self._device.type == "cuda" else "self_cpu_time_total"
-            events = sorted(self._profiler.key_averages(), key=lambda event: -getattr(event, kind))
+            kind = "self_device_time_total" if self._is_gpu else "self_cpu_time_total"
+            events = [event for event in self._profiler.key_averages() if event.device_type == self._kind]
+            events.sort(key=lambda event: -getattr(event, kind))
             self.kernels = {event.key[:200]: getattr(event, kind) for event in events}
             self.launches = sum(event.count for event in events)
 
