@@ -39,8 +39,8 @@ Exit code: 0 where all that was tried passed, 1 where something failed, 2 for ba
 """
 _GROUPS = {
     "setup": "versions, devices, shared memory, disk, addresses, limits",
-    "curves": "every way of sharing a run among ranks, against one process",
-    "gpu": "one GPU against the CPU, overlap, synchronisations, kernels, speed",
+    "curves": "one GPU and every way of sharing a run among ranks, against one process on the CPU",
+    "gpu": "overlap, what waits for the device, kernels, speed",
     "bandwidth": "messages between ranks, for peer-scale plan --measured",
 }
 _RANKS_ON_CPUS, _MOST_GPUS = 2, 8

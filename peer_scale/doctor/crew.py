@@ -166,7 +166,8 @@ class Crew:
             "MASTER_ADDR": address,
             "MASTER_PORT": port,
             "PYTHONPATH": os.pathsep.join(path),
-            "OMP_NUM_THREADS": max(1, len(os.sched_getaffinity(0)) // (1 if self._has_launcher else local)),
+            # the model is tiny; several threads only wait for each other where others work on the machine too
+            "OMP_NUM_THREADS": 1,
         }
         if trial.on_cpu:
             told |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}

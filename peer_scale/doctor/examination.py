@@ -75,13 +75,14 @@ class Examination:
         return outcomes
 
     def _curves(self) -> list[Outcome]:
-        """Compare each layout of all ranks, on GPUs where there are any, with one process on the CPU."""
+        """Compare one GPU, then each layout of all ranks, on GPUs where there are any, with one process on the CPU."""
         reference = self._check("curves", "one process on the CPU", self._learns)
-        names = layouts(max(2, self._crew.num_ranks))
+        checks: dict[str, Callable[[], Found]] = {"one GPU": self._one_gpu}
+        for layout in layouts(max(2, self._crew.num_ranks)):
+            checks[layout.name] = partial(self._agrees, layout)
         if reference.state == "failed":
-            without = "there is no curve of one process to compare with"
-            return [reference, *(Outcome("curves", one.name, "not tried", without) for one in names)]
-        return [reference, *(self._check("curves", one.name, partial(self._agrees, one)) for one in names)]
+            checks = dict.fromkeys(checks, _no_reference)
+        return [reference, *(self._check("curves", name, check) for name, check in checks.items())]
 
     def _learns(self) -> str:
         steps = self._reference(_SEEDS[0])
@@ -91,6 +92,11 @@ class Examination:
         if len(steps) > 1 and not last < first:
             raise Failed(line, {"found": list(steps)})
         return line
+
+    def _one_gpu(self) -> str:
+        if not self._crew.num_gpus:
+            raise NotTried(NO_GPU)
+        return f"{self._compared(None, Trial('curve', ranks=1))} of one process on the CPU"
 
     def _agrees(self, layout: Layout) -> str:
         ranks = self._crew.num_ranks
@@ -126,7 +132,6 @@ class Examination:
 
     def _gpu(self) -> list[Outcome]:
         checks: dict[str, Callable[[], Found]] = {
-            "one GPU against the CPU": self._one_gpu,
             "layouts on GPUs": _no_gpu,  # where there are GPUs, the group "curves" has them one by one
             "ZeRO-2 overlap on = off": self._overlap,
             "nothing waits for the device": self._synchronizations,
@@ -137,9 +142,6 @@ class Examination:
             return [self._check("gpu", name, _no_gpu) for name in checks]
         del checks["layouts on GPUs"]
         return [self._check("gpu", name, check) for name, check in checks.items()]
-
-    def _one_gpu(self) -> str:
-        return f"{self._compared(None, Trial('curve', ranks=1))} of the CPU's"
 
     def _overlap(self) -> str:
         ranks = self._crew.num_ranks
@@ -207,6 +209,10 @@ class Examination:
 
 def _no_gpu() -> str:
     raise NotTried(NO_GPU)
+
+
+def _no_reference() -> str:
+    raise NotTried("there is no curve of one process to compare with")
 
 
 def _run_bench(script: Path, folder: Path) -> list[dict[str, Any]] | str:

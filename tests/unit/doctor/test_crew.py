@@ -50,7 +50,7 @@ def test_a_rank_that_dies_is_named_and_takes_the_others_with_it(crew):
 
 @pytest.mark.slow
 def test_a_rank_that_raises_is_quoted(crew):
-    with pytest.raises(Failed, match=r"^rank [01]: UserError: --train-iters x: ") as failed:
+    with pytest.raises(Failed, match=r"^rank [01]: UserError: --train-iters is x; ") as failed:
         crew().run(Trial("curve", ("--train-iters", "x")))
     (log,) = failed.value.details.values()
     assert any("Traceback" in line for line in log)

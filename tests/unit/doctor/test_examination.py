@@ -60,6 +60,7 @@ def seed(trial):
 
 def test_layouts_that_agree_pass(examine):
     found, crew = examine("curves", lambda trial: GOOD)
+    assert found.pop("one GPU").state == "not tried"
     assert [one.state for one in found.values()] == ["passed"] * 7
     assert [(trial.ranks, trial.on_cpu) for trial in crew.trials] == [(1, True), *[(None, False)] * 6]
     assert found["TP 2"].line == "2 steps, losses within 0.0e+00 of one process; on CPUs, gloo"
@@ -67,7 +68,7 @@ def test_layouts_that_agree_pass(examine):
 
 def test_a_layout_that_parts_under_one_seed_only_was_unlucky(examine):
     found, _ = examine("curves", lambda trial: PARTED if trial.ranks is None and seed(trial) == "1" else GOOD)
-    assert {one.state for one in found.values()} == {"passed"}
+    assert {one.state for name, one in found.items() if name != "one GPU"} == {"passed"}
 
 
 def test_a_layout_that_parts_under_both_seeds_fails(examine):
@@ -84,13 +85,13 @@ def test_a_layout_that_parts_under_both_seeds_fails(examine):
 def test_without_a_reference_nothing_is_compared(examine):
     found, _ = examine("curves", lambda trial: [GOOD[0], {**GOOD[1], "mlm_loss": 2.5}])
     states = [one.state for one in found.values()]
-    assert states == ["failed", *["not tried"] * 6]
+    assert states == ["failed", *["not tried"] * 7]
 
 
 def test_each_check_of_gpus_is_named_where_there_is_none(examine):
     found, crew = examine("gpu", None)
     assert {(one.state, one.line) for one in found.values()} == {("not tried", "no GPU")}
-    assert len(found) == 6
+    assert len(found) == 5
     assert crew.trials == []
 
 
@@ -140,4 +141,11 @@ def test_the_benchmark_is_run_where_it_is(examine, tmp_path):
 
 def test_one_gpu_leaves_out_what_needs_two(examine):
     found, _ = examine("curves", lambda trial: GOOD, ranks=1, gpus=1)
+    assert found.pop("one GPU").line == "2 steps, losses within 0.0e+00 of one process on the CPU"
     assert {one.line for name, one in found.items() if "one process" not in name} == {"one rank (one GPU)"}
+
+
+def test_a_gpu_that_parts_from_the_cpu_is_told_apart_from_layouts(examine):
+    found, _ = examine("curves", lambda trial: PARTED if trial.ranks == 1 and not trial.on_cpu else GOOD, gpus=2)
+    assert [name for name, one in found.items() if one.state == "failed"] == ["one GPU"]
+    assert found["DP 2, ZeRO-2"].line.endswith("on GPUs, NCCL")
