@@ -30,7 +30,7 @@ _SECONDS_TO_MEET = 300
 _LINES_KEPT = 200  # of a rank's log
 _DIED, _RAISED, _ENDED = range(3)  # the order in which ranks' failures are told: others raise because one has died
 # what a launcher tells the doctor's own process is not so for the ranks that it starts
-_OF_LAUNCHERS = ("TORCHELASTIC_", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_", "CROSS_", "TORCH_NCCL_ASYNC")
+_OF_LAUNCHERS = ("TORCHELASTIC_", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_", "CROSS_")
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,10 @@ class Crew:
             for rank, local_rank in self._places(trial):
                 ranks.start(rank, self._variables(trial, rank, local_rank, port))
             return ranks.wait(self._timeout, self._other_has_failed, self._tell_failure)
+        except OSError as error:  # no more processes or memory: the others wait for an answer
+            self._tell_failure()
+            rank = self._environment.rank
+            return [{"rank": rank, "error": f"cannot be started: {error}", "order": _DIED, "when": 0.0, "log": []}]
         finally:
             ranks.end()
 

@@ -19,6 +19,7 @@ from peer_scale.doctor.outcome import Failed, NotTried, Outcome, attempt, join_n
 GROUPS = ("setup", "curves", "gpu", "bandwidth")
 _SEEDS = (1, 2)
 _STEPS_OF_A_WATCHED_RUN = 12
+_BUCKET = 100_000  # elements: more than one, so that there is something to overlap
 _BENCH_ROWS = ("step-plain-loop", "head-forward", "text-512-transformers-bf16")
 _BENCH_SECONDS = 900
 
@@ -149,7 +150,9 @@ class Examination:
             raise NotTried("one rank (one GPU)")
         layout = Layout(f"DP {ranks}")
         with_overlap, without = (
-            self._crew.run(Trial("curve", tuple(self._run.flags(layout, overlap_comm=overlap))))[0]
+            self._crew.run(
+                Trial("curve", tuple(self._run.flags(layout, overlap_comm=overlap, reduce_bucket_size=_BUCKET)))
+            )[0]
             for overlap in (True, False)
         )
         return f"{compare(with_overlap, without, norm_tolerance=1e-5)} of each other, gradient norms within 1e-05"

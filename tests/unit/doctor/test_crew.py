@@ -28,12 +28,14 @@ def ranks_of_trials() -> list[psutil.Process]:
     return [one for one in psutil.Process().children() if "peer_scale.doctor.rank" in one.cmdline()]
 
 
+@pytest.mark.heavy
 def test_ranks_that_hang_are_ended_and_named(crew):
     with pytest.raises(Failed, match=r"^rank 0 did not end in 0\.5 s"):
         crew(timeout=0.5).run(Trial("curve"))
     assert ranks_of_trials() == []
 
 
+@pytest.mark.heavy
 def test_a_rank_that_dies_is_named_and_takes_the_others_with_it(crew):
     def kill():
         while not (found := [one for one in ranks_of_trials() if one.environ().get("RANK") == "1"]):

@@ -79,8 +79,9 @@ def test_several_micro_batches_are_tried(short_run):
 def test_overlap_is_asked_for_by_the_ds_config(short_run):
     run = short_run(2)
     for overlap in (True, False):
-        flags = run.flags(Layout("DP 2"), overlap_comm=overlap)
+        flags = run.flags(Layout("DP 2"), overlap_comm=overlap, reduce_bucket_size=100_000)
         asked = resolve(build_parser().parse_args(flags), 2)
+        assert asked.deepspeed["zero_optimization"]["reduce_bucket_size"] == 100_000
         assert asked.deepspeed["zero_optimization"]["overlap_comm"] is overlap
 
 
