@@ -107,7 +107,7 @@ class Crew:
 
     def close(self) -> None:
         """Part from the other processes."""
-        if dist.is_initialized():
+        if self._coordinator is not None:
             dist.destroy_process_group()
 
     def exchange(self, value: T) -> list[T]:
