@@ -4,10 +4,11 @@ import contextlib
 import glob
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from peer_scale.errors import UserError
@@ -15,10 +16,14 @@ from peer_scale.errors import UserError
 
 @contextlib.contextmanager
 def write_aside(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Open a file beside `path` that takes its place, synced to disk, when the block ends without an exception."""
-    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
+    """Open a file beside `path` that takes its place, synced to disk, when the block ends without an exception.
+
+    Its name cannot be foreseen, so that nobody who may write there can have put a link in its place.
+    """
+    temporary = f"{os.fspath(path)}.{secrets.token_hex(8)}.tmp"
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
-        with open(temporary, "wb") as file:
+        with open(descriptor, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -52,7 +57,7 @@ def new_folder(output: Path, flag: str) -> Iterator[Path]:
     """
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"{flag} {output}: exists and is not an empty folder; give another one")
-    aside = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    aside = output.with_name(f".{output.name}.{secrets.token_hex(4)}.tmp")
     try:
         aside.mkdir(parents=True)
         yield aside
@@ -63,6 +68,12 @@ def new_folder(output: Path, flag: str) -> Iterator[Path]:
         raise UserError(f"{flag} {output}: cannot be written: {error}") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def stays_below(name: str) -> bool:
+    """Say whether a file's name, put behind a folder's, stays in that folder; links on the way are not looked at."""
+    parts = PurePosixPath(name).parts
+    return bool(parts) and not PurePosixPath(name).is_absolute() and ".." not in parts and "\0" not in name
 
 
 def fsync_folder(folder: Path) -> None:
@@ -96,5 +107,5 @@ def read_json_object(path: Path) -> dict[str, Any] | None:
     """Read a small file of ours; None where it is not there, or is no whole JSON object."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return None

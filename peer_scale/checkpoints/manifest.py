@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,14 +22,17 @@ from pydantic import TypeAdapter, ValidationError
 
 from peer_scale.checkpoints.sections import Sections, parse_sections
 from peer_scale.checkpoints.upgrade import from_format_2, with_blocks, with_split
+from peer_scale.configuration import shown
 from peer_scale.errors import UserError
-from peer_scale.storage import write_atomically
+from peer_scale.storage import stays_below, write_atomically
 
 FORMAT_VERSION = 3
 MANIFEST = "peer_scale.json"
 TOKENIZER = "tokenizer"
 
 WEIGHT, EXP_AVG, EXP_AVG_SQ = "weight", "exp_avg", "exp_avg_sq"
+_MOST_SHARDS = 4096
+_MOST_DIMENSIONS = 8
 KINDS = (WEIGHT, EXP_AVG, EXP_AVG_SQ)
 """What is kept of each parameter, in fp32: the master weight and Adam's two moments."""
 
@@ -95,15 +99,32 @@ class TensorEntry:
 
     def gap(self) -> str | None:
         """Say where the pieces do not cover each number of each shard once; None where they do."""
+        if not self._is_possible:
+            return f"shape {list(self.shape)} with {self.padding} rows of padding cannot be cut in {self.shards} shards"
+        by_shard: dict[int, list[Piece]] = defaultdict(list)
+        for piece in self.pieces:
+            by_shard[piece.shard].append(piece)
         for shard in range(self.shards):
             position, length = 0, self.sharding.stored(shard)
-            for piece in sorted((p for p in self.pieces if p.shard == shard), key=lambda p: p.start):
+            for piece in sorted(by_shard.pop(shard, []), key=lambda p: p.start):
                 if piece.start != position:
                     return f"shard {shard}: {piece.file} goes on from {piece.start}, not from {position}"
                 position += piece.length
             if position != length:
                 return f"shard {shard}: {position} of its {length} numbers are there"
-        return None
+        return f"there is no shard {min(by_shard)}" if by_shard else None
+
+    @property
+    def _is_possible(self) -> bool:
+        """Whether what a stranger's file may say makes sense, and is small enough to be looked at one by one."""
+        sizes = [*self.shape, self.padding, *(piece.length for piece in self.pieces)]
+        dims = range(len(self.shape))
+        return (
+            0 < self.shards <= _MOST_SHARDS
+            and len(self.shape) <= _MOST_DIMENSIONS
+            and all(0 <= size < 2**48 for size in sizes)
+            and (self.shard_dim in dims if self.shard_dim is not None else self.shards == 1)
+        )
 
 
 class FileEntry(NamedTuple):
@@ -150,11 +171,26 @@ def read_manifest(folder: Path) -> Manifest:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise UserError(f"{path}: not a checkpoint's manifest: {where}: {first['msg']}") from None
+    _check_names(path, checksums, entries)
     for name, entry in entries.items():
         gap = entry.gap()
         if gap is not None:
             raise UserError(f"{path}: {name} is not whole: {gap}")
     return Manifest(parse_sections(content, str(path)), entries, checksums)
+
+
+def _check_names(path: Path, files: Mapping[str, FileEntry], entries: Mapping[str, TensorEntry]) -> None:
+    """Raise UserError unless all files lie in the manifest's folder, and pieces in files that it lists."""
+    folder = path.parent.resolve()
+    for name, file in files.items():
+        if not stays_below(name) or not (folder / name).resolve().is_relative_to(folder):
+            raise UserError(f"{path}: names the file {shown(name)}, which is not within its folder")
+        if file.bytes < 0:
+            raise UserError(f"{path}: {shown(name)} would have {file.bytes} bytes")
+    for name, entry in entries.items():
+        for piece in entry.pieces:
+            if piece.file not in files:
+                raise UserError(f"{path}: {shown(name)} lies in {shown(piece.file)}, which is not among its files")
 
 
 def _read_json(path: Path) -> tuple[dict[str, Any], Any, Any]:
@@ -165,7 +201,7 @@ def _read_json(path: Path) -> tuple[dict[str, Any], Any, Any]:
         if version == 2:
             version, content = FORMAT_VERSION, from_format_2(content)
         content = with_blocks(with_split(content))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: not a checkpoint's manifest: {type(error).__name__}: {error}") from None
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: format {version}; this version reads 2 and {FORMAT_VERSION}")

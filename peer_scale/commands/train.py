@@ -10,7 +10,14 @@ import time
 from collections.abc import Sequence
 
 from peer_scale.commands.outcome import INTERRUPTED_EXIT_CODE
-from peer_scale.errors import TRAINING_ERROR_EXIT_CODE, USER_ERROR_EXIT_CODE, TrainingError, UserError
+from peer_scale.errors import (
+    STOPPED_EXIT_CODE,
+    TRAINING_ERROR_EXIT_CODE,
+    USER_ERROR_EXIT_CODE,
+    StoppedEarly,
+    TrainingError,
+    UserError,
+)
 from peer_scale.parallel.environment import detect_environment
 from peer_scale.quiet import silence_libraries
 from peer_scale.settings.flags import build_parser
@@ -20,7 +27,11 @@ _SECONDS_FOR_RANK_0_TO_SPEAK = 20.0
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Train; give 0, or with one line on stderr 2 after bad input, 1 where training broke down, 130 after Ctrl-C."""
+    """Train; give 0, or with one line on stderr another exit code.
+
+    That is 2 after bad input, 1 where training broke down, 75 where the run was stopped and saved and is to be started
+    again, 130 after Ctrl-C.
+    """
     rank = 0
     try:
         rank = detect_environment(os.environ).rank
@@ -37,6 +48,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         else:
             time.sleep(_SECONDS_FOR_RANK_0_TO_SPEAK)
         return USER_ERROR_EXIT_CODE if isinstance(error, UserError) else TRAINING_ERROR_EXIT_CODE
+    except StoppedEarly as stop:
+        if rank == 0:
+            print(str(stop), file=sys.stderr, flush=True)
+        return STOPPED_EXIT_CODE
     except KeyboardInterrupt as interrupt:
         if rank == 0:
             print(str(interrupt) or "interrupted", file=sys.stderr, flush=True)

@@ -19,6 +19,7 @@ from peer_scale.conversion.architecture import PREFIXES
 from peer_scale.errors import UserError
 from peer_scale.models.config import EncoderShape
 from peer_scale.objectives.exports import ELECTRA_BLOCKS, Family
+from peer_scale.storage import stays_below
 
 FAMILIES = ("electra", "bert", "modernbert")
 _FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -76,10 +77,10 @@ def open_folder(name: str, flag: str) -> HuggingFaceFolder:
     """
     path = Path(name) if Path(name).exists() else _download(name, flag)
     try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # of many kinds, by what is wrong
         raise UserError(
-            f"{flag} {name}: no config.json that transformers opens: {str(error).splitlines()[0]}"
+            f"{flag} {name}: no config.json that transformers opens: {' '.join(str(error).split())}"
         ) from None
     if config.model_type not in FAMILIES:
         saved = f" ({config.architectures[0]})" if config.architectures else ""
@@ -144,9 +145,13 @@ class HuggingFaceWeights(Mapping[str, Tensor]):
             path = self._folder / name
             if path.is_file() and name.endswith(".json"):
                 try:
-                    return sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-                except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                    files = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+                    outside = next((file for file in files if not stays_below(file)), None)
+                except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     raise UserError(f"{path}: not an index of weights") from None
+                if outside is not None:
+                    raise UserError(f"{path}: names the file {outside}, which is not within its folder")
+                return files
             if path.is_file():
                 return [name]
         raise UserError(f"{self._folder}: holds no weights ({', '.join(_FILES)})")

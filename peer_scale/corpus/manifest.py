@@ -142,6 +142,6 @@ def _content(prefix: str) -> dict[str, Any] | None:
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) and content.get("format") == _FORMAT else None

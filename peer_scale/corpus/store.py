@@ -60,12 +60,24 @@ class _Pair:
     fingerprint: str
 
     def byte_offsets(self, documents: slice | np.ndarray) -> np.ndarray:
-        """Return the bytes at which documents begin, int64; the one after the last begins where that one ends."""
+        """Return the bytes at which documents begin, int64; the one after the last begins where that one ends.
+
+        Raises:
+            UserError: one would begin outside the pair's tokens.
+        """
         sequences = self.data.index.document_indices[documents]
+        self._check_range(sequences, self.index.num_sequences, "sequence")
         pointers = self.data.index.sequence_pointers
         inside = pointers[np.minimum(sequences, self.index.num_sequences - 1)]
         end = self.index.num_tokens * self.index.itemsize
+        self._check_range(inside, end, "byte")
         return np.where(sequences < self.index.num_sequences, inside, end)
+
+    def _check_range(self, numbers: np.ndarray, last: int, unit: str) -> None:
+        """Raise UserError where one of the index's numbers is not in [0, last]."""
+        if numbers.size and int(numbers.view(np.uint64).max()) > last:  # in which a negative number is a huge one
+            wrong = numbers[numbers.view(np.uint64) > last][0]
+            raise UserError(f"{self.prefix}.idx: a document would begin at {unit} {wrong} of {last}; it is damaged")
 
 
 class TokenStore:

@@ -302,7 +302,7 @@ def _read_object(path: str) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(read_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: not JSON ({error})") from error

@@ -44,6 +44,7 @@ PAD, UNK, CLS, SEP, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
 SPECIAL_TOKENS = (PAD, UNK, CLS, SEP, MASK)
 MIN_VOCAB_SIZE = 64
 _PREFIX = "##"
+_MOST_IDS = 1 << 20
 _HUB_ID = re.compile(r"^\w[\w.-]*(?:/[\w.-]+)?$")
 
 
@@ -187,11 +188,25 @@ def wordpiece_from_json(content: str, name: str = "tokenizer.json") -> WordPiece
     Raises:
         UserError: it is not a WordPiece tokenizer or lacks a special token; `name` says where it came from.
     """
+    greatest = _greatest_id(content)
+    if greatest >= _MOST_IDS:  # the library would make room for all up to it
+        raise UserError(f"{name}: has the id {greatest}; ids must be below {_MOST_IDS}")
     try:
         backend = Tokenizer.from_str(content)
     except Exception as error:  # the library raises bare Exceptions
         raise UserError(f"{name}: not a tokenizer.json ({error})") from error
     return _wordpiece(backend, name)
+
+
+def _greatest_id(content: str) -> int:
+    """Find the greatest id in a tokenizer.json; 0 where there is none, or the file is not one."""
+    try:
+        parsed = json.loads(content)
+        vocab, added = parsed["model"]["vocab"], parsed["added_tokens"]
+        ids = [*(vocab.values() if isinstance(vocab, dict) else ()), *(token["id"] for token in added)]
+        return max((each for each in ids if isinstance(each, int)), default=0)
+    except (ValueError, RecursionError, KeyError, TypeError):
+        return 0
 
 
 @lru_cache(maxsize=1)

@@ -14,7 +14,8 @@ from multiprocessing.connection import Connection
 def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     """Open a process pool whose workers end at once when the block raises or this process dies, even by SIGKILL.
 
-    Workers are spawned, not forked (the caller may hold threads), and ignore Ctrl-C, which is the caller's to handle.
+    Workers are spawned, not forked (the caller may hold threads), and leave Ctrl-C and the signals of clusters to the
+    caller.
 
     Args:
         workers: number of processes, at least 1.
@@ -35,7 +36,8 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def _follow_parent(lifeline: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_exit_at_end_of_file, args=(lifeline,), daemon=True).start()
 
 

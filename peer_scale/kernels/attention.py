@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peer_scale.kernels.availability import on_gpu
 from peer_scale.kernels.grouped_attention import GroupedAttention, window_mask
 from peer_scale.sequences import Sequences
 
@@ -44,7 +45,7 @@ def self_attention(
     Returns:
         [T', N * D], zeros beyond T.
     """
-    if qkv.device.type == "cpu":
+    if not on_gpu(qkv.device):
         return GroupedAttention.apply(qkv, bias, sequences, head_size, dropout, score_bias, window)
     flash = _suitable_flash(qkv.dtype, head_size, has_score_bias=score_bias is not None)
     num_tokens = sequences.num_tokens
@@ -66,7 +67,7 @@ class FlashKernel(NamedTuple):
 
 def describe_attention(device: torch.device, dtype: torch.dtype, head_size: int, *, has_score_bias: bool) -> str:
     """Name the way attention is computed, for the start-up summary."""
-    if device.type == "cpu":
+    if not on_gpu(device):
         return "in groups of like length"
     flash = _suitable_flash(dtype, head_size, has_score_bias=has_score_bias)
     return "torch's fused kernel on padded sequences" if flash is None else flash.name

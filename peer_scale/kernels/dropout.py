@@ -7,10 +7,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from peer_scale.kernels.availability import on_gpu
+
 _LEVELS = 2**16
 
 
-def keep_mask(shape: Sequence[int], dropout: float, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+_CPU = torch.device("cpu")
+
+
+def keep_mask(shape: Sequence[int], dropout: float, dtype: torch.dtype, device: torch.device = _CPU) -> Tensor:
     """1 with probability 1 - dropout (to 2^-17), else 0, by torch's default generator.
 
     16 random bits an element, four of them in each number drawn, take a twelfth of the time of `bernoulli_`; and a
@@ -19,7 +24,7 @@ def keep_mask(shape: Sequence[int], dropout: float, dtype: torch.dtype, device: 
     """
     count = prod(shape)
     drawn = -(-count // 4)
-    if device is None or device.type == "cpu":
+    if not on_gpu(device):
         raw = np.random.SFC64(int(torch.randint(2**62, ()))).random_raw(drawn)
         numbers = torch.from_numpy(raw.view(np.int64))
     else:

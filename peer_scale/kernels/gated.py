@@ -6,9 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peer_scale.kernels.availability import use_triton
+
 
 def gated_activation(x: Tensor, bias: Tensor | None, activation: Literal["geglu", "swiglu"]) -> Tensor:
     """From gate and value [..., 2F], with a bias [2F] or None, to activation(gate) * value [..., F]."""
+    if use_triton(x):
+        from peer_scale.kernels.triton_gated import FusedGate
+
+        return FusedGate.apply(x, bias, activation == "geglu")
     if bias is not None:
         x = x + bias.to(x.dtype)
     return _Gated.apply(x, activation == "geglu")

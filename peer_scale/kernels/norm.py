@@ -14,8 +14,8 @@ def bias_dropout_residual_norm(
 ) -> Tensor:
     """Add, drop, add, normalise over the last dimension: x and residual [..., H], the rest [H] -> [..., H].
 
-    Statistics are fp32, the output is in x's format. The dropout mask comes from torch's default generator (on a GPU: a
-    seed from the CPU's), so recomputation from its saved state draws the same one.
+    Statistics are fp32, the output is in x's format. The dropout mask comes from torch's default generator of x's
+    device, so recomputation from its saved state draws the same one.
     """
     if use_triton(x):
         from peer_scale.kernels.triton_norm import FusedNorm

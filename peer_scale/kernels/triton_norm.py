@@ -7,7 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_ROWS_A_PROGRAM = 16  # backward: rows whose contributions to the parameters' gradients one program adds up
+ROWS = 16  # backward: rows whose contributions to the parameters' gradients one program adds up
+
+
+def tile(num_columns: int) -> dict[str, int]:
+    """Give a program whole rows, and threads enough to hold them in registers."""
+    block = triton.next_power_of_2(num_columns)
+    return {"BLOCK": block, "num_warps": min(max(block // 128, 4), 16)}
 
 
 class FusedNorm(torch.autograd.Function):
@@ -29,35 +35,36 @@ class FusedNorm(torch.autograd.Function):
         num_rows = x.numel() // num_columns
         out, summed = torch.empty_like(x), torch.empty_like(x)
         mean, rstd = (torch.empty(num_rows, dtype=torch.float32, device=x.device) for _ in range(2))
-        seed = int(torch.randint(2**31, ())) if dropout else 0  # the CPU's generator: nothing waits for the GPU
+        # on the device, so that the host need not wait for it, and a compiled graph draws another one each time
+        seed = torch.randint(2**31, (1,), device=x.device) if dropout else None
         if num_rows:
             norm_forward[(num_rows,)](
                 *(x, bias, residual, weight, norm_bias, out, summed, mean, rstd),
                 *(num_columns, dropout, eps, seed),
-                BLOCK=triton.next_power_of_2(num_columns),
                 HAS_DROPOUT=dropout > 0,
+                **tile(num_columns),
             )
-        ctx.save_for_backward(summed, mean, rstd, weight)
-        ctx.dropout, ctx.seed = dropout, seed
+        ctx.save_for_backward(summed, mean, rstd, weight, seed)
+        ctx.dropout = dropout
         ctx.dtypes = (bias.dtype, weight.dtype, norm_bias.dtype)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        summed, mean, rstd, weight = ctx.saved_tensors
+        summed, mean, rstd, weight, seed = ctx.saved_tensors
         grad = grad.contiguous()
         num_columns = summed.shape[-1]
         num_rows = summed.numel() // num_columns
-        num_programs = triton.cdiv(num_rows, _ROWS_A_PROGRAM)
+        num_programs = triton.cdiv(num_rows, ROWS)
         grad_x, grad_residual = torch.empty_like(summed), torch.empty_like(summed)
-        partial = torch.zeros((3, num_programs, num_columns), dtype=torch.float32, device=summed.device)
+        partial = torch.empty((3, num_programs, num_columns), dtype=torch.float32, device=summed.device)
         if num_rows:
             norm_backward[(num_programs,)](
                 *(grad, summed, mean, rstd, weight, grad_x, grad_residual, partial),
-                *(num_rows, num_columns, num_programs, ctx.dropout, ctx.seed),
-                BLOCK=triton.next_power_of_2(num_columns),
-                ROWS=_ROWS_A_PROGRAM,
+                *(num_rows, num_columns, num_programs, ctx.dropout, seed),
+                ROWS=ROWS,
                 HAS_DROPOUT=ctx.dropout > 0,
+                **tile(num_columns),
             )
         of_bias, of_weight, of_norm_bias = (p.to(t) for p, t in zip(partial.sum(1), ctx.dtypes, strict=True))
         return grad_x, of_bias, grad_residual, of_weight, of_norm_bias, None, None
@@ -75,7 +82,7 @@ def norm_forward(  # noqa: D103
     at = row.to(tl.int64) * num_columns + column
     value = tl.load(x + at, inside, 0.0).to(tl.float32) + tl.load(bias + column, inside, 0.0).to(tl.float32)
     if HAS_DROPOUT:
-        value = tl.where(tl.rand(seed, at.to(tl.int32)) >= dropout, value / (1 - dropout), 0.0)
+        value = tl.where(tl.rand(tl.load(seed), at.to(tl.int32)) >= dropout, value / (1 - dropout), 0.0)
     value += tl.load(residual + at, inside, 0.0).to(tl.float32)
     average = tl.sum(value) / num_columns
     centred = tl.where(inside, value - average, 0.0)
@@ -116,7 +123,7 @@ def norm_backward(  # noqa: D103
         of_sum = tl.where(here, (scaled - normal * along - level) * scale, 0.0)
         of_x = of_sum
         if HAS_DROPOUT:
-            of_x = tl.where(tl.rand(seed, at.to(tl.int32)) >= dropout, of_sum / (1 - dropout), 0.0)
+            of_x = tl.where(tl.rand(tl.load(seed), at.to(tl.int32)) >= dropout, of_sum / (1 - dropout), 0.0)
         tl.store(grad_residual + at, of_sum.to(grad_residual.dtype.element_ty), here)
         tl.store(grad_x + at, of_x.to(grad_x.dtype.element_ty), here)
         of_bias += of_x

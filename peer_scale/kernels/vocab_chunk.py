@@ -8,6 +8,9 @@ from torch import Tensor
 from peer_scale.kernels.availability import use_triton
 
 LOG2_E = math.log2(math.e)
+BLOCK = 64
+"""Columns of a chunk whose weights are added up together where a token is searched for among them."""
+_MAX_BITS = 1000.0
 
 
 def add_up_chunk(
@@ -21,19 +24,44 @@ def add_up_chunk(
         offset: fp32 [n].
         threshold: fp32 [n]; counted is where (product + bias - offset) log2 e is greater.
         logits: Buffer for fp32 [n, rows]; may be `product` itself.
-        flags: The same, and not `logits`. Both are used on the CPU only.
+        flags: The same, and not `logits`.
 
     Returns:
         The sums (fp64 [n]) and the counts (fp32 [n]).
     """
-    if use_triton(product):
-        from peer_scale.kernels.triton_vocab import add_up
-
-        return add_up(product, bias, offset, threshold)
     bits = _shifted(product, bias, offset, logits)
     # flags of the operands' type are made and added up several times faster than booleans
     count = torch.gt(bits, threshold[:, None], out=flags).sum(-1)
     return bits.exp2_().round_().sum(-1, dtype=torch.float64), count
+
+
+def add_up_blocks(
+    product: Tensor, bias: Tensor, reference: Tensor, limit: Tensor, sums: Tensor, counts: Tensor
+) -> None:
+    """Add up the weights 2**((product + bias - reference) log2 e) by blocks of 64 columns, and count; for GPUs.
+
+    Args:
+        product: [n, rows], in any format.
+        bias: fp32 [rows].
+        reference: fp32 [n].
+        limit: fp32 [n]; counted is where (product + bias - reference) log2 e is greater.
+        sums: fp64 [n, ceil(rows / 64)], filled; rows may be apart.
+        counts: int32 [n], to which the counts are added.
+    """
+    if use_triton(product):
+        from peer_scale.kernels.triton_vocab import add_up
+
+        add_up(product, bias, reference, limit, sums, counts, BLOCK)
+        return
+    bits = (product.float() + bias).sub_(reference[:, None]).mul_(LOG2_E)
+    counts += (bits > limit[:, None]).sum(-1, dtype=torch.int32)
+    by_block = torch.nn.functional.pad(powers(bits), (0, -bits.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    torch.sum(by_block, -1, out=sums)
+
+
+def powers(bits: Tensor) -> Tensor:
+    """2**bits in fp64: 0 where bits are below -1000, and as of 1000 where they are above."""
+    return torch.exp2(bits.double().clamp_(max=_MAX_BITS)).masked_fill_(bits < -_MAX_BITS, 0.0)
 
 
 def chunk_gradient(

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peer_scale.kernels.dropout import keep_mask
 from peer_scale.kernels.norm import bias_dropout_residual_norm
+from peer_scale.kernels.residual import bias_dropout_residual
 from peer_scale.models.config import ModelConfig
 from peer_scale.parallel.sequence import own_random_stream, whole_gradients
 from peer_scale.parallel.tensor_parallel import TensorParallel
@@ -61,7 +61,7 @@ class ResidualNorm(Norm):
                 return bias_dropout_residual_norm(
                     output, output_bias, residual, weight, bias, dropout=dropout, eps=self.eps
                 )
-            summed = residual_sum(output, output_bias, residual, dropout)
+            summed = bias_dropout_residual(output, output_bias, residual, dropout=dropout)
         return self.normalized(summed, weight, bias)
 
 
@@ -77,17 +77,7 @@ class ResidualSum(nn.Module):
         (output_bias,) = with_whole_gradients((output_bias,), self.tensor_parallel)
         dropout = self.dropout if self.training else 0.0
         with split_random_stream(dropout, self.tensor_parallel):
-            return residual_sum(output, output_bias, residual, dropout)
-
-
-def residual_sum(output: Tensor, output_bias: Tensor | None, residual: Tensor, dropout: float) -> Tensor:
-    """Add up residual + dropout(output + bias); the dropout mask comes from torch's default generator."""
-    if output_bias is not None:
-        output = output + output_bias.to(output.dtype)
-    if not dropout:
-        return residual + output
-    kept = keep_mask(output.shape, dropout, output.dtype, output.device)
-    return torch.add(residual, output * kept, alpha=1 / (1 - dropout))
+            return bias_dropout_residual(output, output_bias, residual, dropout=dropout)
 
 
 def with_whole_gradients(

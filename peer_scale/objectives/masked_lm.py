@@ -84,28 +84,31 @@ def generator_works(
 
     With `num_negatives` the head draws so many other tokens per position with the batch's extra random numbers.
     """
+    from peer_scale.kernels.vocab_chunk import BLOCK
     from peer_scale.models.generator_head import (
-        CHUNK_SIZE,
         DRAW_REDUCED_BYTES,
         EXCLUSION_REDUCED_BYTES,
         GATHERED_BYTES,
         REDUCED_BYTES,
     )
+    from peer_scale.models.vocab_shard import GPU_CHUNK_SIZE
 
     def head(context: WorkContext, _: Tensor | None) -> Outcome:
         return _masked_lm(context, after_sampling, num_negatives)
 
     width = model.generator.hidden_size
-    # the chunks of the original and of each negative are computed again
-    num_chunks = 1 + num_negatives if num_negatives else 0
+    # the blocks of the original and of each negative are computed again; the CPU's way does so for whole chunks
+    num_blocks = 1 + num_negatives if num_negatives else 0
     drawing = EXCLUSION_REDUCED_BYTES + num_negatives * DRAW_REDUCED_BYTES if num_negatives else 0
     positions = Cost(
         "position",
-        flops=mlm_head_matmul_flops(model, model.generator) + num_chunks * 2 * CHUNK_SIZE * model.embedding_size,
+        flops=mlm_head_matmul_flops(model, model.generator) + num_blocks * 2 * BLOCK * model.embedding_size,
         activations=width + 3 * model.embedding_size,
-        workspace=2 * CHUNK_SIZE,
+        workspace=GPU_CHUNK_SIZE,
         reduced_bytes=REDUCED_BYTES + 4 * model.embedding_size + drawing,
         gathered_bytes=GATHERED_BYTES,
+        # the logits written by the product and read once; dense (both sides), GELU, norm
+        moved=2 * model.vocab_size + width + 5 * model.embedding_size,
     )
     return (
         Work(

@@ -54,16 +54,26 @@ def own_random_stream(tensor_parallel: TensorParallel) -> Iterator[None]:
     """Dropout inside draws other numbers on each tensor-parallel rank: for activations that are split over them.
 
     Outside, the ranks' default generators run in step, since replicated activations need equal masks. The seed comes
-    from there, so what repeats a stretch of work from its saved generator state repeats these numbers too.
+    from the CPU's, which no GPU has to be asked for; so what repeats a stretch of work from the saved states of its
+    generators repeats these numbers too. Inside only the generator of the ranks' device is another one.
     """
     if tensor_parallel.size == 1:
         yield
         return
     seed = int(torch.randint(2**62, ()))
-    devices = [tensor_parallel.device] if tensor_parallel.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed + tensor_parallel.rank)
+    generator = _default_generator(tensor_parallel.device)
+    state = generator.get_state()  # a GPU's is on the host, too
+    generator.manual_seed(seed + tensor_parallel.rank)
+    try:
         yield
+    finally:
+        generator.set_state(state)
+
+
+def _default_generator(device: torch.device) -> torch.Generator:
+    if device.type != "cuda":
+        return torch.default_generator
+    return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
 
 
 class _Split(torch.autograd.Function):

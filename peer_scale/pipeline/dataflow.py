@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from peer_scale.pipeline.instructions import Backward, Compute, Forward, Message
+from peer_scale.pipeline.instructions import Backward, Channel, Compute, Forward, Message
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,6 +52,17 @@ def sends(placement: Placement, stage: int, work: Compute) -> tuple[Message, ...
     """List the messages that `stage` sends when `work` is done."""
     list_messages = _after_forward if isinstance(work, Forward) else _after_backward
     return tuple(list_messages(placement, stage, work))
+
+
+def channels(placement: Placement) -> tuple[Channel, ...]:
+    """List the ordered pairs of stages between which messages go, in one order for all ranks."""
+    found = {
+        message.channel
+        for stage in range(placement.num_stages)
+        for work in stage_work(placement, stage, micro=0)
+        for message in sends(placement, stage, work)
+    }
+    return tuple(sorted(found))
 
 
 def taken_at(placement: Placement, stage: int, work: Work) -> tuple[str, ...]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
+
+Channel: TypeAlias = tuple[int, int]
+"""From which stage to which. It has no tags: what is sent first is received first."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,11 @@ class Message:
     destination: int
     is_gradient: bool = False
 
+    @property
+    def channel(self) -> Channel:
+        """The way it takes."""
+        return self.source, self.destination
+
 
 @dataclass(frozen=True)
 class Send:
@@ -45,12 +54,18 @@ class Send:
 
 
 @dataclass(frozen=True)
-class Recv:
-    """The message must be here before the stage goes on.
+class PostRecv:
+    """Make room for the message and start receiving it, without waiting for the sender.
 
-    From one stage to another, the order of all `Recv` is that of all `Send`. An executor can therefore post the
-    receives of the whole list ahead of time, in list order, and only wait here.
+    From one stage to another, the order of all `PostRecv` is that of all `Send`, and so is the order of all `Recv`.
     """
+
+    message: Message
+
+
+@dataclass(frozen=True)
+class Recv:
+    """The message, whose receive has been posted, must be here before the stage goes on."""
 
     message: Message
 
@@ -61,4 +76,15 @@ class OptimizerStep:
 
 
 Compute: TypeAlias = Forward | Backward
-Instruction: TypeAlias = Compute | Send | Recv | OptimizerStep
+Instruction: TypeAlias = Compute | Send | PostRecv | Recv | OptimizerStep
+
+
+def forwards_only(instructions: Iterable[Instruction]) -> tuple[Instruction, ...]:
+    """Leave out what a step without gradients does not do: an evaluation."""
+    return tuple(one for one in instructions if _is_of_forward(one))
+
+
+def _is_of_forward(instruction: Instruction) -> bool:
+    if isinstance(instruction, Send | PostRecv | Recv):
+        return not instruction.message.is_gradient
+    return isinstance(instruction, Forward)

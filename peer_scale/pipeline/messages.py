@@ -2,72 +2,68 @@
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from peer_scale.parallel.topology import Topology
-from peer_scale.pipeline.instructions import Instruction, Message, Recv
+from peer_scale.pipeline.instructions import Message
 
-_RECEIVES_AHEAD = 2
+
+class Request(Protocol):
+    """A transfer under way."""
+
+    def wait(self) -> object:
+        """Wait for it; with NCCL the device's computing waits, not the host."""
+
+    def is_completed(self) -> bool:
+        """Say whether it is over."""
+
+
+class Transport(Protocol):
+    """What carries messages; in each channel the first that is sent is the first that is received."""
+
+    def isend(self, message: Message, tensor: Tensor) -> Request:
+        """Start sending."""
+
+    def irecv(self, message: Message, tensor: Tensor) -> Request:
+        """Start receiving."""
 
 
 class Messenger:
-    """Sends and receives this rank's messages of one step.
+    """Sends and receives this rank's messages of one step, in the order in which it is told to."""
 
-    What goes to later stages and what goes back use different groups, so that under NCCL neither waits behind the
-    other. A few receives from each stage are posted before they are needed.
-    """
-
-    def __init__(
-        self, topology: Topology, instructions: Sequence[Instruction], empty: Callable[[Message], Tensor]
-    ) -> None:
-        self._topology, self._empty = topology, empty
-        self._sent: deque[tuple[Any, Tensor]] = deque()
-        self._to_receive: dict[int, deque[Message]] = defaultdict(deque)
-        self._posted: dict[Message, tuple[Any, Tensor]] = {}
-        for instruction in instructions:
-            if isinstance(instruction, Recv):
-                self._to_receive[instruction.message.source].append(instruction.message)
-        for source in self._to_receive:
-            for _ in range(_RECEIVES_AHEAD):
-                self._post(source)
+    def __init__(self, transport: Transport, empty: Callable[[Message], Tensor]) -> None:
+        """Take what carries the messages, and what makes room for one."""
+        self._transport, self._empty = transport, empty
+        self._sent: deque[tuple[Request, Tensor]] = deque()
+        self._posted: dict[Message, tuple[Request, Tensor]] = {}
 
     def send(self, message: Message, tensor: Tensor) -> None:
         """Start sending; the tensor is kept until it has gone."""
         tensor = tensor.contiguous()
-        group = self._group(message)
-        peer = dist.get_global_rank(group, message.destination)
-        self._sent.append((dist.isend(tensor, peer, group=group), tensor))
+        self._sent.append((self._transport.isend(message, tensor), tensor))
         while self._sent and self._sent[0][0].is_completed():
             self._sent.popleft()
 
+    def post(self, message: Message) -> None:
+        """Make room for a message and start receiving it."""
+        tensor = self._empty(message)
+        self._posted[message] = (self._transport.irecv(message, tensor), tensor)
+
     def receive(self, message: Message) -> Tensor:
-        """Wait for a message."""
+        """Wait for a message whose receive has been posted."""
         request, tensor = self._posted.pop(message)
         request.wait()
-        self._post(message.source)
         return tensor
 
     def finish(self) -> None:
         """Wait until all that was sent has gone."""
         for request, _ in self._sent:
             request.wait()
-        assert not self._posted and not any(self._to_receive.values()), "messages were never asked for"
-
-    def _post(self, source: int) -> None:
-        if self._to_receive[source]:
-            message = self._to_receive[source].popleft()
-            tensor = self._empty(message)
-            group = self._group(message)
-            self._posted[message] = (dist.irecv(tensor, dist.get_global_rank(group, source), group=group), tensor)
-
-    def _group(self, message: Message) -> dist.ProcessGroup:
-        return self._topology.pipeline_group(forward=message.source < message.destination)
+        assert not self._posted, "messages were never asked for"
 
 
 class PassOn(torch.autograd.Function):

@@ -17,8 +17,18 @@ from peer_scale.objectives.works import StepInfo
 from peer_scale.parallel.sequence import num_rows
 from peer_scale.parallel.topology import Topology
 from peer_scale.pipeline.dataflow import taken_at, taking_stages
-from peer_scale.pipeline.instructions import Backward, Forward, Instruction, Message, OptimizerStep, Recv, Send
-from peer_scale.pipeline.messages import Messenger, PassOn
+from peer_scale.pipeline.instructions import (
+    Backward,
+    Forward,
+    Instruction,
+    Message,
+    OptimizerStep,
+    PostRecv,
+    Recv,
+    Send,
+    forwards_only,
+)
+from peer_scale.pipeline.messages import Messenger, PassOn, Transport
 from peer_scale.pipeline.placement import Placement
 from peer_scale.pipeline.schedule import build_schedule
 from peer_scale.pipeline.zero import Adaptation
@@ -66,9 +76,12 @@ class _StepState:
 class PipelineRunner:
     """A rank's `Runner` under pipeline parallelism; steps may differ in their number of micro-batches."""
 
-    def __init__(self, engine: Engine, topology: Topology, placement: Placement, dtype: torch.dtype) -> None:
+    def __init__(
+        self, engine: Engine, topology: Topology, placement: Placement, transport: Transport, dtype: torch.dtype
+    ) -> None:
         """Take over an engine around a PretrainingTask of this stage's part; `dtype` is that of matrix products."""
         self._engine, self._topology, self._placement, self._dtype = engine, topology, placement, dtype
+        self._transport = transport
         self._graph, self._stage = placement.graph, topology.rank("pp")
         self._instructions = functools.cache(
             lambda num_micro: build_schedule("two_pass", placement, num_micro).stages[self._stage]
@@ -83,7 +96,7 @@ class PipelineRunner:
     def evaluate(self, batches: Sequence[Batch], step: StepInfo) -> Tensor:
         """See `Runner`."""
         self._engine.eval()
-        instructions = [one for one in self._instructions(len(batches)) if _is_forward(one)]
+        instructions = forwards_only(self._instructions(len(batches)))
         sums = self._run(instructions, batches, step, lambda *_: None)
         self._engine.train()
         return sums
@@ -96,7 +109,7 @@ class PipelineRunner:
         seed_dropout: Callable[..., None],
     ) -> Tensor:
         sums = torch.zeros(len(self._engine.module.sums), dtype=torch.float64, device=self._topology.device)
-        messenger = Messenger(self._topology, instructions, lambda message: self._empty(message, batches))
+        messenger = Messenger(self._transport, lambda message: self._empty(message, batches))
         backwards = sum(isinstance(instruction, Backward) for instruction in instructions)
         state = _StepState(batches, info, seed_dropout, messenger, sums, backwards_left=backwards)
         for instruction in instructions:
@@ -106,6 +119,8 @@ class PipelineRunner:
 
     def _do(self, instruction: Instruction, state: _StepState) -> None:
         match instruction:
+            case PostRecv(message):
+                state.messenger.post(message)
             case Recv(message):
                 key = (message.value, message.micro, message.is_gradient)
                 state.put(key, state.messenger.receive(message), self._uses_here(message))
@@ -199,9 +214,3 @@ class PipelineRunner:
         )
         width = self._graph.shape(network).hidden_size
         return torch.empty((rows, width), dtype=self._dtype, device=device)
-
-
-def _is_forward(instruction: Instruction) -> bool:
-    if isinstance(instruction, Send | Recv):
-        return not instruction.message.is_gradient
-    return isinstance(instruction, Forward)

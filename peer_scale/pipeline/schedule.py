@@ -12,10 +12,11 @@ lists. Kinds:
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import itemgetter
 from typing import Final, Literal, TypeAlias, get_args
 
 from peer_scale.errors import UserError
@@ -23,11 +24,13 @@ from peer_scale.objectives.graph import Graph
 from peer_scale.pipeline.costs import Costs
 from peer_scale.pipeline.dataflow import needs, sends
 from peer_scale.pipeline.instructions import (
+    Channel,
     Compute,
     Forward,
     Instruction,
     Message,
     OptimizerStep,
+    PostRecv,
     Recv,
     Send,
 )
@@ -52,7 +55,8 @@ _BACKWARD_FIRST: Final[Order] = (
 class Schedule:
     """One step of the whole pipeline; `stages[s]` is run by stage s from beginning to end.
 
-    Sends do not wait. Receives wait where they stand; between two stages they stand in the order of the sends.
+    Sends and the posting of receives do not wait; `Recv` waits where it stands. Between two stages all three stand in
+    the same order. All lists are drawn from one order of the whole pipeline, in which a transfer has one place.
     """
 
     kind: Kind
@@ -92,7 +96,8 @@ def build_schedule(
             raise UserError(f"pipeline schedule: {name} is {value}; it must be at least 1")
     assert order is None or sorted(order) == sorted(WORK_KINDS), "an order ranks every kind of work once"
     orders = _compute_orders(kind, placement, num_micro_batches, cap, order, costs or placement.costs)
-    stages = tuple((*instructions, OptimizerStep()) for instructions in _with_messages(placement, orders))
+    lists = _with_messages(placement, orders, costs or placement.costs)
+    stages = tuple((*instructions, OptimizerStep()) for instructions in lists)
     return Schedule(kind, placement, num_micro_batches, stages)
 
 
@@ -128,25 +133,56 @@ def _second_phase(graph: Graph) -> set[str]:
     return set(names[late[0] :]) if late else set()
 
 
-def _with_messages(placement: Placement, orders: Sequence[Sequence[Compute]]) -> list[list[Instruction]]:
-    """Put sends right after what makes their content, and receives as late as the order of the sends lets them be."""
-    channels: defaultdict[tuple[int, int], list[Message]] = defaultdict(list)
-    for stage, order in enumerate(orders):
-        for work in order:
-            for message in sends(placement, stage, work):
-                channels[stage, message.destination].append(message)
-    stages = []
-    for stage, order in enumerate(orders):
-        arriving = {source: iter(messages) for (source, to), messages in channels.items() if to == stage}
-        received: set[Message] = set()
-        instructions: list[Instruction] = []
-        for work in order:
-            for wanted in needs(placement, stage, work).messages:
-                while wanted not in received:
-                    message = next(arriving[wanted.source])
-                    received.add(message)
-                    instructions.append(Recv(message))
-            instructions.append(work)
-            instructions += [Send(message) for message in sends(placement, stage, work)]
-        stages.append(instructions)
-    return stages
+def _with_messages(placement: Placement, orders: Sequence[Sequence[Compute]], costs: Costs) -> list[list[Instruction]]:
+    """Give each stage its list, of which all are drawn from one order of the whole pipeline's work.
+
+    A send stands right after what makes its content, the posting of its receive at the same place of the common order,
+    and the wait for it as late as the order of the sends lets it be. So each stage meets its transfers in the common
+    order, and none can wait for one that comes later, however little its streams can do at once.
+    """
+    lists: list[list[Instruction]] = [[] for _ in orders]
+    posted: defaultdict[Channel, deque[Message]] = defaultdict(deque)
+    received: set[Message] = set()
+    for stage, work, wanted in _by_completion(placement, orders, costs):
+        for message in wanted:
+            while message not in received:
+                following = posted[message.channel].popleft()
+                received.add(following)
+                lists[stage].append(Recv(following))
+        lists[stage].append(work)
+        for message in sends(placement, stage, work):
+            lists[stage].append(Send(message))
+            lists[message.destination].append(PostRecv(message))
+            posted[message.channel].append(message)
+    return lists
+
+
+def _by_completion(
+    placement: Placement, orders: Sequence[Sequence[Compute]], costs: Costs
+) -> list[tuple[int, Compute, tuple[Message, ...]]]:
+    """List the work of all stages, with the messages it waits for, by the time it ends.
+
+    Each stage begins its next work as soon as it can, as in the simulator. What ends at the same time is in an order in
+    which it could be done, which also holds for work that takes no time.
+    """
+    listed: list[tuple[int, int, Compute, tuple[Message, ...]]] = []
+    arrivals: dict[Message, int] = {}
+    clocks, positions = [0] * len(orders), [0] * len(orders)
+    total = sum(map(len, orders))
+    while len(listed) < total:
+        before = len(listed)
+        for stage, order in enumerate(orders):
+            while positions[stage] < len(order):
+                work = order[positions[stage]]
+                wanted = needs(placement, stage, work).messages
+                if not all(message in arrivals for message in wanted):
+                    break
+                start = max([clocks[stage], *(arrivals[message] for message in wanted)])
+                clocks[stage] = start + costs.time(stage, work)
+                for message in sends(placement, stage, work):
+                    arrivals[message] = clocks[stage] + costs.latency
+                listed.append((clocks[stage], stage, work, wanted))
+                positions[stage] += 1
+        assert len(listed) > before, "stages wait for each other in a circle"
+    # stable: what ends at the same time stays in the order in which it was found to be possible
+    return [(stage, work, wanted) for _, stage, work, wanted in sorted(listed, key=itemgetter(0))]

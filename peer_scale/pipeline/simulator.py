@@ -1,7 +1,8 @@
 """Executes a schedule on cost figures instead of ranks: how long it takes, who idles, what is held in memory.
 
 A stage does one thing at a time, in list order. Sends cost nothing and do not wait; a receive waits for the message,
-which is under way for `Costs.latency`. A channel from one stage to another has no tags: it delivers in order.
+which is under way for `Costs.latency`. A channel from one stage to another has no tags: it delivers in order. What real
+devices and their communicators add to this is in `ordering.py`.
 """
 
 from __future__ import annotations
@@ -14,11 +15,21 @@ from typing import TypeAlias
 from peer_scale.objectives.graph import Graph
 from peer_scale.pipeline.costs import Costs, peak_activations
 from peer_scale.pipeline.dataflow import needs, sends, stage_work
-from peer_scale.pipeline.instructions import Backward, Compute, Instruction, Message, OptimizerStep, Recv, Send
+from peer_scale.pipeline.instructions import (
+    Backward,
+    Channel,
+    Compute,
+    Instruction,
+    Message,
+    OptimizerStep,
+    PostRecv,
+    Recv,
+    Send,
+)
 from peer_scale.pipeline.schedule import Schedule
 
-# (source, destination) -> messages under way, with the time they arrive
-_Channels: TypeAlias = defaultdict[tuple[int, int], deque[tuple[Message, int]]]
+# messages under way, with the time they arrive
+_Channels: TypeAlias = defaultdict[Channel, deque[tuple[Message, int]]]
 
 
 class ScheduleError(RuntimeError):
@@ -60,7 +71,8 @@ def simulate(schedule: Schedule, costs: Costs | None = None) -> Simulation:
 
     Raises:
         ScheduleError: Stages wait for each other in a circle; work begins whose input is not there or whose
-            activations are gone; a message is not the next one that its channel delivers.
+            activations are gone; a message is not the next one that its channel delivers or for which a receive has
+            been posted.
     """
     costs = costs or schedule.placement.costs
     channels: _Channels = defaultdict(deque)
@@ -73,6 +85,9 @@ def simulate(schedule: Schedule, costs: Costs | None = None) -> Simulation:
     never_received = [message for queue in channels.values() for message, _ in queue]
     if never_received:
         raise ScheduleError(f"sent, but never received: {never_received[0]}")
+    never_sent = [message for stage in stages for message in stage.posted]
+    if never_sent:
+        raise ScheduleError(f"receive posted, but never waited for: {never_sent[0]}")
     orders = [[done.work for done in stage.executed] for stage in stages]
     return Simulation(
         makespan=max(stage.clock for stage in stages),
@@ -94,7 +109,7 @@ def validate(schedule: Schedule) -> None:
         expected = {
             work for micro in range(schedule.num_micro_batches) for work in stage_work(schedule.placement, stage, micro)
         }
-        found = {one for one in instructions if not isinstance(one, Send | Recv | OptimizerStep)}
+        found = {one for one in instructions if not isinstance(one, Send | PostRecv | Recv | OptimizerStep)}
         for problem, works in (("does not belong here", found - expected), ("is missing", expected - found)):
             if works:
                 raise ScheduleError(f"stage {stage}: {min(map(str, works))} {problem}")
@@ -112,6 +127,7 @@ class _StageRun:
         self.executed: list[Executed] = []
         self._placement, self._instructions, self._costs = schedule.placement, schedule.stages[index], costs
         self._position = 0
+        self._posted: defaultdict[int, deque[Message]] = defaultdict(deque)
         self._done: set[Compute] = set()
         self._received: set[Message] = set()
         self._unsent: set[Message] = set()
@@ -123,6 +139,11 @@ class _StageRun:
     @property
     def current(self) -> Instruction:
         return self._instructions[self._position]
+
+    @property
+    def posted(self) -> list[Message]:
+        """Messages for which receives are posted and not waited for."""
+        return [message for queue in self._posted.values() for message in queue]
 
     def advance(self, channels: _Channels) -> bool:
         """Go on until a message is missing or the list ends; False where not one instruction could be done."""
@@ -137,6 +158,8 @@ class _StageRun:
             return self._receive(instruction.message, channels)
         if isinstance(instruction, Send):
             self._send(instruction.message, channels)
+        elif isinstance(instruction, PostRecv):
+            self._posted[instruction.message.source].append(instruction.message)
         elif not isinstance(instruction, OptimizerStep):
             self._compute(instruction)
         return True
@@ -148,6 +171,9 @@ class _StageRun:
         delivered, arrival = queue.popleft()
         if delivered != message:
             self._fail(f"expects {message}, but the next from stage {message.source} is {delivered}")
+        posted = self._posted[message.source]
+        if not posted or posted.popleft() != message:
+            self._fail(f"{message} is not the next from stage {message.source} for which a receive has been posted")
         self._received.add(message)
         self.clock = max(self.clock, arrival)
         return True

@@ -18,8 +18,6 @@ def _of_output(output: OutputConfig) -> list[str]:
     if output.save is None:
         if output.exit_duration_in_mins is not None:
             lines.append("--exit-duration-in-mins ends the run without saving it: --save is not given")
-        if output.exit_signal_handler:
-            lines.append("--exit-signal-handler ends the run on SIGTERM without saving it: --save is not given")
         if output.keep_last != OutputConfig.keep_last:
             lines.append(f"--keep-last {output.keep_last} has no effect: --save is not given")
     if output.eval_interval is None and output.eval_iters != OutputConfig.eval_iters:

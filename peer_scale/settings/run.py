@@ -132,8 +132,11 @@ class DataConfig:
         metavar="DIR",
         default_text="~/.cache/peer_scale, or peer_scale in $XDG_CACHE_HOME",
     )
-    num_workers: NonNegativeInt = option(
-        default=1, help="Processes per rank that prepare batches; 0 prepares them in the training process.", metavar="N"
+    num_workers: NonNegativeInt | None = option(
+        default=None,
+        help="Processes per rank that prepare batches; 0 prepares them in the training process.",
+        metavar="N",
+        default_text="1, or on a GPU one for every 4 of the rank's cores, up to 4",
     )
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = option(
         default=0.01, help="Share of the tokens that is held out for validation.", metavar="SHARE"
@@ -205,7 +208,9 @@ class OutputConfig:
         metavar="MINUTES",
         default_text="no limit",
     )
-    exit_signal_handler: bool = option(default=False, help="Save and stop on SIGTERM.")
+    exit_signal_handler: bool = option(
+        default=True, help="With --save: save and stop on SIGTERM or SIGUSR1, with exit code 75."
+    )
 
     def __post_init__(self) -> None:
         for name in ("save_interval", "keep_every"):

@@ -9,6 +9,9 @@ _FLOAT = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)[eE][-+]?\d+")
 _NOT_DECIMAL = re.compile(r"[-+]?0[0-7_]*[0-7]|.*:.*")
 
 
+_MOST_VALUES = 100_000
+
+
 class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -45,13 +48,33 @@ for _kind in ("int", "float"):
 def load(text: str) -> Any:
     """Read one YAML document; ValueError that says in one line what is wrong, and where."""
     try:
-        return yaml.load(text, _Loader)
+        content = yaml.load(text, _Loader)
+        _count_values(content, {})
+        return content
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f" (line {mark.line + 1})" if mark else ""
         raise ValueError(f"{error.problem or error.context}{where}") from None
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(" ".join(str(error).split())) from None
+
+
+def _count_values(value: Any, counted: dict[int, int]) -> int:
+    """Count the values in one, those behind an alias each time that it stands there; ValueError where there are many.
+
+    Whatever walks through them all would not come to an end: nine aliases deep are billions.
+    """
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in counted:
+        counted[id(value)] = 0  # while they are being counted
+        inner = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+        counted[id(value)] = 1 + sum(_count_values(each, counted) for each in inner)
+    if not counted[id(value)]:
+        raise ValueError("Circular reference detected")
+    if counted[id(value)] >= _MOST_VALUES:
+        raise ValueError(f"its aliases stand for {_MOST_VALUES:,} values or more")
+    return counted[id(value)]
 
 
 def dump(content: Any) -> str:

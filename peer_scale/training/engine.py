@@ -9,6 +9,7 @@ from peer_scale.models.layers import TransformerLayer
 from peer_scale.objectives.engine import Engine
 from peer_scale.objectives.task import PretrainingTask
 from peer_scale.parallel.topology import ModelParallelUnit, Topology
+from peer_scale.settings.ds_config import with_bucket_sizes
 from peer_scale.settings.run import RunConfig
 from peer_scale.training.optimizer import build_optimizer
 
@@ -25,7 +26,12 @@ def build_engine(task: PretrainingTask, run: RunConfig, topology: Topology) -> E
     _leave_out_shared_memory_op()
     if run.training.activation_checkpointing:
         apply_activation_checkpointing(task, check_fn=lambda module: isinstance(module, TransformerLayer))
-    config = {key: value for key, value in run.deepspeed.items() if key not in MONITOR_BLOCKS}
+    sized = with_bucket_sizes(
+        run.deepspeed,
+        num_parameters=sum(parameter.numel() for parameter in task.parameters()),
+        data_parallel=topology.size("dp"),
+    )
+    config = {key: value for key, value in sized.items() if key not in MONITOR_BLOCKS}
     task.to(topology.device)
     optimizer = build_optimizer(task, run.training)
     try:

@@ -16,14 +16,16 @@ from peer_scale.checkpoints.progress import Progress
 from peer_scale.checkpoints.sections import Sections, sections_of, split_of
 from peer_scale.checkpoints.state import TrainingState, require_supported_offload
 from peer_scale.checkpoints.writer import CheckpointWriter
-from peer_scale.errors import UserError
+from peer_scale.errors import StoppedEarly, UserError
 from peer_scale.host_memory import keep_freed_memory
 from peer_scale.models.heads import MaskedLMHead
 from peer_scale.objectives.task import PretrainingTask
 from peer_scale.parallel.coordination import RankCoordinator
+from peer_scale.parallel.cpu_binding import bind_near_gpu
 from peer_scale.parallel.environment import ProcessEnvironment, default_num_threads
 from peer_scale.parallel.initialization import count_parameters, initialize_weights
 from peer_scale.parallel.topology import Topology, build_topology, init_process_group
+from peer_scale.pipeline.pair_groups import PairGroups
 from peer_scale.pipeline.placement import Placement
 from peer_scale.pipeline.runner import PipelineRunner
 from peer_scale.pipeline.search import choose_placement
@@ -37,9 +39,9 @@ from peer_scale.training.callbacks.checkpointing import Checkpointing
 from peer_scale.training.callbacks.closing import ClosingSummary
 from peer_scale.training.callbacks.console import ProgressLine
 from peer_scale.training.callbacks.reporting import MetricsFile, MonitorEvents
-from peer_scale.training.callbacks.stopping import StopAfter, StopOnInterrupt, StopOnSignal
+from peer_scale.training.callbacks.stopping import StopAfter, StopOnInterrupt, StopOnSignal, StopSignals
 from peer_scale.training.callbacks.validation import Validation
-from peer_scale.training.data import Corpus, cut_into_samples, open_text, plan_batches
+from peer_scale.training.data import Corpus, choose_num_workers, cut_into_samples, open_text, plan_batches
 from peer_scale.training.engine import build_engine, check_precision
 from peer_scale.training.metering import Meter, device_peak
 from peer_scale.training.run_folders import METRICS, RunFolders
@@ -55,7 +57,6 @@ def run_job(args: argparse.Namespace, environment: ProcessEnvironment) -> None:
     """Train as the flags say; raises UserError (on all ranks alike) for bad input."""
     notify = (lambda line: print(f"notice: {line}", flush=True)) if environment.rank == 0 else None
     run = resolve(args, environment.world_size, notify=notify)
-    check_precision(run.training.precision)
     num_threads = run.num_threads
     if num_threads is None:
         num_threads = default_num_threads(environment, os.environ)
@@ -66,7 +67,9 @@ def run_job(args: argparse.Namespace, environment: ProcessEnvironment) -> None:
         keep_freed_memory()
     atexit.register(end_workers)
     try:
-        train(run, arrange_ranks(run, device), RankCoordinator())
+        coordinator = RankCoordinator()
+        coordinator.everyone(lambda: check_precision(run.training.precision))
+        train(run, arrange_ranks(run, device), coordinator)
     finally:
         dist.destroy_process_group()
 
@@ -82,18 +85,21 @@ def arrange_ranks(run: RunConfig, device: torch.device) -> Topology:
 
 
 def train(run: RunConfig, topology: Topology, coordinator: RankCoordinator, watching: Sequence[Callback] = ()) -> None:
-    """Train in the process groups that are there; UserError and TrainingError come on all ranks alike.
+    """Train in the process groups that are there; `watching` are told of each step after the run's own callbacks.
 
-    `watching` are told of each step after the run's own callbacks.
+    Raises:
+        UserError, TrainingError: on all ranks alike.
+        StoppedEarly: on all ranks alike, where the run was saved before its last step; at a signal on its ranks.
     """
     if run.output.save is not None or run.output.load is not None or run.output.init_from is not None:
         require_supported_offload(run.deepspeed)
     folders = RunFolders(run.output)
-    try:
-        coordinator.first_rank(folders.claim)
-        _train(run, topology, coordinator, folders, watching)
-    finally:
-        folders.release()
+    with StopSignals(active=run.output.exit_signal_handler and run.output.save is not None) as signals:
+        try:
+            coordinator.first_rank(folders.claim)
+            _train(run, topology, coordinator, folders, signals, watching)
+        finally:
+            folders.release()
 
 
 def _train(
@@ -101,11 +107,15 @@ def _train(
     topology: Topology,
     coordinator: RankCoordinator,
     folders: RunFolders,
+    signals: StopSignals,
     watching: Sequence[Callback],
 ) -> None:
     say: Callable[[str], None] = print if topology.is_first_rank else _say_nothing
     store, tokenizer = coordinator.one_by_one(lambda: open_text(run, show_progress=topology.is_first_rank))
     run = replace(run, model=replace(run.model, vocab_size=tokenizer.vocab_size))
+    cpus = bind_near_gpu(topology.device, coordinator)  # only now: text is tokenised on all CPUs
+    if cpus is not None and run.num_threads is None:
+        torch.set_num_threads(min(torch.get_num_threads(), cpus.num_cores))
     sections = sections_of(run, topology, data_fingerprint=store.fingerprint, tokenizer_digest=tokenizer.digest)
     tensor_parallel = topology.tensor_parallel
     start = coordinator.first_rank(lambda: find_start(run.output, sections, tensor_parallel, folders, say))
@@ -136,13 +146,14 @@ def _train(
     engine = build_engine(task, run, topology)
     runner: Runner = WholeModelRunner(engine, topology)
     if placement is not None:
-        runner = PipelineRunner(engine, topology, placement, run.compute_dtype)
+        runner = PipelineRunner(engine, topology, placement, PairGroups(topology, placement), run.compute_dtype)
     state = TrainingState(engine, topology, run.model.vocab_size)
     progress = Progress()
     if start.folder is not None and start.manifest is not None:
         progress = load_checkpoint(state, coordinator, start.folder, start.manifest, only_weights=start.only_weights)
     peak = device_peak(topology.device, run.compute_dtype)
-    say(startup_summary(run, topology, corpus, num_parameters, peak))
+    num_workers = choose_num_workers(run, cpus)
+    say(startup_summary(run, topology, corpus, num_parameters, peak, cpus=cpus, num_workers=num_workers))
 
     plan = plan_batches(run, topology)
     warmup_steps = run.objective.warmup_steps(len(corpus.training), run.training.global_batch_size)
@@ -153,7 +164,10 @@ def _train(
         engine,
         runner,
         Meter(run, dist.get_world_size(), peak, skipped_steps=engine.skipped_steps),
-        [*_callbacks(run, topology, coordinator, corpus, plan, sections, state, warmup_steps, start), *watching],
+        [
+            *_callbacks(run, topology, coordinator, corpus, plan, sections, state, warmup_steps, start, signals),
+            *watching,
+        ],
         progress=progress,
         warmup_steps=warmup_steps,
     )
@@ -162,9 +176,14 @@ def _train(
         plan,
         first_step=progress.step,
         last_step=run.training.train_iters,
-        num_workers=run.data.num_workers,
+        num_workers=num_workers,
     )
     trainer.fit(steps)
+    last, wanted = trainer.progress.step, run.training.train_iters
+    if run.output.save is not None and last < wanted:
+        raise StoppedEarly(
+            f"stopped after step {last} of {wanted}, saved in {run.output.save}: the same command goes on"
+        )
 
 
 def place_stages(run: RunConfig) -> Placement:
@@ -187,6 +206,7 @@ def _callbacks(
     state: TrainingState,
     warmup_steps: int,
     start: StartingPoint,
+    signals: StopSignals,
 ) -> list[Callback]:
     output = run.output
     callbacks: list[Callback] = []
@@ -197,8 +217,7 @@ def _callbacks(
     callbacks += coordinator.everyone(lambda: _reporting(run, start.step) if topology.is_first_rank else [])
     if output.exit_duration_in_mins is not None:
         callbacks.append(StopAfter(output.exit_duration_in_mins))
-    if output.exit_signal_handler:
-        callbacks.append(StopOnSignal())
+    callbacks.append(StopOnSignal(signals))
     if output.save is not None:
         kept = CheckpointFolder(
             output.save, output.keep_last, output.keep_every, run=start.run, resumed=start.saving_in(output.save)

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from peer_scale.errors import StoppedEarly
 from peer_scale.training.metering import StepRecord
 from peer_scale.training.trainer import Callback, Trainer
 
@@ -24,18 +25,44 @@ class StopAfter(Callback):
         trainer.wants_stop |= time.monotonic() >= self._deadline
 
 
+class StopSignals:
+    """Has SIGTERM and SIGUSR1 end the run in order: between two steps, or at once as long as no step has begun.
+
+    Clusters send them before they take the nodes away. A context, in the main thread; elsewhere nothing is changed.
+    """
+
+    _NUMBERS = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self, *, active: bool = True) -> None:
+        self.received: str | None = None
+        self.training = False
+        self._active = active
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if self._active and threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._remember) for number in self._NUMBERS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, _: Any) -> None:
+        self.received = signal.Signals(number).name
+        if not self.training:
+            raise StoppedEarly(f"stopped by {self.received} before the first step: the same command goes on")
+
+
 class StopOnSignal(Callback):
-    """Asks for the end when SIGTERM has come."""
+    """Asks for the end when one of the signals has come."""
 
-    def __init__(self) -> None:
-        self._received = False
-        signal.signal(signal.SIGTERM, self._remember)
-
-    def _remember(self, *_: Any) -> None:
-        self._received = True
+    def __init__(self, signals: StopSignals) -> None:
+        self._signals = signals
+        signals.training = True
 
     def on_step_end(self, trainer: Trainer, record: StepRecord) -> None:
-        trainer.wants_stop |= self._received
+        trainer.wants_stop |= self._signals.received is not None
 
 
 class StopOnInterrupt(Callback):

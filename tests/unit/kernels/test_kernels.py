@@ -1,5 +1,6 @@
 """Fused kernels: the CPU's against the composition in fp64, Triton's (interpreted) against the CPU's, and compiled."""
 
+import json
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from peer_scale.kernels.norm import bias_dropout_residual_norm
 
 pytestmark = pytest.mark.heavy
 
-SHAPES = [(1, 1), (3, 7), (5, 2, 100), (17, 257), (2, 3, 768)]
+SHAPES = [(1, 1), (3, 7), (5, 2, 100), (17, 257), (70, 100), (2, 3, 768)]
 
 
 def norm_problem(shape, dtype=torch.float32, seed=0):
@@ -95,17 +96,35 @@ def test_what_runs_is_said():
     assert "Apex" in apex_state()
 
 
-@pytest.mark.parametrize("check", ["norm", "norm_dropout", "gelu", "chunk", "compile"])
-def test_triton_kernels(check):
+def run_triton_checks(*dtypes, interpret):
     """In a process of its own: Triton decides at its import whether it interprets."""
     pytest.importorskip("triton")
     script = Path(__file__).parent / "triton_checks.py"
-    environment = dict(os.environ) | {
-        "TRITON_INTERPRET": "0" if check == "compile" else "1",
-        "PYTHONPATH": str(script.parents[3]),
-    }
+    root = script.parents[3]
+    folders = (root, root / "tests", root / "tests/unit/models", root / "tools")
+    environment = {"TRITON_INTERPRET": str(int(interpret)), "PYTHONPATH": os.pathsep.join(map(str, folders))}
     done = subprocess.run(
-        [sys.executable, str(script), check], capture_output=True, text=True, env=environment, timeout=400, check=False
+        [sys.executable, str(script), *dtypes],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        timeout=400,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{check}: " in done.stdout
+    return done.stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    return json.loads(run_triton_checks(interpret=True))
+
+
+@pytest.mark.parametrize("check", ["norm", "norm_dropout", "residual", "gelu", "gates", "chunk", "head"])
+def test_triton_kernels_interpreted(check, interpreted):
+    assert interpreted[check] is None, interpreted[check]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
+def test_triton_kernels_compiled(dtype):
+    assert run_triton_checks(dtype, interpret=False) == "30 compilations"

@@ -1,10 +1,12 @@
 """Works of a graph run one by one, over parts of the model too, are the whole forward pass bit for bit."""
 
+import contextlib
 from dataclasses import replace
 
 import pytest
 import torch
 
+from peer_scale.kernels.availability import gpu_branches
 from peer_scale.models.config import EncoderShape, ModelPart
 from peer_scale.objectives.masked_lm import MaskedLanguageModel
 from peer_scale.objectives.objective import SumsLayout
@@ -71,6 +73,21 @@ def test_one_by_one(name, warmup):
     apart = torch.autograd.grad(losses, list(task.model.parameters()))
     for one, other in zip(whole, apart, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_way_for_gpus(name):
+    """Attention, the head and what else GPUs compute otherwise, in plain torch: loss, sums and gradients of the CPU."""
+    objective, model, batch, step = setting(name)
+    task = make_task(objective, model)
+    works, parameters = tuple(work.name for work in task.graph.works), list(task.model.parameters())
+    found = []
+    for way in (contextlib.nullcontext(), gpu_branches(triton=False)):
+        with way:
+            loss, sums, _ = task(works, batch, step)
+            found.append((loss, sums, *torch.autograd.grad(loss, parameters)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-6, atol=2e-6 * max(1.0, one.abs().max().item()))
 
 
 @pytest.mark.parametrize("name", [name for name in SETTINGS if name != "bert"])

@@ -20,6 +20,7 @@ from peer_scale.pipeline.instructions import (
     Instruction,
     Message,
     OptimizerStep,
+    PostRecv,
     Recv,
     Send,
 )
@@ -93,6 +94,8 @@ class Rank(threading.Thread):
                 assert message.source == self.stage
                 content = self.mail.pop((message.value, message.is_gradient, message.micro))
                 self.channels[self.stage, message.destination].put((message.value, message.is_gradient, content))
+            case PostRecv(message):
+                assert message.destination == self.stage
             case Recv(message):
                 *what, content = self.channels[message.source, self.stage].get(timeout=20)
                 assert what == [message.value, message.is_gradient]
@@ -209,8 +212,9 @@ def test_two_stages_see_their_messages_in_one_order(kind: Kind) -> None:
     for source, sender in enumerate(schedule.stages):
         for destination, receiver in enumerate(schedule.stages):
             sent = [i.message for i in sender if isinstance(i, Send) and i.message.destination == destination]
-            received = [i.message for i in receiver if isinstance(i, Recv) and i.message.source == source]
-            assert sent == received
+            for kind_at_receiver in (PostRecv, Recv):
+                there = [i.message for i in receiver if isinstance(i, kind_at_receiver) and i.message.source == source]
+                assert sent == there
 
 
 def test_gpipe_runs_all_forwards_first() -> None:
@@ -340,6 +344,7 @@ def move_before(instructions: list[Instruction], what: Instruction, place: Instr
 
 def drop_message(lists: Lists, message: Message) -> None:
     lists[message.source].remove(Send(message))
+    lists[message.destination].remove(PostRecv(message))
     lists[message.destination].remove(Recv(message))
 
 
@@ -368,6 +373,19 @@ CORRUPTIONS: dict[str, tuple[Callable[[Lists], object], str]] = {
     "another order at one end": (
         lambda s: swap(s[1], Recv(Message("generator", 1, 0, 1)), Recv(Message("generator", 2, 0, 1))),
         "stage 1.* expects .*micro=2.* next from stage 0 is .*micro=1",
+    ),
+    "receive not posted": (lambda s: s[2].remove(PostRecv(LABELS)), "stage 2.*labels.*has been posted"),
+    "receive posted too late": (
+        lambda s: (s[2].remove(PostRecv(LABELS)), s[2].insert(s[2].index(Recv(LABELS)) + 1, PostRecv(LABELS))),
+        "stage 2.*labels.*has been posted",
+    ),
+    "receives posted in another order": (
+        lambda s: swap(s[1], PostRecv(Message("generator", 1, 0, 1)), PostRecv(Message("generator", 2, 0, 1))),
+        "stage 1.*generator.*has been posted",
+    ),
+    "receive posted for nothing": (
+        lambda s: s[2].insert(-1, PostRecv(LABELS)),
+        "posted, but never waited for: .*labels",
     ),
     "waiting in a circle": (lambda s: move_before(s[0], Recv(SELECTED), Forward("generator", 0)), "deadlock: stage 0"),
     "received too late": (

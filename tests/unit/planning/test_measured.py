@@ -66,13 +66,18 @@ def test_the_plan_stands_on_what_was_measured(written, capsys):
     path = str(written({"bandwidth": FIGURES}))
     assert plan.main([*FLAGS, "--measured", path]) == 0
     said = capsys.readouterr().out
-    assert "123 GB/s per GPU within a node, 40 GB/s between nodes, 7 us per message" in said
+    assert "123 GB/s per GPU within a node, 40 GB/s of each GPU's link between nodes, 7 us per message" in said
     # what was not measured may be given
     assert plan.main([*FLAGS, "--measured", path, "--inter-bandwidth", "25"]) == 0
-    assert "123 GB/s per GPU within a node, 25 GB/s between nodes" in capsys.readouterr().out
+    assert "123 GB/s per GPU within a node, 25 GB/s of each GPU's link between nodes" in capsys.readouterr().out
 
 
 def test_a_bandwidth_that_would_have_no_effect_is_refused(written, capsys):
     path = str(written({"bandwidth": FIGURES}))
     assert plan.main([*FLAGS, "--measured", path, "--intra-bandwidth", "300"]) == 2
     assert "--intra-bandwidth 300 has no effect" in capsys.readouterr().err
+
+
+def test_rooflines_are_of_known_machines(written, capsys):
+    assert plan.main(["--roofline", "--measured", str(written({"bandwidth": FIGURES}))]) == 2
+    assert "--measured has no effect with --roofline" in capsys.readouterr().err

@@ -48,7 +48,7 @@ class WithMoreWorks(TokenQualityRanking):
                 end_takes=("picked",),
                 heads=("second_head",),
                 has_loss=True,
-                end_costs=(Cost("position", flops=10**6, activations=7, workspace=5000, reduced_bytes=11),),
+                end_costs=(Cost("position", flops=10**6, activations=7, workspace=9000, reduced_bytes=11),),
             ),
         )
         return Graph(tuple(model.networks.items()), model.num_shared_layers, works)
@@ -117,7 +117,7 @@ def test_memory() -> None:
     kept = SIZE * POSITIONS * 7 * 2
     assert work_activations(second, MORE, LAYOUT) == kept
     # the larger workspace is that of one work at a time, once in bf16 and once in fp32
-    expected = work_activations(mlm_head, MORE, LAYOUT) + kept + SIZE * POSITIONS * 5000 * (2 + 4)
+    expected = work_activations(mlm_head, MORE, LAYOUT) + kept + SIZE * POSITIONS * 9000 * (2 + 4)
     assert heads_memory(placement, 0, MORE, LAYOUT) == expected
     for stage in range(4):
         assert work_activations(stage_part(placement, stage, MORE.graph.work("look")), MORE, LAYOUT) == 0

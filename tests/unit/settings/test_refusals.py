@@ -372,9 +372,7 @@ def test_notices(resolved, tmp_path):
     assert said(zero(), "--exit-duration-in-mins", 0) == [
         "--exit-duration-in-mins ends the run without saving it: --save is not given"
     ]
-    assert said(zero(), "--exit-signal-handler") == [
-        "--exit-signal-handler ends the run on SIGTERM without saving it: --save is not given"
-    ]
+    assert said(zero(), "--exit-signal-handler") == []
     assert said(zero(), "--keep-last", 9) == ["--keep-last 9 has no effect: --save is not given"]
     kept = ("--exit-signal-handler", "--exit-duration-in-mins", 5, "--keep-last", 9)
     assert said(zero(), "--save", tmp_path, *kept) == []

@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from peer_scale.checkpoints.progress import Progress
-from peer_scale.errors import UserError
+from peer_scale.errors import StoppedEarly, UserError
 from peer_scale.parallel.topology import single_process_topology
 from peer_scale.settings.run import OutputConfig
 from peer_scale.training.callbacks.closing import ClosingSummary
 from peer_scale.training.callbacks.console import ProgressLine, describe, duration
 from peer_scale.training.callbacks.reporting import MetricsFile, MonitorEvents
-from peer_scale.training.callbacks.stopping import StopAfter, StopOnInterrupt, StopOnSignal
+from peer_scale.training.callbacks.stopping import StopAfter, StopOnInterrupt, StopOnSignal, StopSignals
 from peer_scale.training.metering import Meter, StepRecord
 from peer_scale.training.trainer import Trainer
 from small_runs import small_run
@@ -306,17 +306,22 @@ def test_stop_after_some_minutes():
     assert trainer.wants_stop, "no callback takes back what another asked for"
 
 
-def test_stop_on_a_signal():
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        trainer, stop = trainer_of(small_run()), StopOnSignal()
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_stop_on_a_signal(number):
+    before = signal.getsignal(number)
+    with StopSignals() as signals:
+        with pytest.raises(StoppedEarly, match=f"{number.name} before the first step"):
+            os.kill(os.getpid(), number)
+        signals.received = None
+        trainer, stop = trainer_of(small_run()), StopOnSignal(signals)
         stop.on_step_end(trainer, record(1))
         assert not trainer.wants_stop
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         stop.on_step_end(trainer, record(2))
         assert trainer.wants_stop
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    assert signal.getsignal(number) == before
+    with StopSignals(active=False):
+        assert signal.getsignal(number) == before
 
 
 @pytest.mark.parametrize("save", [None, Path("runs/x")])

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from checkpoint_runs import SHAPE, WHOLE
 from peer_scale.checkpoints.folder import CheckpointFolder, committed
-from peer_scale.checkpoints.manifest import Manifest, TensorEntry
+from peer_scale.checkpoints.manifest import FileEntry, Manifest, Piece, TensorEntry
 from peer_scale.checkpoints.parameters import shardings
 from peer_scale.checkpoints.progress import Progress
 from peer_scale.errors import UserError
@@ -24,13 +25,21 @@ MODEL = ModelConfig(SHAPE, SHAPE, num_shared_layers=1, vocab_size=30, embedding_
 RUN = replace(WHOLE, model=MODEL, reshaped=None)
 OTHER = replace(RUN, data=replace(RUN.data, seed=5))
 IMPORTED = replace(RUN, progress=Progress(), data=None, layout=None, training=None, imported={"ranker": "x/y"})
+NUMBERS = "numbers"  # a file that is never read
 RANKS = single_process_topology().tensor_parallel
 
 
 def manifest_of(sections):
     found = shardings(sections.model, sections.objective, RANKS)
-    tensors = {name: TensorEntry(s.shape, s.dim, s.count, s.padding, ()) for name, s in found.items()}
-    return Manifest(sections, {name: replace(entry, shards=0) for name, entry in tensors.items()}, {})
+    tensors = {
+        name: TensorEntry(s.shape, s.dim, s.count, s.padding, (Piece(NUMBERS, 0, 0, s.stored(0)),))
+        for name, s in found.items()
+    }
+    return Manifest(sections, tensors, {NUMBERS: FileEntry(0, "")})
+
+
+def begin(folder, step):
+    (folder.begin(step) / NUMBERS).touch()
 
 
 @dataclass
@@ -63,11 +72,10 @@ def run(output: OutputConfig, own=RUN, steps=0, save_every=1, mark="", killed=Fa
                 metrics.on_metrics({"step": step, "mark": mark})
             is_last = step == start.step + steps and not killed
             if kept is not None and (step % save_every == 0 or is_last):
-                kept.begin(step)
+                begin(kept, step)
                 for outdated in kept.commit(step, manifest_of(replace(own, progress=Progress(step)))):
                     outdated.rename(outdated.with_name("gone"))
-                    (outdated.with_name("gone") / "peer_scale.json").unlink()
-                    outdated.with_name("gone").rmdir()
+                    shutil.rmtree(outdated.with_name("gone"))
         return Done(start.run, start.step, said)
     finally:
         folders.release()
@@ -150,7 +158,7 @@ def test_a_restarted_job_does_not_go_back_again(tmp_path):
 
 def test_beginning_with_weights_goes_on_at_the_runs_own_checkpoints(tmp_path):
     start = CheckpointFolder(tmp_path / "import", keep_last=1)
-    start.begin(0)
+    begin(start, 0)
     start.commit(0, manifest_of(IMPORTED))
     for flag in ("init_from", "load"):
         output = OutputConfig(save=tmp_path / flag, **{flag: tmp_path / "import"})
