@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -102,8 +102,11 @@ def main(argv: Sequence[str]) -> int:
         for layout in LAYOUTS:
             try:
                 run = resolve(build_parser().parse_args([*layout.flags(model), *trainers_flags]), layout.ranks)
-            except UserError:  # it cannot be shared out like that: one attention head is not divided
-                cells.append("refused")
+            except UserError as error:
+                if layout.ranks == 1:
+                    print(f"error: {error}", file=sys.stderr)
+                    return 2
+                cells.append("refused")  # one attention head is not divided
                 continue
             found = {batch: rehearse(run, ragged=batch == "ragged") for batch in BATCHES}
             failures += [f"{model}, {layout.name}, {batch}: {line}" for batch, line in found.items() if line]
@@ -130,7 +133,8 @@ def step(run: RunConfig, grid: Grid, batch: Batch) -> None:
     """Do what a step does before the update, for one micro-batch that is on the host."""
     task = PretrainingTask(run.model, run.objective, grid.tensor_parallel)
     move(task, run.compute_dtype)
-    trainer = Trainer(run, grid, *[None] * 4, (), progress=None, warmup_steps=0)  # type: ignore[arg-type]
+    unused: Any = None
+    trainer = Trainer(run, cast(Any, grid), unused, unused, unused, unused, (), progress=unused, warmup_steps=0)
     with HostWaits():
         batch = batch.to(GPU)
         loss, sums, values = task(tuple(work.name for work in task.graph.works), batch, trainer.step_info(1, [batch]))
@@ -160,8 +164,11 @@ def fake(batch: Batch, mode: FakeTensorMode) -> Batch:
         tensors = (getattr(real, field.name) for field in fields(real)[1:])
         return Sequences(real.lengths, *map(mode.from_tensor, tensors))
 
-    *tensors, sequences, selected = batch
-    return Batch(*map(mode.from_tensor, tensors), of_sequences(sequences), of_sequences(selected))
+    fakes: dict[str, Any] = {
+        name: of_sequences(value) if isinstance(value, Sequences) else mode.from_tensor(value)
+        for name, value in batch._asdict().items()
+    }
+    return Batch(**fakes)
 
 
 def move(module: nn.Module, dtype: torch.dtype) -> None:
@@ -226,7 +233,8 @@ def stand_ins() -> Iterator[None]:
 
 def own_functions(base: type = Function) -> Iterator[type]:
     """Find the autograd functions of this package."""
-    for function in base.__subclasses__():
+    subclasses: list[type] = base.__subclasses__()
+    for function in subclasses:
         if function.__module__.startswith("peer_scale."):
             yield function
         yield from own_functions(function)

@@ -107,6 +107,8 @@ def generator_works(
         workspace=GPU_CHUNK_SIZE,
         reduced_bytes=REDUCED_BYTES + 4 * model.embedding_size + drawing,
         gathered_bytes=GATHERED_BYTES,
+        # the logits written by the product and read once; dense (both sides), GELU, norm
+        moved=2 * model.vocab_size + width + 5 * model.embedding_size,
     )
     return (
         Work(

@@ -324,7 +324,9 @@ def scatter_labels(batch: Batch, labels: Tensor, num_levels: int) -> Tensor:
 
 def score_head_cost(shape: EncoderShape) -> Cost:
     """Say what a dense layer and one score per token take."""
-    return Cost("token", flops=score_head_matmul_flops(shape), activations=3 * shape.hidden_size)
+    width = shape.hidden_size
+    # dense (both sides), GELU (both sides), the score
+    return Cost("token", flops=score_head_matmul_flops(shape), activations=3 * width, moved=5 * width)
 
 
 RTD_CLASSES = {"electra": "ElectraForPreTraining", "modernbert": "ModernBertForTokenClassification"}

@@ -136,8 +136,11 @@ class DataConfig:
         metavar="DIR",
         default_text="~/.cache/peer_scale, or peer_scale in $XDG_CACHE_HOME",
     )
-    num_workers: NonNegativeInt = option(
-        default=1, help="Processes per rank that prepare batches; 0 prepares them in the training process.", metavar="N"
+    num_workers: NonNegativeInt | None = option(
+        default=None,
+        help="Processes per rank that prepare batches; 0 prepares them in the training process.",
+        metavar="N",
+        default_text="1, or on a GPU one for every 4 of the rank's cores, up to 4",
     )
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = option(
         default=0.01, help="Share of the tokens that is held out for validation.", metavar="SHARE"

@@ -13,6 +13,7 @@ from peer_scale.models.layers import TransformerLayer
 from peer_scale.objectives.engine import Engine
 from peer_scale.objectives.task import PretrainingTask
 from peer_scale.parallel.topology import ModelParallelUnit, Topology
+from peer_scale.settings.ds_config import with_bucket_sizes
 from peer_scale.settings.run import RunConfig
 from peer_scale.training.compilation import compile_task
 from peer_scale.training.late_numbers import LateNumbers
@@ -32,9 +33,14 @@ def build_engine(task: PretrainingTask, run: RunConfig, topology: Topology) -> E
     _leave_out_shared_memory_op()
     if run.training.activation_checkpointing:
         apply_activation_checkpointing(task, check_fn=lambda module: isinstance(module, TransformerLayer))
+    sized = with_bucket_sizes(
+        run.deepspeed,
+        num_parameters=sum(parameter.numel() for parameter in task.parameters()),
+        data_parallel=topology.size("dp"),
+    )
+    config = _without_waits({key: value for key, value in sized.items() if key not in MONITOR_BLOCKS})
     if run.training.compile:
         compile_task(task)
-    config = _without_waits({key: value for key, value in run.deepspeed.items() if key not in MONITOR_BLOCKS})
     task.to(topology.device)
     optimizer = build_optimizer(task, run.training)
     try:

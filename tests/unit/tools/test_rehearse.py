@@ -21,7 +21,8 @@ def test_the_command(capsys):
         rehearse.main(["--model", "peer-huge"])
     assert refused.value.code == 2
     capsys.readouterr()
-    code = rehearse.main(["--model", "bert-tiny", "--seq-length", "32", "--micro-batch-size", "3"])
+    sizes = ["--seq-length", "32", "--micro-batch-size", "3", "--global-batch-size", "3"]
+    code = rehearse.main(["--model", "bert-tiny", *sizes])
     captured = capsys.readouterr()
     if torch.version.cuda is None:
         assert code == 2
