@@ -13,9 +13,12 @@ counted on a real engine of one rank; several ranks add their messages.
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 import sys
+import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -298,7 +301,15 @@ def main() -> None:
     print("| | forward | backward | compiled: forward | backward | DeepSpeed, per micro-batch | per step |")
     print("|---|---|---|---|---|---|---|")
     init_process_group(ProcessEnvironment(0, 1, 0, 1, "127.0.0.1", 0, "none"))
-    for preset in args.presets:
+    logging.getLogger("torch._inductor.utils").setLevel(logging.ERROR)  # it tells of each compilation that is ended
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        print_rows(args.presets, show_operators=args.list)
+
+
+def print_rows(presets: Sequence[str], *, show_operators: bool) -> None:
+    """Print the row of each preset, and what its numbers are made of."""
+    for preset in presets:
         flags = ["--model", preset, "--hidden-dropout", "0", "--attention-dropout", "0", "--micro-batch-size", "8"]
         run = resolve(build_parser().parse_args(flags), 1)
         found = compiled_kernels(run)
@@ -306,7 +317,7 @@ def main() -> None:
         added = engine_launches(run)
         counts = [each.counts[phase] for each in (eager, compiled) for phase in ("forward", "backward")]
         print("|", " | ".join([preset, *(f"{each.total():,}" for each in (*counts, *added))]), "|", flush=True)
-        if args.list:
+        if show_operators:
             for key, kernels in found.items():
                 name = getattr(key, "__name__", f"what follows attention, {key} wide")
                 print(f"{preset} {name}: compiled to {kernels.forward} kernels and {kernels.backward} of backward")

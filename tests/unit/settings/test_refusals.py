@@ -311,6 +311,8 @@ FLAGS = [
      "is 0"),
     (("--save-interval", 5), "--save-interval 5 needs --save DIR"),
     (("--keep-every", 5), "--keep-every 5 needs --save DIR"),
+    (("--compile", "--deepspeed_config", "zero3"), "--compile does not go with ZeRO-3, which gathers parameters while "
+     "the layers run: leave it out, or take ZeRO-1 or ZeRO-2"),
     (("--lr", "nan"), "--lr is nan; it must be a number above 0"),
     (("--seed", "1" * 5000), f"--seed is {'1' * 100}...; it must be a whole number from 0 to 4294967295"),
     (("--model", "gpt"), "--model gpt: unknown (presets: peer-tiny, "),
