@@ -67,12 +67,17 @@ class Sequences:
             int64 [n, L], L being the greatest length, and bool [n, L], False beyond a sequence's end, where the first
             is some token.
         """
-        places = torch.arange(self.max_length, device=self.boundaries.device)
-        begins, ends = self.boundaries[:-1].long()[sequence_ids], self.boundaries[1:].long()[sequence_ids]
-        tokens = begins[:, None] + places
-        is_inside = tokens < ends[:, None]
-        return torch.where(is_inside, tokens, 0), is_inside
+        return tokens_of_each(sequence_ids, self.boundaries, self.max_length)
 
     @property
     def _tensors(self) -> list[Tensor]:
         return [getattr(self, each.name) for each in fields(self)[1:]]
+
+
+def tokens_of_each(sequence_ids: Tensor, boundaries: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
+    """Do as `Sequences.of_each` says, of sequences with these boundaries [B + 1] and this greatest length."""
+    places = torch.arange(max_length, device=boundaries.device)
+    begins, ends = boundaries[:-1].long()[sequence_ids], boundaries[1:].long()[sequence_ids]
+    tokens = begins[:, None] + places
+    is_inside = tokens < ends[:, None]
+    return torch.where(is_inside, tokens, 0), is_inside

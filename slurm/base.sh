@@ -13,6 +13,7 @@
 # Read from the environment in which sbatch is called:
 #   PEER_VENV                 virtual environment to run in; otherwise the environment is the one sbatch was called in
 #   PEER_HOME                 checkout to run; otherwise the one this script lies in
+#   PEER_MAX_RESTARTS         how often the job requeues itself (50); 0: never
 #   MASTER_ADDR, MASTER_PORT  where the ranks meet; otherwise the job's first node and a port made from the job's number
 
 #SBATCH --job-name=peer
@@ -20,6 +21,9 @@
 #SBATCH --output=%x-%j.out
 #SBATCH --open-mode=append
 # (append: a job that is put back into the queue goes on in the same file)
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@300
+# (five minutes before the time limit this script is warned, has the run save and stop, and requeues the job)
 
 set -euo pipefail
 
@@ -97,10 +101,22 @@ tee_pid=$!
 
 # --kill-on-bad-exit: a rank that fails ends the others, which would wait for it for ever.
 # --export: the ranks get this environment, also where sbatch was told --export=NONE.
-status=0
 srun "${tasks[@]}" --kill-on-bad-exit=1 --export=ALL \
     python "$checkout/peer_scale/pretrain.py" --deepspeed_config "$checkout/ds_configs/zero2.json" "$@" \
-    2>&"$copied_stderr" {copied_stderr}>&- || status=$?
+    2>&"$copied_stderr" {copied_stderr}>&- &
+step=$!
+
+# The warning comes to this script alone; SIGTERM (scancel, preemption) to the ranks as well.
+is_cancelled=no
+trap 'kill -USR1 "$step" 2>/dev/null || true' USR1
+trap 'is_cancelled=yes' TERM
+
+# A trap ends `wait`, so it is asked again until srun is gone.
+status=0
+while true; do
+    wait "$step" && status=0 || status=$?
+    kill -0 "$step" 2>/dev/null || break
+done
 exec {copied_stderr}>&-
 wait "$tee_pid"
 
@@ -109,5 +125,15 @@ wait "$tee_pid"
 if ((status)); then
     first=$(grep -m 1 -oE 'srun: error: [^ ]+: tasks? [0-9,-]+: .*' "$messages" || true)
     if [[ $first =~ Exited\ with\ exit\ code\ ([0-9]+) ]]; then status=${BASH_REMATCH[1]}; fi
+fi
+
+# 75: the run was told to stop and has saved; the same command goes on.
+restarts=${SLURM_RESTART_COUNT:-0}
+if ((status == 75)) && [[ $is_cancelled == no ]]; then
+    if ((restarts >= ${PEER_MAX_RESTARTS:-50})); then
+        echo "note: stopped and saved; not requeued after $restarts restarts (PEER_MAX_RESTARTS)" >&2
+    elif scontrol requeue "$SLURM_JOB_ID"; then
+        echo "note: stopped and saved; requeued, restart $((restarts + 1))" >&2
+    fi
 fi
 exit "$status"

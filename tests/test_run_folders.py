@@ -33,7 +33,8 @@ def test_a_run_that_is_joined_by_another_robbed_of_its_logs_and_interrupted(tmp_
             assert f"{other[0]} {other[1]}: another run is at work there (host" in line
             assert f"process {process.pid}, since" in line
 
-        shutil.rmtree(log)
+        log.rename(tmp_path / "gone")  # at once: to delete a folder takes steps, between which the run may write
+        shutil.rmtree(tmp_path / "gone")
         wait_until(lambda: (log / "metrics.jsonl").exists() and len(read_metrics(log)) > 2, process)
         os.killpg(process.pid, signal.SIGINT)  # as the terminal does: to the data worker too
         _, said = process.communicate(timeout=60)

@@ -7,6 +7,8 @@ import importlib.util
 import json
 from pathlib import Path
 
+import torch
+
 from bench_peers import MissingPeer
 from peer_scale.samples.examples import Batch
 from peer_scale.samples.loader import micro_batches
@@ -67,5 +69,5 @@ def text_batches(flags: list[str], folder: Path) -> tuple[RunConfig, tuple[Batch
     dataset = cut_into_samples(run, *open_text(run, show_progress=False), "tokens").training
     size = run.training.micro_batch_size
     steps = micro_batches(dataset, BatchPlan(size, size), first_step=0, last_step=_NUM_BATCHES, num_workers=0)
-    batches = [batch for step in steps for batch in step.batches]
+    batches = [batch.to(torch.device("cpu")) for step in steps for batch in step.batches]
     return run, tuple(sorted(batches, key=lambda batch: batch.sequences.num_tokens, reverse=True))

@@ -6,6 +6,7 @@ length. One padded call of torch's fused kernel serves what the flash kernels ca
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from peer_scale.kernels.availability import on_gpu
 from peer_scale.kernels.grouped_attention import GroupedAttention, window_mask
+from peer_scale.kernels.optional_parts import FLASH_ATTN, offered
 from peer_scale.sequences import Sequences
 
 
@@ -49,13 +51,17 @@ def self_attention(
         return GroupedAttention.apply(qkv, bias, sequences, head_size, dropout, score_bias, window)
     flash = _suitable_flash(qkv.dtype, head_size, has_score_bias=score_bias is not None)
     num_tokens = sequences.num_tokens
-    biased = qkv[:num_tokens] if bias is None else qkv[:num_tokens] + bias
+    num_filling = len(qkv) - num_tokens
+    biased = qkv[:num_tokens] if num_filling else qkv  # a slice or a padding of nothing costs kernels, too
+    if bias is not None:
+        biased = biased + bias
     query, key, value = biased.view(num_tokens, -1, 3, head_size).unbind(2)
     if flash is None:
         context = padded_attention(query, key, value, sequences, dropout, score_bias, window)
     else:
         context = flash.run(query, key, value, sequences, dropout, window)
-    return F.pad(context.reshape(num_tokens, -1), (0, 0, 0, len(qkv) - num_tokens))
+    context = context.reshape(num_tokens, -1)
+    return F.pad(context, (0, 0, 0, num_filling)) if num_filling else context
 
 
 class FlashKernel(NamedTuple):
@@ -76,12 +82,8 @@ def describe_attention(device: torch.device, dtype: torch.dtype, head_size: int,
 @cache
 def flash_kernel() -> FlashKernel | None:
     """Find the variable-length kernel of this machine, once: flash-attn where it is installed, else torch's own."""
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except ImportError:
-        pass
-    else:
-        return FlashKernel("flash-attn, variable length", _flash_attn(flash_attn_varlen_func))
+    with contextlib.suppress(ImportError):
+        return FlashKernel("flash-attn, variable length", _flash_attn(offered(FLASH_ATTN)))
     if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0):
         return FlashKernel("torch's flash attention, variable length", _torch_flash)
     return None

@@ -1,7 +1,6 @@
 """Which fused kernels run here, and why others do not; and whether a computation takes its way for GPUs."""
 
 import contextlib
-import importlib.metadata
 import importlib.util
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -35,7 +34,12 @@ def on_gpu(device: torch.device) -> bool:
 
 
 def use_triton(tensor: Tensor) -> bool:
-    """Say whether our Triton kernels run on this tensor; their twins in plain torch have the same interface."""
+    """Say whether our Triton kernels run on this tensor; their twins in plain torch have the same interface.
+
+    Not where torch.compile traces: what it makes of plain torch is as fused, and together with what is around it.
+    """
+    if torch.compiler.is_compiling():
+        return False
     everywhere = _triton_everywhere()
     return tensor.is_cuda and _HAS_TRITON if everywhere is None else everywhere
 
@@ -48,7 +52,7 @@ def _triton_everywhere() -> bool | None:
 def fused_kernels(device: torch.device) -> dict[str, str]:
     """Say what runs on `device` beside attention, by name, for a summary."""
     if device.type != "cuda":
-        ours = f"for the CPU; Triton's are for GPUs; {apex_state()}"
+        ours = "for the CPU; Triton's are for GPUs"
         return {
             "bias+dropout+residual+norm": ours,
             "bias+gelu": "torch's gelu",
@@ -57,21 +61,8 @@ def fused_kernels(device: torch.device) -> dict[str, str]:
         }
     ours = "Triton" if _HAS_TRITON else "plain torch: triton is not installed"
     return {
-        "bias+dropout+residual+norm": f"{ours}; {apex_state()}",
+        "bias+dropout+residual+norm": ours,
         "bias+gelu": ours,
         "generator head": f"streaming; {ours}",
         "adam": "torch's fused AdamW",
     }
-
-
-def apex_state() -> str:
-    """Say whether NVIDIA Apex is there; PyPI's `apex` is another program of that name."""
-    try:
-        from apex.normalization import FusedLayerNorm  # noqa: F401
-    except ImportError:
-        try:
-            version = importlib.metadata.version("apex")
-        except importlib.metadata.PackageNotFoundError:
-            return "NVIDIA Apex is not installed"
-        return f"the installed apex {version} is not NVIDIA Apex"
-    return "NVIDIA Apex is installed; its LayerNorm alone would take more passes than ours"

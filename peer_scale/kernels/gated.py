@@ -17,6 +17,9 @@ def gated_activation(x: Tensor, bias: Tensor | None, activation: Literal["geglu"
         return FusedGate.apply(x, bias, activation == "geglu")
     if bias is not None:
         x = x + bias.to(x.dtype)
+    if torch.compiler.is_compiling():
+        gate, value = x.chunk(2, -1)
+        return (F.gelu(gate) if activation == "geglu" else F.silu(gate)) * value
     return _Gated.apply(x, activation == "geglu")
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from peer_scale.kernels.availability import use_triton
@@ -15,8 +16,11 @@ def bias_dropout_residual_norm(
     """Add, drop, add, normalise over the last dimension: x and residual [..., H], the rest [H] -> [..., H].
 
     Statistics are fp32, the output is in x's format. The dropout mask comes from torch's default generator of x's
-    device, so recomputation from its saved state draws the same one.
+    device, so recomputation from its saved state draws the same one. torch.compile gets a plain composition to fuse.
     """
+    if torch.compiler.is_compiling():
+        summed = residual + F.dropout(x + bias.to(x.dtype), dropout)
+        return F.layer_norm(summed, weight.shape, weight, norm_bias, eps)
     if use_triton(x):
         from peer_scale.kernels.triton_norm import FusedNorm
 

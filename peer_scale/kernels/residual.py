@@ -1,6 +1,7 @@
 """residual + dropout(x + bias), the end of each half of a pre-norm layer."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from peer_scale.kernels.availability import use_triton
@@ -18,6 +19,8 @@ def bias_dropout_residual(x: Tensor, bias: Tensor | None, residual: Tensor, *, d
         return FusedResidual.apply(x, bias, residual, dropout)
     if bias is not None:
         x = x + bias.to(x.dtype)
+    if torch.compiler.is_compiling():
+        return residual + F.dropout(x, dropout)
     if not dropout:
         return residual + x
     kept = keep_mask(x.shape, dropout, x.dtype, x.device)

@@ -66,7 +66,12 @@ class FusedNorm(torch.autograd.Function):
                 HAS_DROPOUT=ctx.dropout > 0,
                 **tile(num_columns),
             )
-        of_bias, of_weight, of_norm_bias = (p.to(t) for p, t in zip(partial.sum(1), ctx.dtypes, strict=True))
+        sums = partial.sum(1)
+        of_bias, of_weight, of_norm_bias = (
+            sums.to(ctx.dtypes[0]).unbind()  # one kernel instead of three
+            if len(set(ctx.dtypes)) == 1
+            else (each.to(dtype) for each, dtype in zip(sums, ctx.dtypes, strict=True))
+        )
         return grad_x, of_bias, grad_residual, of_weight, of_norm_bias, None, None
 
 

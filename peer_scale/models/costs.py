@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 from peer_scale.models.config import EncoderShape, ModelConfig
 
@@ -30,19 +31,45 @@ class Blocks:
 _BERT = Blocks()
 
 
-def layer_matmul_flops(shape: EncoderShape, tokens: float, token_pairs: float, blocks: Blocks = _BERT) -> float:
-    """Count one layer's forward pass: QKV, output and FFN by tokens; scores and weighted values by pairs of them.
+class Product(NamedTuple):
+    """A linear layer's matrix; tensor-parallel ranks divide its outputs or its inputs among themselves."""
 
-    `token_pairs` is the sum of the sequences' squared lengths. Whole numbers give a whole number. Of layers with local
-    and global attention in turn it is their mean.
-    """
+    inputs: int
+    outputs: int
+    splits: Literal["outputs", "inputs"]
+
+
+def layer_products(shape: EncoderShape, blocks: Blocks = _BERT) -> tuple[Product, ...]:
+    """List a layer's matrices in the order of its forward pass: QKV, output, and the feed-forward block's two."""
     hidden, ffn = shape.hidden_size, shape.ffn_hidden_size
-    per_token = 2 * 3 * hidden * hidden + 2 * hidden * hidden + (3 if blocks.is_gated else 2) * 2 * hidden * ffn
+    return (
+        Product(hidden, 3 * hidden, "outputs"),
+        Product(hidden, hidden, "inputs"),
+        Product(hidden, (2 if blocks.is_gated else 1) * ffn, "outputs"),
+        Product(ffn, hidden, "inputs"),
+    )
+
+
+def attention_matmul_flops(shape: EncoderShape, tokens: float, token_pairs: float, blocks: Blocks = _BERT) -> float:
+    """Count the scores and weighted values of one layer's forward pass, which go by pairs of tokens.
+
+    `token_pairs` is the sum of the sequences' squared lengths. Of layers with local and global attention in turn the
+    result is their mean.
+    """
     if blocks.window is not None:
         share_global = -(-shape.num_layers // blocks.global_every) / shape.num_layers
         local = _pairs_within(blocks.window, tokens, token_pairs)
         token_pairs = share_global * token_pairs + (1 - share_global) * local
-    return per_token * tokens + 2 * 2 * hidden * token_pairs
+    return 2 * 2 * shape.hidden_size * token_pairs
+
+
+def layer_matmul_flops(shape: EncoderShape, tokens: float, token_pairs: float, blocks: Blocks = _BERT) -> float:
+    """Count one layer's forward pass: its matrices by tokens, and attention by pairs of them.
+
+    Whole numbers give a whole number. `token_pairs` is as `attention_matmul_flops` has it.
+    """
+    per_token = sum(2 * matrix.inputs * matrix.outputs for matrix in layer_products(shape, blocks))
+    return per_token * tokens + attention_matmul_flops(shape, tokens, token_pairs, blocks)
 
 
 def _pairs_within(window: int, tokens: float, token_pairs: float) -> float:

@@ -23,7 +23,7 @@ from peer_scale.parallel.megatron import (
     mark_sharded,
 )
 from peer_scale.parallel.sequence import (
-    gather_tokens_for_split_weights,
+    gathered_linear,
     own_random_stream,
     reduce_scatter_tokens,
 )
@@ -55,7 +55,15 @@ class ColumnLinear(ColumnParallelLinear):
         mark_sharded(self.weight, dim=0)
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
-        return super().forward(gather_tokens_for_split_weights(hidden, self.tensor_parallel))
+        return self.product(hidden, self.weight), self.bias
+
+    def product(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """Multiply with this rank's rows [O/tp, I] of the weight."""
+        if self.tensor_parallel.size == 1:
+            return F.linear(hidden, weight)
+        if self.tensor_parallel.sequence_parallel:
+            return gathered_linear(hidden, weight, self.tensor_parallel)
+        return ColumnParallelLinear.forward(self, hidden, weight)[0]
 
 
 class GatedColumnLinear(ColumnLinear):
@@ -75,9 +83,7 @@ class GatedColumnLinear(ColumnLinear):
             self.register_parameter(name, by_half)
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
-        hidden = gather_tokens_for_split_weights(hidden, self.tensor_parallel)
-        output, bias = ColumnParallelLinear.forward(self, hidden, self.weight.flatten(0, 1))
-        return output, None if bias is None else bias.flatten()
+        return self.product(hidden, self.weight.flatten(0, 1)), None if self.bias is None else self.bias.flatten()
 
 
 class RowLinear(RowParallelLinear):
@@ -103,9 +109,11 @@ class RowLinear(RowParallelLinear):
         mark_sharded(self.weight, dim=1)
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
-        if not self.tensor_parallel.sequence_parallel:
-            return super().forward(hidden)
-        return reduce_scatter_tokens(F.linear(hidden, self.weight), self.tensor_parallel), self.bias
+        if self.tensor_parallel.size == 1:
+            return F.linear(hidden, self.weight), self.bias
+        if self.tensor_parallel.sequence_parallel:
+            return reduce_scatter_tokens(F.linear(hidden, self.weight), self.tensor_parallel), self.bias
+        return super().forward(hidden)
 
 
 class Embeddings(nn.Module):
@@ -162,20 +170,28 @@ class SelfAttention(nn.Module):
         self.dense = RowLinear(width, width, tensor_parallel, has_bias=has_bias)
 
     def forward(self, hidden_TH: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor | None]:
+        return self.dense(self.attend(*self.project(hidden_TH, sequences.position_ids), sequences))
+
+    def project(self, hidden_TH: Tensor, position_ids_T: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Make query, key and value of every head, [T, N * 3 * D], and the bias that is not yet added."""
         qkv, bias = self.qkv(hidden_TH)
         if self.rotary_base is not None:
             if bias is not None:
                 qkv, bias = qkv + bias, None
             qkv = rotate(
                 qkv,
-                sequences.position_ids,
+                position_ids_T,
                 head_size=self.head_size,
                 base=self.rotary_base,
                 num_positions=self.num_positions,
             )
+        return qkv, bias
+
+    def attend(self, qkv: Tensor, bias: Tensor | None, sequences: Sequences) -> Tensor:
+        """Let each token see those of its sequence: [T, N * 3 * D] -> [T, N * D]."""
         dropout = self.dropout if self.training else 0.0
         with own_random_stream(self.tensor_parallel) if dropout else contextlib.nullcontext():
-            context_TH = self_attention(
+            return self_attention(
                 qkv,
                 bias,
                 sequences,
@@ -184,7 +200,6 @@ class SelfAttention(nn.Module):
                 score_bias=None if self.relative_bias is None else self.relative_bias(sequences.max_length),
                 window=self.window,
             )
-        return self.dense(context_TH)
 
 
 class FeedForward(nn.Module):
@@ -230,8 +245,19 @@ class TransformerLayer(nn.Module):
         self.residual = ResidualSum(config, tensor_parallel)
 
     def forward(self, hidden_TH: Tensor, sequences: Sequences) -> Tensor:
+        qkv, bias = self.before_attention(hidden_TH, sequences.position_ids)
+        return self.after_attention(self.attention.attend(qkv, bias, sequences), hidden_TH)
+
+    def before_attention(self, hidden_TH: Tensor, position_ids_T: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Make what the attention works on: see `SelfAttention.project`."""
+        normed = self.attention_norm(hidden_TH) if self.is_pre_norm else hidden_TH
+        return self.attention.project(normed, position_ids_T)
+
+    def after_attention(self, context_TH: Tensor, hidden_TH: Tensor) -> Tensor:
+        """Run all that follows the attention: its context and the layer's input [T, H] -> [T, H]."""
+        attended = self.attention.dense(context_TH)
         if self.is_pre_norm:
-            attended = self.residual(*self.attention(self.attention_norm(hidden_TH), sequences), hidden_TH)
-            return self.residual(*self.feed_forward(self.feed_forward_norm(attended)), attended)
-        attended = self.attention_norm(*self.attention(hidden_TH, sequences), hidden_TH)
-        return self.feed_forward_norm(*self.feed_forward(attended), attended)
+            hidden_TH = self.residual(*attended, hidden_TH)
+            return self.residual(*self.feed_forward(self.feed_forward_norm(hidden_TH)), hidden_TH)
+        hidden_TH = self.attention_norm(*attended, hidden_TH)
+        return self.feed_forward_norm(*self.feed_forward(hidden_TH), hidden_TH)

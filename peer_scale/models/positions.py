@@ -23,15 +23,17 @@ def rotate(qkv: Tensor, position_ids: Tensor, *, head_size: int, base: float, nu
     The numbers i and i + D/2 of a head are a pair; at place p it is turned by p / base ** (2i / D).
 
     Args:
-        qkv: [T', N * 3 * D], T' >= T: for each head query, key and value. Changed in place.
+        qkv: [T', N * 3 * D], T' >= T: for each head query, key and value. Changed in place where nothing is compiled.
         position_ids: int64 [T], each token's place in its sequence. Rows beyond T are left alone.
         head_size: D, even.
         base: of the angles.
         num_positions: greater than every place.
 
     Returns:
-        `qkv`.
+        `qkv`, turned.
     """
+    if torch.compiler.is_compiling():
+        return _turned(qkv, position_ids, head_size, base)
     cos, sin = _angles(num_positions, head_size, base, qkv.device)
     return _Rotation.apply(qkv, cos[position_ids], sin[position_ids], head_size)
 
@@ -59,6 +61,19 @@ class _Rotation(torch.autograd.Function):
         grad = grad.clone()
         _turn(grad, cos, -sin, ctx.head_size)
         return grad, None, None, None
+
+
+def _turned(qkv: Tensor, position_ids: Tensor, head_size: int, base: float) -> Tensor:
+    """Give what `_turn` makes of `qkv`, as a plain composition without tables."""
+    num_tokens = len(position_ids)
+    frequencies = 1.0 / base ** (torch.arange(0, head_size, 2, dtype=torch.float32, device=qkv.device) / head_size)
+    angles = (position_ids[:, None].float() * frequencies)[:, None, None]
+    by_half = qkv[:num_tokens].view(num_tokens, -1, 3, 2, head_size // 2)
+    first, second = by_half[:, :, :2].unbind(3)
+    cos, sin = angles.cos(), angles.sin()
+    turned = torch.stack((first * cos - second * sin, second * cos + first * sin), 3).to(qkv.dtype)
+    whole = torch.cat((turned, by_half[:, :, 2:]), 2).view(num_tokens, -1)
+    return whole if len(qkv) == num_tokens else torch.cat((whole, qkv[num_tokens:]))
 
 
 def _turn(qkv: Tensor, cos: Tensor, sin: Tensor, head_size: int) -> None:

@@ -51,6 +51,8 @@ class Cost:
         workspace: numbers that are there while the work runs, once in the compute format and once in fp32.
         reduced_bytes: what tensor-parallel ranks all-reduce, forward and backward together.
         gathered_bytes: what each tensor-parallel rank sends to every other.
+        moved: numbers in the compute format that the GPU's kernels read and write forward, weights left out; backward
+            moves twice as many. What a workspace holds is made once more in backward, with its `flops` and `moved`.
     """
 
     per: Literal["token", "position"]
@@ -59,6 +61,7 @@ class Cost:
     workspace: int = 0
     reduced_bytes: int = 0
     gathered_bytes: int = 0
+    moved: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,10 @@ class SampleSize:
     def of_sequence(cls, tokens: int, selected: int) -> SampleSize:
         """Give the size of one sequence."""
         return cls(tokens, selected, tokens**2)
+
+    def times(self, number: float) -> SampleSize:
+        """Give the size of so many such samples together."""
+        return SampleSize(number * self.tokens, number * self.selected, number * self.token_pairs)
 
     def count(self, costs: tuple[Cost, ...], what: str) -> float:
         """Sum the field `what` of `costs`; whole numbers give a whole number."""
@@ -196,5 +203,10 @@ class Graph:
 
 def embedding_costs(model: ModelConfig, shape: EncoderShape) -> tuple[Cost, ...]:
     """Say what a network's embeddings, dropout and projection take."""
-    kept = model.embedding_size * (1 + (model.hidden_dropout > 0))
-    return (Cost("token", flops=projection_matmul_flops(model, shape), activations=kept),)
+    width, has_dropout = model.embedding_size, model.hidden_dropout > 0
+    num_tables = 1 + (model.position_embedding == "absolute") + (model.num_token_types > 0)
+    # each table: a row read and written; each but the first: a sum; then the norm and dropout, a pass each
+    passes = 2 * num_tables + 3 * (num_tables - 1) + 2 + 2 * has_dropout
+    projection = projection_matmul_flops(model, shape)
+    moved = passes * width + (width + shape.hidden_size if projection else 0)
+    return (Cost("token", flops=projection, activations=width * (1 + has_dropout), moved=moved),)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from peer_scale.models.generator_head import GeneratorOutput
     from peer_scale.models.networks import HeadBuilder, PretrainingModel
-    from peer_scale.sequences import Sequences
+    from peer_scale.objectives.statistics import Places
 
 MLM_LOSS = Loss("mlm_loss", 1.0, "selected")
 MLM_SUMS = ("mlm_correct", "selected_square", "selected_variation")
@@ -107,6 +107,8 @@ def generator_works(
         workspace=GPU_CHUNK_SIZE,
         reduced_bytes=REDUCED_BYTES + 4 * model.embedding_size + drawing,
         gathered_bytes=GATHERED_BYTES,
+        # the logits written by the product and read once; dense (both sides), GELU, norm
+        moved=2 * model.vocab_size + width + 5 * model.embedding_size,
     )
     return (
         Work(
@@ -209,22 +211,25 @@ def _masked_lm(context: WorkContext, after_sampling: AfterSampling | None, num_n
         group=model.tensor_parallel.group,
         negative_uniforms=batch.extra_uniforms[:, :num_negatives] if num_negatives else None,
     )
-    sums = {
-        # the original token is the best guess where its rank is 1
-        "mlm_correct": (generated.original_rank == 1).sum(),
-        **_variation(selected.detach(), batch.selected),
-    }
+    sums = context.tally(_generator_sums, selected.detach(), generated.original_rank)
     values = after_sampling(context, generated) if after_sampling else {}
     return Outcome({"mlm_loss": generated.loss.sum()}, sums, values)
 
 
-def _variation(selected: Tensor, sequences: Sequences) -> dict[str, Tensor]:
-    """Sum the squared norms of the states [n, H], and of their differences from each sequence's mean."""
+def _generator_sums(selected: Tensor, original_rank: Tensor, places: Places) -> dict[str, Tensor]:
+    """Count the best guesses, and sum the squared norms of the states [n, H] and of their differences from the mean.
+
+    The mean is that of each sequence's states.
+    """
     import torch
 
     states = selected.float()
-    numbers = torch.arange(len(sequences.lengths), device=states.device)
-    belongs = (numbers[:, None] == sequences.sequence_ids).float()  # [B, n]: a product adds up in a fixed order
+    numbers = torch.arange(len(places.boundaries) - 1, device=states.device)
+    belongs = (numbers[:, None] == places.selected_ids).float()  # [B, n]: a product adds up in a fixed order
     square = states.square().sum()
     of_means = (belongs @ states).square().sum(-1) / belongs.sum(1).clamp(min=1)
-    return {"selected_square": square, "selected_variation": square - of_means.sum()}
+    return {
+        "mlm_correct": (original_rank == 1).sum(),  # the original token is the best guess
+        "selected_square": square,
+        "selected_variation": square - of_means.sum(),
+    }

@@ -14,7 +14,7 @@ from peer_scale.models.config import ModelConfig, ModelPart
 from peer_scale.models.networks import HeadBuilder, PretrainingModel, whole_model
 from peer_scale.objectives.graph import Graph, Work
 from peer_scale.objectives.objective import Objective, SumsLayout
-from peer_scale.objectives.works import Outcome, StepInfo, WorkContext
+from peer_scale.objectives.works import Outcome, StepInfo, WorkContext, call
 from peer_scale.parallel.tensor_parallel import TensorParallel
 from peer_scale.samples.examples import Batch
 
@@ -32,6 +32,7 @@ class PretrainingTask(nn.Module):
         self.objective, self.graph, self.sums = objective, objective.graph(config), SumsLayout(objective)
         self.part = part or whole_model(config, dict(self.graph.networks))
         self.model = build_model(config, objective, tensor_parallel, self.part)
+        self.call = call
 
     def forward(
         self, works: Sequence[str], batch: Batch, step: StepInfo, values: Mapping[str, Tensor] | None = None
@@ -61,7 +62,7 @@ class PretrainingTask(nn.Module):
 
     def _run(self, work: Work, batch: Batch, step: StepInfo, mail: Mapping[str, Tensor]) -> Outcome:
         values = {name: mail[name] for name in work.takes if name in mail}
-        context = WorkContext(self.model, batch, values, step.warmup)
+        context = WorkContext(self.model, batch, values, step.warmup, self.call)
         if work.network is None:
             return work.end(context, None)
         hidden = mail.get(work.name)
@@ -102,7 +103,14 @@ class PretrainingTask(nn.Module):
 
     def _packed(self, sums: Mapping[str, Tensor], batch: Batch) -> Tensor:
         zero = torch.zeros((), dtype=torch.float64, device=batch.input_ids.device)
-        return torch.stack([sums[name].detach().double() if name in sums else zero for name in self.sums.names])
+        scalars = [sums[name].detach() if name in sums else zero for name in self.sums.names]
+        # number formats are changed for all of one format at once: a kernel for each scalar would cost its launch
+        for dtype in {each.dtype for each in scalars} - {torch.float64}:
+            places = [place for place, each in enumerate(scalars) if each.dtype == dtype]
+            changed = torch.stack([scalars[place] for place in places]).double().unbind()
+            for place, each in zip(places, changed, strict=True):
+                scalars[place] = each
+        return torch.stack(scalars)
 
 
 def build_model(

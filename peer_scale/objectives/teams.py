@@ -113,7 +113,12 @@ class Teams(Objective):
                 begin_costs=embedding_costs(model, trunk),
                 end_costs=(
                     score_head_cost(trunk),
-                    Cost("position", flops=2 * trunk.hidden_size * width, activations=trunk.hidden_size + 3 * width),
+                    Cost(
+                        "position",
+                        flops=2 * trunk.hidden_size * width,
+                        activations=trunk.hidden_size + 3 * width,
+                        moved=trunk.hidden_size + 5 * width,
+                    ),
                 ),
             ),
             Work(
@@ -128,6 +133,7 @@ class Teams(Objective):
                         activations=width,
                         workspace=num_candidates * width,
                         reduced_bytes=4 * (num_candidates + width),
+                        moved=3 * num_candidates * width,  # rows read, written, and read by the product
                     ),
                 ),
             ),
@@ -234,7 +240,7 @@ def _detect(context: WorkContext, hidden: Tensor | None) -> Outcome:
     labels = scatter_labels(batch, context.values["labels"], num_levels=2)
     losses = token_losses(scores, thresholds, labels)
     states = model.head("mws_branch")(hidden, batch.sequences, batch.positions)
-    sums = rtd_sums(scores.detach(), thresholds.detach()[-1], labels == _REPLACED, batch)
+    sums = context.tally(rtd_sums, scores.detach(), thresholds.detach()[-1], labels == _REPLACED)
     return Outcome({"rtd_loss": losses.sum()}, sums, {"selection_states": states})
 
 

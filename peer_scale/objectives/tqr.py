@@ -18,7 +18,7 @@ from peer_scale.objectives.exports import Entry, Export, dense_entries, family_o
 from peer_scale.objectives.graph import Cost, Graph, Value, Work, embedding_costs
 from peer_scale.objectives.masked_lm import MLM_LOSS, MLM_SUMS, generator_exports, generator_metrics, generator_works
 from peer_scale.objectives.objective import Loss, Objective
-from peer_scale.objectives.statistics import RTD_SUMS, rtd_metrics, rtd_sums, share
+from peer_scale.objectives.statistics import RTD_SUMS, Places, rtd_metrics, rtd_sums, share
 from peer_scale.objectives.works import Outcome, WorkContext
 
 # torch and what needs it are imported where they are used: `--help` reads the fields below and shall not wait for them
@@ -99,6 +99,11 @@ def tqr_loss(
     return token_losses(scores, thresholds, labels, gamma=gamma, buffer_offset=buffer_offset, warmup=warmup).sum()
 
 
+def _loss(scores: Tensor, thresholds: Tensor, labels: Tensor, gammas: tuple[float, ...], warmup: bool) -> Tensor:
+    """Do as `tqr_loss` does, by arguments in a row as what is compiled gets them."""
+    return tqr_loss(scores, thresholds, labels, gamma=gammas, warmup=warmup)
+
+
 def token_losses(
     scores: Tensor,
     thresholds: Tensor,
@@ -114,7 +119,7 @@ def token_losses(
 
     dtype = torch.promote_types(scores.dtype, torch.float32)
     scores, thresholds = scores.to(dtype), thresholds.to(dtype)
-    num_levels = len(thresholds) + 1
+    num_levels = len(thresholds.unbind()) + 1
     losses = F.binary_cross_entropy_with_logits(
         thresholds[-1] - scores, (labels <= num_levels - 1).to(dtype), reduction="none"
     )
@@ -299,8 +304,9 @@ class TokenQualityRanking(Objective):
         hidden = context.model.all_tokens(hidden, batch.sequences)
         scores, thresholds = context.model.head("ranking_head")(hidden)
         labels = scatter_labels(batch, context.values["labels"], self.num_levels)
-        losses = token_losses(scores, thresholds, labels, gamma=self.gammas, warmup=context.warmup)
-        return Outcome({"tqr_loss": losses.sum()}, ranking_sums(scores.detach(), thresholds.detach(), labels, batch))
+        loss = context.call(_loss, scores, thresholds, labels, self.gammas, context.warmup)
+        sums = context.tally(ranking_sums, scores.detach(), thresholds.detach(), labels)
+        return Outcome({"tqr_loss": loss}, sums)
 
 
 def corrupted_ids(context: WorkContext) -> Tensor:
@@ -318,7 +324,9 @@ def scatter_labels(batch: Batch, labels: Tensor, num_levels: int) -> Tensor:
 
 def score_head_cost(shape: EncoderShape) -> Cost:
     """Say what a dense layer and one score per token take."""
-    return Cost("token", flops=score_head_matmul_flops(shape), activations=3 * shape.hidden_size)
+    width = shape.hidden_size
+    # dense (both sides), GELU (both sides), the score
+    return Cost("token", flops=score_head_matmul_flops(shape), activations=3 * width, moved=5 * width)
 
 
 RTD_CLASSES = {"electra": "ElectraForPreTraining", "modernbert": "ModernBertForTokenClassification"}
@@ -420,7 +428,7 @@ def label_key(label: float) -> str:
     return f"label_{label:g}"
 
 
-def ranking_sums(scores: Tensor, thresholds: Tensor, labels: Tensor, batch: Batch) -> dict[str, Tensor]:
+def ranking_sums(scores: Tensor, thresholds: Tensor, labels: Tensor, places: Places) -> dict[str, Tensor]:
     """Sum up the ranker's pass: RTD over all tokens; labels, levels and pairs at the selected positions.
 
     A pair of ranks is two replaced tokens of one sequence whose levels are known and differ, in order where the better
@@ -428,11 +436,13 @@ def ranking_sums(scores: Tensor, thresholds: Tensor, labels: Tensor, batch: Batc
     """
     import torch
 
-    num_levels = len(thresholds) + 1
-    sums = rtd_sums(scores, thresholds[-1], labels != num_levels, batch)
-    scores, labels = scores[batch.positions], labels[batch.positions]
+    from peer_scale.sequences import tokens_of_each
+
+    num_levels = len(thresholds.unbind()) + 1  # known when this is compiled, as the length of a tensor is not
+    sums = rtd_sums(scores, thresholds[-1], labels != num_levels, places)
+    scores, labels = scores[places.positions], labels[places.positions]
     is_level = (labels >= 1) & (labels < num_levels) & (labels == labels.round())
-    others, is_other = batch.selected.of_each(batch.selected.sequence_ids)
+    others, is_other = tokens_of_each(places.selected_ids, places.selected_boundaries, places.max_selected)
     is_pair = (labels[:, None] < labels[others]) & is_level[:, None] & is_level[others] & is_other
     sums["rank_pairs"] = is_pair.sum()
     sums["rank_pairs_in_order"] = (is_pair & (scores[:, None] < scores[others])).sum()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from peer_scale.objectives.statistics import Places
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,14 +29,27 @@ class StepInfo(NamedTuple):
     warmup: bool = False
 
 
+def call(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function; what `WorkContext.call` is where nothing is compiled."""
+    return function(*arguments)
+
+
 @dataclass(frozen=True)
 class WorkContext:
-    """A micro-batch, the values that the work takes (by name, see `Value`), and the model to work with."""
+    """A micro-batch, the values that the work takes (by name, see `Value`), and the model to work with.
+
+    `call` calls a function, or what it was compiled to.
+    """
 
     model: PretrainingModel
     batch: Batch
     values: Mapping[str, Tensor]
     warmup: bool
+    call: Callable[..., Any] = call
+
+    def tally(self, statistic: Callable[..., dict[str, Tensor]], *tensors: Tensor) -> dict[str, Tensor]:
+        """Give the sums that a statistic makes of tensors and of the micro-batch's `Places`."""
+        return self.call(statistic, *tensors, Places.of(self.batch))
 
 
 @dataclass(frozen=True)

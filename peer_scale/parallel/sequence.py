@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from peer_scale.parallel.tensor_parallel import TensorParallel
@@ -34,9 +35,13 @@ def gather_tokens(hidden: Tensor, num_tokens: int, tensor_parallel: TensorParall
     return _Join.apply(hidden, num_tokens, tensor_parallel) if tensor_parallel.sequence_parallel else hidden
 
 
-def gather_tokens_for_split_weights(hidden: Tensor, tensor_parallel: TensorParallel) -> Tensor:
-    """Join all rows as input of a column-parallel layer; backward adds up the ranks' gradients, and slices."""
-    return _JoinForSplitWeights.apply(hidden, tensor_parallel) if tensor_parallel.sequence_parallel else hidden
+def gathered_linear(hidden: Tensor, weight: Tensor, tensor_parallel: TensorParallel) -> Tensor:
+    """Multiply the rows of all ranks with this rank's part of a weight: [T/tp, I] and [O/tp, I] -> [T, O/tp].
+
+    Backward adds up the ranks' gradients of the rows and slices them. As in megatron-core only this rank's rows are
+    kept: they are gathered again while the gradient of the rows is computed, and that is sent while the weight's is.
+    """
+    return _GatheredLinear.apply(hidden, weight, tensor_parallel)
 
 
 def reduce_scatter_tokens(partial: Tensor, tensor_parallel: TensorParallel) -> Tensor:
@@ -98,15 +103,31 @@ class _Join(torch.autograd.Function):
         return _own_slice(grad, ctx.tensor_parallel), None, None
 
 
-class _JoinForSplitWeights(torch.autograd.Function):
+class _GatheredLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, tensor_parallel: TensorParallel) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, tensor_parallel: TensorParallel) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
         ctx.tensor_parallel = tensor_parallel
-        return _gather(hidden, tensor_parallel)
+        return F.linear(_gather(hidden, tensor_parallel), weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _sum_own_slice(grad, ctx.tensor_parallel), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        hidden, weight = ctx.saved_tensors
+        group = ctx.tensor_parallel.group
+        grad_hidden = grad_weight = gathering = sending = None
+        if ctx.needs_input_grad[1]:
+            whole = hidden.new_empty((len(grad), *hidden.shape[1:]))
+            gathering = _all_gather(whole, hidden.contiguous(), group=group, async_op=True)
+        if ctx.needs_input_grad[0]:
+            partial = grad.matmul(weight)
+            grad_hidden = hidden.new_empty(hidden.shape)
+            sending = _reduce_scatter(grad_hidden, partial, group=group, async_op=True)
+        if gathering is not None:
+            gathering.wait()
+            grad_weight = grad.t().matmul(whole)
+        if sending is not None:
+            sending.wait()
+        return grad_hidden, grad_weight, None
 
 
 class _AddUpAndSplit(torch.autograd.Function):

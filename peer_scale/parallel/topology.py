@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from peer_scale.errors import UserError
+from peer_scale.parallel.devices import take_device
 from peer_scale.parallel.environment import ANY_PORT, ProcessEnvironment
 from peer_scale.parallel.tensor_parallel import TensorParallel
 
@@ -85,21 +86,24 @@ def check_parallel_sizes(world_size: int, tensor_parallel: int, pipeline_paralle
 
 
 def init_process_group(environment: ProcessEnvironment, timeout_minutes: float = 30.0) -> torch.device:
-    """Join the job's default group (NCCL where there are GPUs, else gloo) and choose this rank's device."""
+    """Join the job's default group (NCCL where there are GPUs, else gloo) and choose this rank's device.
+
+    UserError, on all ranks alike, where a rank has no GPU of its own while others have.
+    """
     timeout = timedelta(minutes=timeout_minutes)
-    store = None
+    store: dist.Store
     if environment.master_port == ANY_PORT:
-        store = dist.TCPStore(environment.master_addr, ANY_PORT, is_master=True, timeout=timeout)
-        environment = replace(environment, master_port=store.port)
-    _export(environment)
-    use_cuda = torch.cuda.is_available()
-    device = torch.device("cuda", environment.local_rank) if use_cuda else torch.device("cpu")
-    if use_cuda:
-        torch.cuda.set_device(device)
+        store = own = dist.TCPStore(environment.master_addr, ANY_PORT, is_master=True, timeout=timeout)
+        environment = replace(environment, master_port=own.port)
+    else:
+        address = f"tcp://{environment.master_addr}:{environment.master_port}"
+        store, *_ = next(dist.rendezvous(address, environment.rank, environment.world_size, timeout=timeout))
+        store.set_timeout(timeout)
+    device = take_device(environment, store if environment.world_size > 1 else None)
+    _export(environment, device)
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if use_cuda else "gloo",
-        init_method=None if store else f"tcp://{environment.master_addr}:{environment.master_port}",
-        store=store,
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore("group", store),
         rank=environment.rank,
         world_size=environment.world_size,
         timeout=timeout,
@@ -107,16 +111,19 @@ def init_process_group(environment: ProcessEnvironment, timeout_minutes: float =
     return device
 
 
-def _export(environment: ProcessEnvironment) -> None:
-    """Tell DeepSpeed, which reads torchrun's variables whatever the launcher was."""
+def _export(environment: ProcessEnvironment, device: torch.device) -> None:
+    """Tell DeepSpeed, which reads torchrun's variables whatever the launcher was, and takes LOCAL_RANK for the GPU."""
+    local_rank = environment.local_rank if device.index is None else device.index
     values = {
         "RANK": environment.rank,
         "WORLD_SIZE": environment.world_size,
-        "LOCAL_RANK": environment.local_rank,
+        "LOCAL_RANK": local_rank,
         "LOCAL_SIZE": environment.local_world_size,
         "MASTER_ADDR": environment.master_addr,
         "MASTER_PORT": environment.master_port,
     }
+    if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:  # which DeepSpeed compares
+        values["OMPI_COMM_WORLD_LOCAL_RANK"] = local_rank
     os.environ.update({name: str(value) for name, value in values.items()})
 
 

@@ -23,6 +23,7 @@ class Workload:
     Attributes:
         tokens: of the whole run, non-pad ones.
         lengths: of the samples; None where all are full.
+        compiled: whether layers run under torch.compile.
 
     Raises:
         UserError: The objective does not train such a model, or the model has fewer positions than a sequence.
@@ -36,6 +37,7 @@ class Workload:
     tokens: float
     precision: str = "bf16"
     lengths: Lengths | None = None
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         self.objective.check_model(self.model)
@@ -64,7 +66,7 @@ class Workload:
         """Tokens over the positions that there would be with padding."""
         return self.size.tokens / self.seq_length
 
-    def fullest(self, micro_batch_size: int) -> SampleSize:
+    def fullest(self, micro_batch_size: float) -> SampleSize:
         """Give the size of a sample in the fullest micro-batch of the run, by which memory goes; an upper estimate.
 
         Samples are full unless it is known how long they are. Then it is what not one run in a thousand exceeds, if
@@ -77,6 +79,16 @@ class Workload:
         tokens = self.lengths.most_tokens(micro_batch_size, _CHANCE / num_micro_batches)
         share, full = tokens / (micro_batch_size * self.seq_length), self.full
         return SampleSize(share * full.tokens, share * full.selected, share * full.token_pairs)
+
+    def fullest_micro_batch(self, layout: ParallelLayout) -> SampleSize:
+        """Give the size of the run's fullest micro-batch, all of its sequences together.
+
+        A budget of tokens may be used up, by sequences as long as can be, if a rank has so many.
+        """
+        if layout.micro_batch_tokens is None:
+            return self.fullest(layout.micro_batch_size).times(layout.micro_batch_size)
+        share = self.global_batch_size / layout.data_parallel
+        return self.full.times(min(share, layout.micro_batch_tokens / self.seq_length))
 
     @property
     def number_bytes(self) -> int:
@@ -94,12 +106,14 @@ class Cluster:
         memory: bytes per GPU.
         peak_flops: FLOP/s per GPU in the format of the matrix products.
         intra_bandwidth: bytes/s per GPU in one direction, within a node.
-        inter_bandwidth: likewise, between nodes.
-        efficiency: share of `peak_flops` that matrix products of this size get.
+        inter_bandwidth: likewise, between nodes: of the GPU's own network link.
+        efficiency: share of `peak_flops` that large matrix products get; see `roofline.product_seconds` for others.
         overlap: share of ZeRO's traffic that is hidden behind computation.
         latency: seconds per message.
         launch: seconds in which the CPU starts one kernel; below that a small micro-batch gets no faster.
         reserved: bytes per GPU that the driver, NCCL and fragmentation take.
+        memory_bandwidth: bytes/s that kernels get of the GPU's memory.
+        attention: share of `peak_flops` that attention gets on long sequences; see `roofline.attention_seconds`.
 
     Raises:
         UserError: One of them cannot be.
@@ -111,17 +125,20 @@ class Cluster:
     peak_flops: float
     intra_bandwidth: float
     inter_bandwidth: float
-    efficiency: float = 0.5
+    efficiency: float = 0.8
     overlap: float = 0.5
     latency: float = 20e-6
     launch: float = 5e-6
     reserved: float = 4 * GIB
+    memory_bandwidth: float = 2.8475e12  # of an H100, as `gpus` has it
+    attention: float = 0.3
 
     def __post_init__(self) -> None:
-        for name in ("nodes", "gpus_per_node", "memory", "peak_flops", "intra_bandwidth", "inter_bandwidth"):
+        positive = ("nodes", "gpus_per_node", "memory", "peak_flops", "intra_bandwidth", "inter_bandwidth")
+        for name in (*positive, "memory_bandwidth"):
             if not getattr(self, name) > 0:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be positive")
-        for name, lowest in (("efficiency", 0.01), ("overlap", 0.0)):
+        for name, lowest in (("efficiency", 0.01), ("attention", 0.01), ("overlap", 0.0)):
             if not lowest <= getattr(self, name) <= 1:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must lie between {lowest:g} and 1")
 
@@ -131,46 +148,60 @@ class Cluster:
         return self.nodes * self.gpus_per_node
 
     def bandwidth(self, ranks: int, stride: int) -> float:
-        """Give that of a ring over `ranks` ranks that are `stride` apart: the slower link once it leaves a node."""
-        return self.intra_bandwidth if ranks * stride <= self.gpus_per_node else self.inter_bandwidth
+        """Give that of a ring over `ranks` ranks that are `stride` apart, for each of them.
+
+        A ring that leaves the nodes passes all of its ranks on a node between two network links. NCCL lays as many such
+        rings as a node has links of its ranks, each for a share of the bytes: together they get all of these links.
+        """
+        if ranks * stride <= self.gpus_per_node:
+            return self.intra_bandwidth
+        of_a_node = max(1, self.gpus_per_node // stride)
+        return min(self.intra_bandwidth, of_a_node * self.inter_bandwidth)
 
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """How ranks share the work; tensor-parallel ranks are neighbours, then data-parallel ones, then stages."""
+    """How ranks share the work; tensor-parallel ranks are neighbours, then data-parallel ones, then stages.
+
+    With a budget of `micro_batch_tokens` the sequences of a micro-batch are a mean, see `balance.within_budget`.
+    """
 
     data_parallel: int
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     zero_stage: int = 2
-    micro_batch_size: int = 1
+    micro_batch_size: float = 1
     sequence_parallel: bool = False
     activation_checkpointing: bool = False
+    micro_batch_tokens: int | None = None
 
     def __str__(self) -> str:
+        tokens = self.micro_batch_tokens
         extras = ("SP",) * self.sequence_parallel + ("checkpointing",) * self.activation_checkpointing
         return " ".join(
             (
                 f"TP {self.tensor_parallel} x PP {self.pipeline_parallel} x DP {self.data_parallel}",
                 f"ZeRO-{self.zero_stage}",
-                f"micro-batch {self.micro_batch_size}",
+                f"micro-batch {self.micro_batch_size}" if tokens is None else f"micro-batch of {tokens} tokens",
                 *extras,
             )
         )
 
     def num_micro_batches(self, global_batch_size: int) -> int:
         """Count the micro-batches per step of each data-parallel rank; UserError where they do not come out whole."""
-        at_once = self.data_parallel * self.micro_batch_size
-        if global_batch_size % at_once:
+        size = int(self.micro_batch_size)
+        if global_batch_size % (self.data_parallel * size):
             raise UserError(
                 f"--global-batch-size {global_batch_size} is no multiple of data-parallel size {self.data_parallel} x "
-                f"--micro-batch-size {self.micro_batch_size}"
+                f"--micro-batch-size {size}"
             )
-        return global_batch_size // at_once
+        return global_batch_size // (self.data_parallel * size)
 
 
 def check_layout(layout: ParallelLayout, workload: Workload) -> None:
-    """Raise UserError where the model cannot be cut so."""
+    """Raise UserError where the model cannot be cut so, or does not go with torch.compile."""
+    if workload.compiled and layout.zero_stage == 3:
+        raise UserError("--compile does not go with ZeRO-3, which gathers parameters while the layers run")
     size = layout.tensor_parallel
     for network, shape in workload.graph.networks:
         for name in ("num_attention_heads", "ffn_hidden_size"):

@@ -55,7 +55,7 @@ class Lengths:
         """Draw samples with replacement; their tokens, int64 of that shape."""
         return random.choice(self._lengths, shape, p=self._shares)
 
-    def most_tokens(self, samples: int, chance: float) -> float:
+    def most_tokens(self, samples: float, chance: float) -> float:
         """Give an upper bound of the tokens that `samples` drawn ones have together, exceeded by at most that chance.
 
         It is Chernoff's, and never above what they have when all are the longest: any exponent gives a valid bound, of

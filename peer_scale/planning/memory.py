@@ -1,6 +1,6 @@
 """What a rank holds: state as DeepSpeed lays it out, exact to the byte, and activations as the layers keep them.
 
-Activations are those of the run's fullest micro-batch, see `Workload.fullest`.
+Activations are those of the run's fullest micro-batch, see `Workload.fullest_micro_batch`.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from peer_scale.models.config import EncoderShape
+from peer_scale.parallel.buckets import bucket_sizes
 from peer_scale.pipeline.placement import Placement
 from peer_scale.planning.inventory import Inventory
 from peer_scale.planning.layout import ParallelLayout, Workload
@@ -66,6 +67,11 @@ def gathered_memory(inventory: Inventory, layout: ParallelLayout, workload: Work
     return workload.number_bytes * min(inventory.count, live_parameters)
 
 
+def bucket_memory(inventory: Inventory, layout: ParallelLayout) -> int:
+    """Count the bytes of ZeRO's bucket of gradients, in fp32 at most, and of the one that is filled meanwhile."""
+    return 2 * 4 * bucket_sizes(inventory.count, layout.data_parallel).reduce
+
+
 def layer_activations(shape: EncoderShape, workload: Workload, layout: ParallelLayout, *, on_cpu: bool = False) -> int:
     """Count the bytes that one layer keeps of one micro-batch from forward to backward.
 
@@ -74,8 +80,8 @@ def layer_activations(shape: EncoderShape, workload: Workload, layout: ParallelL
     width F: the feed-forward block's activations before and after GELU, or its gate and value and their product. On a
     CPU there are the attention probabilities and dropout's masks besides; a GPU's kernels compute and draw them again.
     """
-    size, ranks = workload.fullest(layout.micro_batch_size), layout.tensor_parallel
-    tokens, token_pairs = layout.micro_batch_size * size.tokens, layout.micro_batch_size * size.token_pairs
+    size, ranks = workload.fullest_micro_batch(layout), layout.tensor_parallel
+    tokens, token_pairs = size.tokens, size.token_pairs
     hidden = shape.hidden_size
     scatter_along_sequence = ranks if layout.sequence_parallel else 1
     if layout.activation_checkpointing:
@@ -98,8 +104,7 @@ def work_activations(part: StageWork, workload: Workload, layout: ParallelLayout
     """
     if not part.work.has_backward:
         return 0
-    size = workload.fullest(layout.micro_batch_size)
-    numbers = layout.micro_batch_size * size.count(part.costs, "activations")
+    numbers = workload.fullest_micro_batch(layout).count(part.costs, "activations")
     held = round(numbers * workload.number_bytes)
     if part.shape is not None:
         held += part.num_layers * layer_activations(part.shape, workload, layout, on_cpu=on_cpu)
@@ -112,10 +117,10 @@ def heads_memory(placement: Placement, stage: int, workload: Workload, layout: P
     With it what works beside the word table keep from forward to backward, which follow each other closely: they are
     counted for one micro-batch, while what a network's work keeps is counted for all that are in flight.
     """
-    parts, size = stage_works(placement, stage), workload.fullest(layout.micro_batch_size)
+    parts, size = stage_works(placement, stage), workload.fullest_micro_batch(layout)
     workspace = max((size.count(part.costs, "workspace") for part in parts), default=0.0)
     kept = sum(work_activations(part, workload, layout) for part in parts if part.shape is None)
-    return kept + round(layout.micro_batch_size * workspace * (workload.number_bytes + 4))
+    return kept + round(workspace * (workload.number_bytes + 4))
 
 
 def recomputed_layer(workload: Workload, layout: ParallelLayout) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from peer_scale.pipeline.placement import Placement
 from peer_scale.planning.estimate import Plan
@@ -16,7 +17,7 @@ def describe(plan: Plan, workload: Workload, cluster: Cluster) -> str:
     """Give one plan in full: stages, memory, traffic, time, assumptions."""
     networks = [name for name, _ in plan.placement.graph.networks]
     lines = [
-        f"{plan.layout}: {plan.num_micro_batches} micro-batches per step",
+        f"{plan.layout}: {plan.num_micro_batches:.4g} micro-batches per step",
         "",
         f"stage  shared{''.join(f'  {name}' for name in networks)}    parameters  gradients  optimizer  activations"
         "   heads  working        GiB",
@@ -35,9 +36,9 @@ def describe(plan: Plan, workload: Workload, cluster: Cluster) -> str:
         "",
         f"sent per rank and step  tensor-parallel {_gb(sent.tensor)}, pipeline {_gb(sent.pipeline)}, "
         f"gradients {_gb(sent.gradients)}, weights {_gb(sent.parameters)}",
-        f"time per step           {plan.step_time * 1e3:,.0f} ms: products {plan.compute_time * 1e3:,.0f}, "
-        f"tensor-parallel traffic {plan.tensor_time * 1e3:,.0f}, ZeRO {plan.zero_time * 1e3:,.0f} not hidden, "
-        f"waiting for the fullest rank {plan.waiting_time * 1e3:,.0f}; bubble {plan.bubble:.1%}",
+        f"time per step           {plan.step_time * 1e3:,.1f} ms: {_parts(plan)}",
+        f"of it                   {_details(plan)}",
+        f"bound by                {plan.bound}",
         f"throughput              {plan.tokens_per_second:,.0f} tokens/s, {plan.tokens_per_second * 86400 / 1e9:,.1f} "
         f"billion tokens per day, MFU {plan.mfu:.1%}",
         f"{workload.tokens / 1e9:,.1f} billion tokens   {plan.days:,.1f} days",
@@ -47,6 +48,21 @@ def describe(plan: Plan, workload: Workload, cluster: Cluster) -> str:
         assumptions(cluster),
     ]
     return "\n".join(lines)
+
+
+def _parts(plan: Plan) -> str:
+    return ", ".join(f"{name} {seconds * 1e3:,.1f}" for name, seconds in plan.parts.items())
+
+
+def _details(plan: Plan) -> str:
+    """Say what lies within the parts of a step."""
+    starved = plan.micro_batches.starved + plan.update.starved
+    return (
+        f"optimizer and sums of gradients {plan.update.element_wise * 1e3:,.1f}; messages: tensor-parallel "
+        f"{plan.micro_batches.messages * 1e3:,.1f}, ZeRO {plan.zero_time * 1e3:,.1f} not hidden; idle: waiting for the "
+        f"host {starved * 1e3:,.1f} (its calls take {plan.host_time * 1e3:,.1f}), for the fullest rank "
+        f"{plan.waiting_time * 1e3:,.1f}, bubble {plan.bubble_time * 1e3:,.1f} ({plan.bubble:.1%})"
+    )
 
 
 def samples(plan: Plan, workload: Workload) -> list[str]:
@@ -60,10 +76,13 @@ def samples(plan: Plan, workload: Workload) -> list[str]:
             "balance: what ranks wait for each other is not counted; it follows from the lengths in --data-path",
         ]
     micro = plan.layout.micro_batch_size
-    most = workload.fullest(micro).tokens * micro
+    most = workload.fullest_micro_batch(plan.layout).tokens
+    bound = f"not one run in a thousand exceeds (full ones would have {micro * workload.seq_length:,.0f})"
+    if plan.layout.micro_batch_tokens is not None:
+        bound = f"none exceeds; {micro:,.1f} sequences have {micro * workload.size.tokens:,.0f} on average"
     return [
         f"samples: {mean}, by the lengths in the text; memory is that of micro-batches of {most:,.0f} tokens, which "
-        f"not one run in a thousand exceeds (full ones would have {micro * workload.seq_length:,})",
+        f"{bound}",
         f"balance: the fullest of {plan.layout.data_parallel} data-parallel ranks has {plan.waiting_share:.1%} more to "
         f"do than the mean; dealt out in turns it would be {plan.waiting_share_in_turns:.1%}",
     ]
@@ -95,8 +114,9 @@ def table(plans: list[Plan]) -> str:
     lines = [f"{'layout':58} {'m':>4} {'GiB':>6} {'ms/step':>9} {'bubble':>7} {'MFU':>6} {'days':>8}"]
     for plan in plans:
         lines.append(
-            f"{plan.layout!s:58} {plan.num_micro_batches:4d} {_gib(plan.peak_memory):>6} {plan.step_time * 1e3:9,.1f} "
-            f"{plan.bubble:7.1%} {plan.mfu:6.1%} {plan.days:8,.2f}{'' if plan.fits else '  does not fit'}"
+            f"{plan.layout!s:58} {plan.num_micro_batches:4.4g} {_gib(plan.peak_memory):>6} "
+            f"{plan.step_time * 1e3:9,.1f} {plan.bubble:7.1%} {plan.mfu:6.1%} {plan.days:8,.2f}"
+            f"{'' if plan.fits else '  does not fit'}"
         )
     return "\n".join(lines)
 
@@ -104,13 +124,38 @@ def table(plans: list[Plan]) -> str:
 def assumptions(cluster: Cluster) -> str:
     """Say what the figures stand on."""
     return (
-        f"assumed: {cluster.num_ranks} GPUs of {cluster.peak_flops / 1e12:,.0f} TFLOP/s, products at "
-        f"{cluster.efficiency:.0%} of it; {cluster.intra_bandwidth / 1e9:,.0f} GB/s per GPU within a node, "
-        f"{cluster.inter_bandwidth / 1e9:,.0f} GB/s between nodes, {cluster.latency * 1e6:g} us per message, "
-        f"{cluster.launch * 1e6:g} us per kernel; "
+        f"assumed: {cluster.num_ranks} GPUs of {cluster.peak_flops / 1e12:,.0f} TFLOP/s, large products at "
+        f"{cluster.efficiency:.0%} of it, attention of long sequences at {cluster.attention:.0%}; "
+        f"{cluster.memory_bandwidth / 1e9:,.0f} GB/s of memory; {cluster.intra_bandwidth / 1e9:,.0f} GB/s per GPU "
+        f"within a node, {cluster.inter_bandwidth / 1e9:,.0f} GB/s of each GPU's link between nodes, "
+        f"{cluster.latency * 1e6:g} us per message, {cluster.launch * 1e6:g} us per kernel; "
         f"{cluster.overlap:.0%} of ZeRO's traffic hidden; {_gib(cluster.reserved)} GiB per GPU for driver, NCCL and "
-        "fragmentation; tensor-parallel traffic not hidden; element-wise work within the products' share"
+        "fragmentation; tensor-parallel traffic not hidden"
     )
+
+
+class Row(NamedTuple):
+    """One line of the roofline: the best plan of a model on so many GPUs of a kind."""
+
+    model: str
+    gpu: str
+    num_gpus: int
+    plan: Plan
+
+
+def roofline(rows: Sequence[Row]) -> str:
+    """Give a table in Markdown: milliseconds per step by what they go to, what bounds the step, and the MFU.
+
+    The parts add up to the step. Host calls run beside them; what the GPU waits for them is in idle, with bubbles.
+    """
+    columns = ("model", "GPU", "GPUs", "layout", "m", *rows[0].plan.parts, "ms/step", "host calls", "bound by", "MFU")
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    for model, gpu, num_gpus, plan in rows:
+        times = (*plan.parts.values(), plan.step_time, plan.host_time)
+        cells = [model, gpu, str(num_gpus), str(plan.layout), f"{plan.num_micro_batches:.4g}"]
+        cells += [f"{seconds * 1e3:,.1f}" for seconds in times]
+        lines.append(f"| {' | '.join([*cells, plan.bound, f'{plan.mfu:.1%}'])} |")
+    return "\n".join(lines)
 
 
 def as_json(plan: Plan) -> str:

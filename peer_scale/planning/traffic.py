@@ -103,7 +103,7 @@ def _rows(workload: Workload, layout: ParallelLayout) -> float:
 
 
 def zero_traffic(
-    inventory: Inventory, layout: ParallelLayout, workload: Workload, num_micro_batches: int
+    inventory: Inventory, layout: ParallelLayout, workload: Workload, num_micro_batches: float
 ) -> tuple[float, float]:
     """Count the gradients and parameters that the data-parallel ranks exchange per step.
 

@@ -5,7 +5,7 @@ Everything here is a pure function of (seed, sample number, position), so any ra
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from peer_scale.sequences import Sequences
 
 NUM_SPECIAL_TOKENS = 3  # [CLS] A [SEP] B [SEP]
 _SINGLE_SEGMENT_SHARE = 0.1
+_MOST_IDS_OF_16_BITS = 1 << 15  # signed: torch computes little with unsigned ones
 
 
 class Example(NamedTuple):
@@ -31,7 +32,10 @@ class Example(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """The T tokens of several examples, one example after the other, n of the tokens selected for corruption."""
+    """The T tokens of several examples, one example after the other, n of the tokens selected for corruption.
+
+    Until it is brought to a device its whole numbers are as narrow as may be, since there they are only carried.
+    """
 
     input_ids: Tensor  # [T] the original tokens
     masked_ids: Tensor  # [T] with [MASK] at the selected positions
@@ -43,17 +47,31 @@ class Batch(NamedTuple):
     selected: Sequences  # which of the n selected ones do
 
     def to(self, device: torch.device) -> "Batch":
-        """Give the batch on `device`; the copy does not block the host."""
+        """Give the batch on `device`, whole numbers as int64; the copy does not block the host."""
+        # widened where it arrives: torch would do both at once on the host, and wait
         return Batch(
-            self.input_ids.to(device, non_blocking=True),
-            self.masked_ids.to(device, non_blocking=True),
-            self.token_types.to(device, non_blocking=True),
-            self.positions.to(device, non_blocking=True),
+            self.input_ids.to(device, non_blocking=True).long(),
+            self.masked_ids.to(device, non_blocking=True).long(),
+            self.token_types.to(device, non_blocking=True).long(),
+            self.positions.to(device, non_blocking=True).long(),
             self.uniforms.to(device, non_blocking=True),
             self.extra_uniforms.to(device, non_blocking=True),
             self.sequences.to(device),
             self.selected.to(device),
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Go from a worker to the training process as arrays through the pipe.
+
+        Tensors would go by shared memory: slower for such small ones, with an open file for each as long as it waits,
+        and containers often have little of it.
+        """
+        *tensors, sequences, selected = self
+        return _arrived, ([tensor.numpy() for tensor in tensors], sequences.lengths, selected.lengths)
+
+
+def _arrived(arrays: Sequence[np.ndarray], lengths: Sequence[int], selected: Sequence[int]) -> Batch:
+    return Batch._make([*map(torch.from_numpy, arrays), Sequences.of(lengths), Sequences.of(selected)])
 
 
 @dataclass(frozen=True)
@@ -102,8 +120,9 @@ class ExampleBuilder:
             cut = starts[int(where * len(starts))]
             parts = [[special.cls_id], tokens[:cut], [special.sep_id], tokens[cut:], [special.sep_id]]
             first_length = cut + 2
-        input_ids = np.concatenate([np.asarray(part, np.int64) for part in parts])
-        return input_ids, (np.arange(len(input_ids)) >= first_length).astype(np.int64)
+        dtype = np.int16 if special.vocab_size <= _MOST_IDS_OF_16_BITS else np.int32
+        input_ids = np.concatenate([np.asarray(part, dtype) for part in parts])
+        return input_ids, (np.arange(len(input_ids)) >= first_length).astype(np.int8)
 
     def _select(self, content: np.ndarray, keys: np.ndarray) -> np.ndarray:
         """Give the positions of the candidates with the smallest keys, ascending: a choice without replacement."""
@@ -119,7 +138,7 @@ def collate(examples: Sequence[Example]) -> Batch:
     selected = Sequences.of([len(example.positions) for example in examples])
     fields = [torch.from_numpy(np.concatenate(field)) for field in zip(*examples, strict=True)]
     input_ids, masked_ids, token_types, places, uniforms, extra_uniforms = fields
-    positions = places + sequences.boundaries[:-1].long()[selected.sequence_ids]
+    positions = (places + sequences.boundaries[:-1][selected.sequence_ids]).int()
     return Batch(input_ids, masked_ids, token_types, positions, uniforms, extra_uniforms, sequences, selected)
 
 

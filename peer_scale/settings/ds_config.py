@@ -8,6 +8,7 @@ from typing import Any
 
 from peer_scale.configuration import Given, settings
 from peer_scale.errors import UserError
+from peer_scale.parallel.buckets import bucket_sizes
 from peer_scale.settings.ds_keys import AUTO, SCALARS, checked_ds_config
 from peer_scale.settings.ds_start import check_start
 from peer_scale.settings.shipped import find_ds_config
@@ -16,7 +17,9 @@ _ACCUMULATION = "gradient_accumulation_steps"
 _GRAD_ACCUM_DTYPE = "grad_accum_dtype"
 NEVER = 2**62
 """Steps between DeepSpeed's own lines, where the ds_config does not ask for them."""
-DEFAULT_DS_CONFIG: dict[str, Any] = {"zero_optimization": {"stage": 2}}
+DEFAULT_DS_CONFIG: dict[str, Any] = {"zero_optimization": {"stage": 2, "reduce_bucket_size": AUTO}}
+_BY_PARAMETERS = ("reduce_bucket_size", "stage3_prefetch_bucket_size")
+"""Of `zero_optimization`: sizes that follow from the model's, which is known when the model is built."""
 
 
 def read_ds_config(path: Path | None) -> dict[str, Any]:
@@ -126,7 +129,8 @@ def resolved_ds_config(
 ) -> dict[str, Any]:
     """Make what DeepSpeed gets: with the values of `training` filled in and every "auto" replaced.
 
-    Optimizer and schedule are left out: they are built here.
+    But for the sizes of ZeRO's buckets, for which `with_bucket_sizes` needs the model. Optimizer and schedule are left
+    out: they are built here.
     """
     resolved = json.loads(json.dumps({k: v for k, v in config.items() if k not in ("optimizer", "scheduler")}))
     for block in ("fp16", "bf16"):
@@ -138,19 +142,25 @@ def resolved_ds_config(
             resolved["data_types"] = {**data_types, _GRAD_ACCUM_DTYPE: "fp32"}
     resolved |= {key: getattr(training, name) for name, key in _filled_in(type(training))}
     resolved[_ACCUMULATION] = num_micro_batches
-    sizes = {
-        "reduce_bucket_size": max(hidden_size * hidden_size, 1 << 20),
-        "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
-        "stage3_param_persistence_threshold": 10 * hidden_size,
-    }
     zero = resolved["zero_optimization"]
-    zero.update({key: size for key, size in sizes.items() if zero.get(key) == AUTO})
+    if zero.get("stage3_param_persistence_threshold") == AUTO:
+        zero["stage3_param_persistence_threshold"] = 10 * hidden_size
     if resolved.get("steps_per_print", AUTO) == AUTO:
         resolved["steps_per_print"] = NEVER
     resolved["zero_force_ds_cpu_optimizer"] = False
-    _no_auto_left(resolved, "")
-    check_start(resolved, training.precision)
+    complete = with_bucket_sizes(resolved, num_parameters=1, data_parallel=1)
+    _no_auto_left(complete, "")
+    check_start(complete, training.precision)
     return resolved
+
+
+def with_bucket_sizes(resolved: Mapping[str, Any], *, num_parameters: int, data_parallel: int) -> dict[str, Any]:
+    """Replace the last "auto" of what DeepSpeed gets, for a rank with so many parameters."""
+    buckets = bucket_sizes(num_parameters, data_parallel)
+    sizes = dict(zip(_BY_PARAMETERS, (buckets.reduce, buckets.prefetch), strict=True))
+    zero = resolved["zero_optimization"]
+    chosen = {key: size for key, size in sizes.items() if zero.get(key) == AUTO}
+    return {**resolved, "zero_optimization": {**zero, **chosen}}
 
 
 def with_autos(resolved: dict[str, Any], training: type) -> dict[str, Any]:

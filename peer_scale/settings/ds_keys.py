@@ -119,7 +119,7 @@ _ELSEWHERE: dict[str, str] = {
     "activation_checkpointing": "--activation-checkpointing does it",
     "autotuning": "peer-scale plan --search finds the layout",
     "checkpoint": "--save, --save-interval, --keep-last and --async-save say how checkpoints are written",
-    "compile": "models are not compiled here",
+    "compile": "--compile is the way to have the layers compiled",
     "data_efficiency": "--data-path and --seq-length say what is read",
     "dataloader_drop_last": "every batch is full",
     "datastates": "--async-save writes checkpoints in the background",

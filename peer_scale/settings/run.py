@@ -103,6 +103,10 @@ class TrainingConfig:
     activation_checkpointing: bool = option(
         default=False, help="Keep only each layer's input for the backward pass and compute the rest again."
     )
+    compile: bool = option(
+        default=False,
+        help="Let torch.compile fuse what surrounds the attention in each layer, and the statistics.",
+    )
     max_skipped_steps: PositiveInt = option(
         default=100, help="Steps in a row that may overflow in fp16 before the run gives up.", metavar="N"
     )
@@ -132,8 +136,11 @@ class DataConfig:
         metavar="DIR",
         default_text="~/.cache/peer_scale, or peer_scale in $XDG_CACHE_HOME",
     )
-    num_workers: NonNegativeInt = option(
-        default=1, help="Processes per rank that prepare batches; 0 prepares them in the training process.", metavar="N"
+    num_workers: NonNegativeInt | None = option(
+        default=None,
+        help="Processes per rank that prepare batches; 0 prepares them in the training process.",
+        metavar="N",
+        default_text="1, or on a GPU one for every 4 of the rank's cores, up to 4",
     )
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = option(
         default=0.01, help="Share of the tokens that is held out for validation.", metavar="SHARE"
@@ -300,6 +307,11 @@ class RunConfig:
         if self.output.eval_interval is not None and self.data.validation_fraction == 0:
             raise UserError(
                 f"--eval-interval {self.output.eval_interval} needs held-out text: --validation-fraction is 0"
+            )
+        if self.training.compile and self.zero_stage == 3:
+            raise UserError(
+                "--compile does not go with ZeRO-3, which gathers parameters while the layers run: leave it out, or "
+                "take ZeRO-1 or ZeRO-2"
             )
         self.objective.check_model(self.model)
         self._check_tensor_parallel()

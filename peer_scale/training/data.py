@@ -8,6 +8,7 @@ from peer_scale.corpus.store import TokenStore
 from peer_scale.corpus.wordpiece import WordPiece
 from peer_scale.errors import UserError
 from peer_scale.flops import square_cost_ratio
+from peer_scale.parallel.cpu_binding import CpuShare
 from peer_scale.parallel.topology import Topology
 from peer_scale.samples.examples import NUM_SPECIAL_TOKENS, ExampleBuilder
 from peer_scale.samples.loader import ExampleDataset
@@ -16,6 +17,8 @@ from peer_scale.samples.split import Part, SplitRule, split_text
 from peer_scale.samples.windows import Windows
 from peer_scale.settings.run import RunConfig
 
+_CORES_PER_WORKER = 4
+_MOST_WORKERS = 4
 _VALIDATION_STREAM = 2**32  # added to the seed, which lies below
 
 
@@ -64,6 +67,21 @@ def plan_batches(run: RunConfig, topology: Topology) -> BatchPlan:
         data_parallel_rank=topology.rank("dp"),
         data_parallel_size=topology.size("dp"),
     )
+
+
+def choose_num_workers(run: RunConfig, cpus: CpuShare | None) -> int:
+    """Give the processes that prepare this rank's batches.
+
+    One makes some 6,000 samples of 128 tokens per second, of which a CPU trains on a few hundred at most; a GPU may ask
+    for all that several make.
+
+    Args:
+        run: whose settings come first.
+        cpus: the rank's share; None where it trains on them.
+    """
+    if run.data.num_workers is not None:
+        return run.data.num_workers
+    return 1 if cpus is None else min(max(cpus.num_cores // _CORES_PER_WORKER, 1), _MOST_WORKERS)
 
 
 def _samples(run: RunConfig, store: TokenStore, tokenizer: WordPiece, part: Part, *, seed: int) -> ExampleDataset:

@@ -13,7 +13,9 @@ from peer_scale.models.layers import TransformerLayer
 from peer_scale.objectives.engine import Engine
 from peer_scale.objectives.task import PretrainingTask
 from peer_scale.parallel.topology import ModelParallelUnit, Topology
+from peer_scale.settings.ds_config import with_bucket_sizes
 from peer_scale.settings.run import RunConfig
+from peer_scale.training.compilation import compile_task
 from peer_scale.training.late_numbers import LateNumbers
 from peer_scale.training.optimizer import build_optimizer
 from peer_scale.training.unread_norms import leave_norms_unread
@@ -31,7 +33,14 @@ def build_engine(task: PretrainingTask, run: RunConfig, topology: Topology) -> E
     _leave_out_shared_memory_op()
     if run.training.activation_checkpointing:
         apply_activation_checkpointing(task, check_fn=lambda module: isinstance(module, TransformerLayer))
-    config = _without_waits({key: value for key, value in run.deepspeed.items() if key not in MONITOR_BLOCKS})
+    sized = with_bucket_sizes(
+        run.deepspeed,
+        num_parameters=sum(parameter.numel() for parameter in task.parameters()),
+        data_parallel=topology.size("dp"),
+    )
+    config = _without_waits({key: value for key, value in sized.items() if key not in MONITOR_BLOCKS})
+    if run.training.compile:
+        compile_task(task)
     task.to(topology.device)
     optimizer = build_optimizer(task, run.training)
     try:

@@ -21,6 +21,7 @@ from peer_scale.host_memory import keep_freed_memory
 from peer_scale.models.heads import MaskedLMHead
 from peer_scale.objectives.task import PretrainingTask
 from peer_scale.parallel.coordination import RankCoordinator
+from peer_scale.parallel.cpu_binding import bind_near_gpu
 from peer_scale.parallel.environment import ProcessEnvironment, default_num_threads
 from peer_scale.parallel.initialization import count_parameters, initialize_weights
 from peer_scale.parallel.topology import Topology, build_topology, init_process_group
@@ -40,7 +41,8 @@ from peer_scale.training.callbacks.console import ProgressLine
 from peer_scale.training.callbacks.reporting import MetricsFile, MonitorEvents
 from peer_scale.training.callbacks.stopping import StopAfter, StopOnInterrupt, StopOnSignal, StopSignals
 from peer_scale.training.callbacks.validation import Validation
-from peer_scale.training.data import Corpus, cut_into_samples, open_text, plan_batches
+from peer_scale.training.compilation import check_compiler
+from peer_scale.training.data import Corpus, choose_num_workers, cut_into_samples, open_text, plan_batches
 from peer_scale.training.engine import build_engine, check_precision
 from peer_scale.training.metering import Meter, device_peak
 from peer_scale.training.run_folders import METRICS, RunFolders
@@ -56,7 +58,6 @@ def run_job(args: argparse.Namespace, environment: ProcessEnvironment) -> None:
     """Train as the flags say; raises UserError (on all ranks alike) for bad input."""
     notify = (lambda line: print(f"notice: {line}", flush=True)) if environment.rank == 0 else None
     run = resolve(args, environment.world_size, notify=notify)
-    check_precision(run.training.precision)
     num_threads = run.num_threads
     if num_threads is None:
         num_threads = default_num_threads(environment, os.environ)
@@ -67,7 +68,9 @@ def run_job(args: argparse.Namespace, environment: ProcessEnvironment) -> None:
         keep_freed_memory()
     atexit.register(end_workers)
     try:
-        train(run, arrange_ranks(run, device), RankCoordinator())
+        coordinator = RankCoordinator()
+        coordinator.everyone(lambda: check_precision(run.training.precision))
+        train(run, arrange_ranks(run, device), coordinator)
     finally:
         dist.destroy_process_group()
 
@@ -106,6 +109,9 @@ def _train(
     say: Callable[[str], None] = print if topology.is_first_rank else _say_nothing
     store, tokenizer = coordinator.one_by_one(lambda: open_text(run, show_progress=topology.is_first_rank))
     run = replace(run, model=replace(run.model, vocab_size=tokenizer.vocab_size))
+    cpus = bind_near_gpu(topology.device, coordinator)  # only now: text is tokenised on all CPUs
+    if cpus is not None and run.num_threads is None:
+        torch.set_num_threads(min(torch.get_num_threads(), cpus.num_cores))
     sections = sections_of(run, topology, data_fingerprint=store.fingerprint, tokenizer_digest=tokenizer.digest)
     tensor_parallel = topology.tensor_parallel
     start = coordinator.first_rank(lambda: find_start(run.output, sections, tensor_parallel, folders, say))
@@ -132,6 +138,8 @@ def _train(
         counts = coordinator.everyone(lambda: corpus.training.token_counts(_SAMPLES_FOR_UNIGRAMS))
         for head in (module for module in task.modules() if isinstance(module, MaskedLMHead)):
             head.begin_with_frequencies(torch.from_numpy(counts))
+    if run.training.compile:
+        coordinator.everyone(lambda: check_compiler(topology.device))
     num_parameters = count_parameters(task, tensor_parallel, topology.group("pp"))
     engine = build_engine(task, run, topology)
     runner: Runner = WholeModelRunner(engine, topology)
@@ -142,7 +150,8 @@ def _train(
     if start.folder is not None and start.manifest is not None:
         progress = load_checkpoint(state, coordinator, start.folder, start.manifest, only_weights=start.only_weights)
     peak = device_peak(topology.device, run.compute_dtype)
-    say(startup_summary(run, topology, corpus, num_parameters, peak))
+    num_workers = choose_num_workers(run, cpus)
+    say(startup_summary(run, topology, corpus, num_parameters, peak, cpus=cpus, num_workers=num_workers))
 
     plan = plan_batches(run, topology)
     warmup_steps = run.objective.warmup_steps(len(corpus.training), run.training.global_batch_size)
@@ -162,7 +171,7 @@ def _train(
         plan,
         first_step=progress.step,
         last_step=run.training.train_iters,
-        num_workers=run.data.num_workers,
+        num_workers=num_workers,
     )
     trainer.fit(steps)
     last, wanted = trainer.progress.step, run.training.train_iters

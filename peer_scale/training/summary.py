@@ -10,7 +10,9 @@ import torch
 from peer_scale.corpus.manifest import unknown_counts
 from peer_scale.kernels.attention import describe_attention
 from peer_scale.kernels.availability import fused_kernels
+from peer_scale.kernels.optional_parts import optional_parts
 from peer_scale.models.config import EncoderShape
+from peer_scale.parallel.cpu_binding import CpuShare
 from peer_scale.parallel.topology import Topology
 from peer_scale.samples.examples import NUM_SPECIAL_TOKENS
 from peer_scale.samples.loader import ExampleDataset
@@ -18,8 +20,20 @@ from peer_scale.settings.run import RunConfig
 from peer_scale.training.data import Corpus
 
 
-def startup_summary(run: RunConfig, topology: Topology, corpus: Corpus, num_parameters: int, peak: float | None) -> str:
-    """Give a few aligned lines: model, objective, data, batch, layout, device, kernels; then what is worth a notice."""
+def startup_summary(
+    run: RunConfig,
+    topology: Topology,
+    corpus: Corpus,
+    num_parameters: int,
+    peak: float | None,
+    *,
+    cpus: CpuShare | None = None,
+    num_workers: int = 1,
+) -> str:
+    """Give a few aligned lines: model, objective, data, batch, layout, device, kernels; then what is worth a notice.
+
+    `cpus` are those beside the rank's GPU.
+    """
     training, model, data_parallel = run.training, run.model, topology.size("dp")
     optimizer_offload = run.deepspeed["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
     unknown = unknown_counts(corpus.store.prefixes)
@@ -39,8 +53,11 @@ def startup_summary(run: RunConfig, topology: Topology, corpus: Corpus, num_para
         f"pipeline parallel {run.pipeline_parallel}, ZeRO-{run.zero_stage}, optimizer offload: {optimizer_offload}",
         "device": f"{_device(topology.device)}, {training.precision}, "
         + ("peak not known (no MFU)" if peak is None else f"peak {peak / 1e12:.3g} TFLOP/s per rank"),
+        **({} if cpus is None else {"CPUs": f"{cpus.describe()}; {num_workers} processes prepare batches"}),
+        "compiled": "layers around their attention, ranking loss, statistics" if training.compile else "nothing",
         "kernel: attention": _attention(run, topology),
         **{f"kernel: {name}": state for name, state in fused_kernels(topology.device).items()},
+        "optional parts": optional_parts(topology.device),
     }
     width = max(map(len, lines))
     aligned = [f"{name:<{width}}  {text}" for name, text in lines.items()]

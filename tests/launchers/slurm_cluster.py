@@ -104,7 +104,7 @@ def _write_configuration(folder: Path, nodes: tuple[str, ...], gpus_per_node: in
         f"SlurmctldPort={controller_port}",
         "SlurmUser=root",
         "AuthType=auth/munge",
-        f"AuthInfo=socket={folder}/munge/socket",
+        f"AuthInfo=socket={folder}/munge/socket,cred_expire=5",  # a requeued job waits until credentials have expired
         "CredType=cred/munge",
         "MpiDefault=none",
         "ProctrackType=proctrack/linuxproc",

@@ -190,39 +190,62 @@ def test_the_checkout_is_named_where_the_script_lies_elsewhere(submitter: Submit
     assert "PEER_VENV is '/nowhere'" in submitter.submit([], [], PEER_VENV="/nowhere").output
 
 
+def small_training(text_file: Path, tmp_path: Path, steps: int) -> list[str]:
+    sizes = "--num-layers 2 --generator-num-layers 1 --hidden-size 64 --ffn-hidden-size 128"
+    data = f"--vocab-size 400 --seq-length 32 --train-iters {steps} --micro-batch-size 4 --fp32"
+    where = ["--data-path", str(text_file), "--cache-dir", str(tmp_path / "cache")]
+    return ["--model", "peer-tiny", *sizes.split(), *data.split(), *where]
+
+
+def train_here(flags: list[str], log_dir: Path) -> list[float]:
+    """Train with torchrun on this machine; gives the losses."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, str(PROJECT / "peer_scale" / "pretrain.py"), *flags, "--log-dir", str(log_dir)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return losses_of(log_dir)
+
+
 def test_the_trainer_learns_the_same_on_two_nodes_as_on_one_machine(
     submitter: Submitter, text_file: Path, tmp_path: Path
 ) -> None:
-    sizes = ["--num-layers", "2", "--generator-num-layers", "1", "--hidden-size", "64", "--ffn-hidden-size", "128"]
-    data = [
-        "--data-path",
-        str(text_file),
-        "--vocab-size",
-        "400",
-        "--seq-length",
-        "32",
-        "--cache-dir",
-        str(tmp_path / "c"),
-    ]
-    flags = ["--model", "peer-tiny", *sizes, *data, "--train-iters", "20", "--micro-batch-size", "4", "--fp32"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    trainer = [str(PROJECT / "peer_scale" / "pretrain.py")]
-    here = [*launcher, *trainer, *flags, "--log-dir", str(tmp_path / "here")]
-    done = subprocess.run(here, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
+    flags = small_training(text_file, tmp_path, 20)
+    here = train_here(flags, tmp_path / "here")
     real = Submitter(submitter.cluster, PROJECT, submitter.folder)
     job = real.submit(["-N", "2", "--ntasks-per-node", "1"], [*flags, "--log-dir", str(tmp_path / "there")])
     assert job.exit_code == "0:0", job.output
-    losses = [losses_of(tmp_path / name) for name in ("here", "there")]
-    assert len(losses[0]) == 20
-    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert len(here) == 20
+    assert losses_of(tmp_path / "there") == pytest.approx(here, rel=1e-6)
     refused = real.submit(["-N", "2"], ["--model", "peer-tinny"])
     assert refused.exit_code == "2:0"
     assert re.search("^error: .*peer-tinny.*peer-tiny", refused.output, re.MULTILINE), refused.output
 
 
+def test_a_warned_job_saves_requeues_itself_and_ends_as_if_nothing_had_been(
+    submitter: Submitter, text_file: Path, tmp_path: Path
+) -> None:
+    flags = [*small_training(text_file, tmp_path, 200), "--num-workers", "1"]
+    real, there = Submitter(submitter.cluster, PROJECT, submitter.folder), tmp_path / "there"
+    flags_there = [*flags, "--log-dir", str(there), "--save", str(tmp_path / "save")]
+    script = str(PROJECT / "slurm" / "base.sh")
+    command = ["sbatch", "--parsable", "-N", "2", "--ntasks-per-node", "1", script, *flags_there]
+    number = real.cluster.run(*command, cwd=real.folder).stdout.strip()
+    deadline = time.monotonic() + 90
+    while not (there / "metrics.jsonl").exists() or len(losses_of(there)) < 20:
+        assert time.monotonic() < deadline, real.cluster.logs()
+        time.sleep(0.05)
+    real.cluster.run("scancel", "--signal=USR1", "--batch", number)  # what --signal=B:USR1@300 sends
+    job = real.job(real.folder / f"peer-{number}.out", real.wait(number))
+    assert job.exit_code == "0:0", job.output
+    assert job.output.count("requeued, restart 1") == 1, job.output
+    steps = [json.loads(line)["step"] for line in (there / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 201))
+    assert losses_of(there) == train_here(flags, tmp_path / "here")
+
+
 def losses_of(log_dir: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (log_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = (log_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    return [json.loads(line)["loss"] for line in lines if line.endswith("\n")]  # the last one may be half written
 
 
 def test_outside_a_job_it_says_how_to_run_it() -> None:

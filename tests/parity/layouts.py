@@ -37,6 +37,7 @@ class Layout:
         sp: whether activations are split along the sequence as well.
         offload: whether the optimizer is on the host.
         recompute: whether activations are recomputed in backward.
+        compiled: whether layers and statistics are compiled.
         modern: whether the blocks are ModernBERT's.
         t5bias: whether scores have T5's bias, and the other blocks are not BERT's either.
     """
@@ -52,6 +53,7 @@ class Layout:
     sp: bool = False
     offload: bool = False
     recompute: bool = False
+    compiled: bool = False
     modern: bool = False
     t5bias: bool = False
 
@@ -69,7 +71,11 @@ class Layout:
             **({"micro-batch-tokens": self.tok} if self.tok else {"micro-batch-size": self.mb}),
             "global-batch-size": self.batch,
         }
-        switches = {"--sequence-parallel": self.sp, "--activation-checkpointing": self.recompute}
+        switches = {
+            "--sequence-parallel": self.sp,
+            "--activation-checkpointing": self.recompute,
+            "--compile": self.compiled,
+        }
         return (
             *(text for name, value in sizes.items() for text in (f"--{name}", str(value))),
             *FOUR_HEADS,

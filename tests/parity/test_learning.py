@@ -34,7 +34,7 @@ def scores_and_labels(save, cache, text_file, num_samples=3072):
     step = StepInfo(GlobalCounts(torch.ones(()), torch.ones(())))
     scores, labels = [], []
     for first in range(0, num_samples, 64):
-        batch = collate([samples[number] for number in range(first, first + 64)])
+        batch = collate([samples[number] for number in range(first, first + 64)]).to(torch.device("cpu"))
         with torch.no_grad():
             _, _, values = task(("generator", "mlm_head"), batch, step)
             ids = corrupted_ids(WorkContext(task.model, batch, values, warmup=False))

@@ -156,6 +156,11 @@ teams pp2 zero2 mb2 offload
 teams pp2 zero3 mb2 offload
 """
 
+SLOW += """
+peer dp2 zero2 tok48 compiled
+peer modern tp2 sp zero1 mb4 compiled recompute
+"""
+
 # any number of micro-batches of one sequence: 1, P-1, P and 4P of them for P stages; not 16 of TEAMS, which draws five
 # times as often: none of twenty seeds keeps all draws of such a run clear of the margin
 SLOW += "".join(

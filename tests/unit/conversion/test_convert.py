@@ -229,7 +229,8 @@ def test_the_trainers_rtd_auc_comes_out_of_transformers_too(one_rank, tmp_path, 
     windows = Windows(store, split_text(store, 0.5, "tokens")[1], width=61)
     masking = read_checkpoint(folder).sections.masking
     samples = ExampleDataset(windows, ExampleBuilder(tokenizer, masking, 64, saved["data"]["seed"] + 2**32))
-    batch = rows_of(collate([samples[number] for number in range(6 * 8)]), tokenizer.pad_id)
+    batch = collate([samples[number] for number in range(6 * 8)]).to(torch.device("cpu"))
+    batch = rows_of(batch, tokenizer.pad_id)
 
     common = {"token_type_ids": batch.token_types, "attention_mask": batch.is_token}
     logits = models["generator"](input_ids=batch.masked_ids, **common).logits.double()

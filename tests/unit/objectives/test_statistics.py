@@ -8,7 +8,7 @@ from batches import Rows
 from peer_scale.models.config import EncoderShape, ModelConfig
 from peer_scale.objectives.masked_lm import MaskedLanguageModel
 from peer_scale.objectives.objective import SumsLayout
-from peer_scale.objectives.statistics import rtd_metrics, rtd_sums
+from peer_scale.objectives.statistics import Places, rtd_metrics, rtd_sums
 from peer_scale.objectives.task import PretrainingTask
 from peer_scale.objectives.tqr import TokenQualityRanking, rank_labels, ranking_sums
 from peer_scale.objectives.works import GlobalCounts, StepInfo
@@ -42,8 +42,8 @@ def test_figures_against_a_plain_count():
     batch = Rows(ids, ids, ids, is_token, positions, is_selected, slots, slots[..., None]).batch()
 
     layout = SumsLayout(TokenQualityRanking(num_levels=levels, taus=(1.0, 6.0), delta=3.0, tqr_weight=50.0))
-    sums = ranking_sums(scores[is_token], thresholds, labels[is_token], batch)
-    of_tokens = rtd_sums(scores[is_token], thresholds[-1], (corrupted != ids)[is_token], batch)
+    sums = ranking_sums(scores[is_token], thresholds, labels[is_token], Places.of(batch))
+    of_tokens = rtd_sums(scores[is_token], thresholds[-1], (corrupted != ids)[is_token], Places.of(batch))
     assert of_tokens.items() <= sums.items()
     of_generator = {"mlm_loss": 30.0, "mlm_correct": ((ranks == 1) & is_selected).sum()}
     of_generator |= {"selected_square": 4.0, "selected_variation": 1.0}

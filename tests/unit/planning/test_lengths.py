@@ -16,6 +16,7 @@ from peer_scale.planning.estimate import make_plan
 from peer_scale.planning.layout import GIB, Cluster, ParallelLayout, Workload
 from peer_scale.planning.lengths import Lengths
 from peer_scale.planning.report import describe
+from peer_scale.samples.shares import BatchPlan
 from peer_scale.samples.split import Part
 from peer_scale.samples.windows import Windows
 from peer_scale.settings.presets import find_preset
@@ -98,7 +99,7 @@ def test_shorter_samples_take_less(pipeline):
     assert short.traffic.pipeline == pytest.approx(full.traffic.pipeline * short.fill, rel=0.02)
     assert guessed.tokens_per_second == pytest.approx(256 * 32 / guessed.step_time)
     assert guessed.fill == 0.25 and guessed.waiting_share == guessed.waiting_time == 0
-    assert short.waiting_time == pytest.approx(short.waiting_share * (short.compute_time + short.tensor_time))
+    assert short.waiting_time == pytest.approx(short.waiting_share * short.micro_batches.seconds)
     # where the CPU cannot start kernels fast enough for any rank, none waits for another
     slow = replace(CLUSTER, launch=1e-3)
     assert make_plan(workload(skewed()), slow, layout).waiting_time == 0
@@ -179,3 +180,36 @@ def test_what_cannot_be_is_refused_in_one_line(flags, said, capsys):
 def test_too_small_a_fill_is_refused_by_itself():
     with pytest.raises(UserError, match="4 to 128"):
         Lengths.at_fill(0.02, 128)
+
+
+def test_a_budget_of_tokens_makes_as_many_micro_batches_as_training_does():
+    budget, layout = 512, ParallelLayout(8, zero_stage=1, micro_batch_tokens=512)
+    # all alike: 4 full ones, or 16 of 32 tokens, of a rank's 32 samples
+    for lengths, number in ((None, 8), (Lengths.at_fill(0.25, 128), 2), (Lengths.at_fill(0.26, 128), 3)):
+        plan = make_plan(workload(lengths), CLUSTER, layout)
+        assert plan.num_micro_batches == pytest.approx(number)
+    # the cuts of training, for steps drawn from the text
+    work = workload(skewed())
+    numbers = []
+    for lengths in work.lengths.draw((64, 256), np.random.default_rng(0)):
+        rules = BatchPlan(256, token_budget=budget, square_ratio=0.001, data_parallel_size=8)
+        numbers.append(len(rules.micro_batches(lengths)))
+    plan = make_plan(work, CLUSTER, layout)
+    assert plan.num_micro_batches == pytest.approx(np.mean(numbers), rel=0.02)
+    assert 1 < plan.num_micro_batches < 8
+    assert "none exceeds" in describe(plan, work, CLUSTER)
+
+
+def test_a_budgets_memory_is_that_of_full_sequences_and_its_time_that_of_as_many_tokens():
+    by_tokens, by_size = ParallelLayout(8, micro_batch_tokens=600), ParallelLayout(8, micro_batch_size=4)
+    tokens, size = (make_plan(workload(), CLUSTER, layout) for layout in (by_tokens, by_size))
+    assert tokens.step_time == pytest.approx(size.step_time)
+    assert tokens.stages[0].activations == pytest.approx(size.stages[0].activations * 600 / 512, rel=1e-6)
+    all_of_it = make_plan(workload(), CLUSTER, replace(by_tokens, micro_batch_tokens=10**9))
+    assert all_of_it.num_micro_batches == 1
+    assert all_of_it.stages == make_plan(workload(), CLUSTER, replace(by_size, micro_batch_size=32)).stages
+    # ranks that meet at every micro-batch wait more often than those that meet once
+    often, once = (
+        make_plan(workload(skewed()), CLUSTER, replace(by_tokens, zero_stage=stage)).waiting_share for stage in (2, 1)
+    )
+    assert often > once >= 0

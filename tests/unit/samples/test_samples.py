@@ -2,14 +2,17 @@
 
 import itertools
 from collections import Counter
+from dataclasses import replace
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
+import torch
 
 from corpus_files import write_uneven_text
 from peer_scale.corpus.prepare import open_corpus
 from peer_scale.corpus.store import TokenStore
-from peer_scale.samples.examples import ExampleBuilder, sample_stream
+from peer_scale.samples.examples import ExampleBuilder, collate, sample_stream
 from peer_scale.samples.loader import ExampleDataset, micro_batches
 from peer_scale.samples.masking import MaskingConfig
 from peer_scale.samples.shares import BatchPlan
@@ -181,6 +184,36 @@ def test_steps_differ_in_their_number_of_micro_batches(tmp_path, text_file):
     numbers = [[len(step) for step in rank] for rank in found]
     assert numbers[0] == numbers[1]
     assert len(set(numbers[0])) > 1
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(2000, torch.int16), (40_000, torch.int32)])
+def test_a_batch_is_carried_in_small_integers_and_widened_where_it_arrives(corpus, vocab_size, dtype):
+    samples = dataset(corpus, extra=2)
+    builder = replace(samples.builder, tokenizer=replace(corpus[1], vocab_size=vocab_size))
+    examples = [builder.build(samples.windows.tokens(window, 2000), window) for window in range(20)]
+    batch = collate(examples)
+    assert [tensor.dtype for tensor in batch[:6]] == [
+        dtype,
+        dtype,
+        torch.int8,
+        torch.int32,
+        torch.float32,
+        torch.float32,
+    ]
+    carried = ForkingPickler.loads(ForkingPickler.dumps(batch))
+    on_device = carried.to(torch.device("cpu"))
+    assert [tensor.dtype for tensor in on_device[:6]] == [torch.int64] * 4 + [torch.float32] * 2
+    longest_first = sorted(examples, key=lambda example: -len(example.input_ids))
+    for name in ("input_ids", "masked_ids", "token_types", "uniforms", "extra_uniforms"):
+        expected = np.concatenate([getattr(example, name) for example in longest_first])
+        np.testing.assert_array_equal(getattr(on_device, name).numpy(), expected)
+    begins = np.cumsum([0, *(len(example.input_ids) for example in longest_first[:-1])])
+    places = [begin + example.positions for begin, example in zip(begins, longest_first, strict=True)]
+    np.testing.assert_array_equal(on_device.positions.numpy(), np.concatenate(places))
+    for name in ("sequences", "selected"):
+        ours, theirs = getattr(batch, name), getattr(on_device, name)
+        assert ours.lengths == theirs.lengths
+        assert all(map(torch.equal, ours._tensors, theirs._tensors))
 
 
 def test_extra_uniforms_change_nothing_else(corpus):

@@ -13,6 +13,7 @@ from peer_scale.settings.ds_config import (
     read_ds_config,
     resolved_ds_config,
     with_autos,
+    with_bucket_sizes,
 )
 from peer_scale.settings.presets import find_preset
 from peer_scale.settings.run import TrainingConfig
@@ -61,7 +62,7 @@ def test_what_is_refused(tmp_path, content, said):
 def test_a_missing_file_and_none(tmp_path):
     with pytest.raises(UserError, match=r"gone\.json: no such file"):
         read_ds_config(tmp_path / "gone.json")
-    assert read_ds_config(None) == {"zero_optimization": {"stage": 2}}
+    assert read_ds_config(None) == {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}
 
 
 @pytest.mark.parametrize("path", sorted((PROJECT / "ds_configs").glob("*.json")), ids=lambda path: path.name)
@@ -177,9 +178,31 @@ def test_what_deepspeed_gets():
     assert "optimizer" not in config
     sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     assert [config[key] for key in sizes] == [16, 16, 4, 1.0]
-    assert config["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 1 << 20}
+    assert config["zero_optimization"] == given["zero_optimization"], "to be chosen when the model is built"
     assert config["bf16"]["enabled"] is config["fp16"]["enabled"] is False
     assert given["gradient_clipping"] == "auto", "the given one stays as it is"
+
+
+# numbers of parameters, data-parallel ranks; what is sent and what is fetched at once
+BUCKETS = [
+    (110_000_000, 8, 27_500_000, 10_000_000),
+    (335_000_000, 2, 50_000_000, 10_000_000),  # the most
+    (14_000_000, 256, 3_500_000, 3_500_000),
+    (2_000_000, 2, 1 << 20, 1 << 20),
+    (335_000_000, 1, 1 << 20, 1 << 20),  # nobody to send to
+]
+
+
+@pytest.mark.parametrize(("parameters", "ranks", "reduce", "prefetch"), BUCKETS)
+def test_auto_buckets_follow_the_model(parameters, ranks, reduce, prefetch):
+    zero = {"stage": 3, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto"}
+    given = resolved({"zero_optimization": zero})
+    sizes = with_bucket_sizes(given, num_parameters=parameters, data_parallel=ranks)["zero_optimization"]
+    assert sizes == {"stage": 3, "reduce_bucket_size": reduce, "stage3_prefetch_bucket_size": prefetch}
+    assert given["zero_optimization"] == zero, "the given one stays as it is"
+    own = resolved({"zero_optimization": {**zero, "reduce_bucket_size": 7}})
+    kept = with_bucket_sizes(own, num_parameters=parameters, data_parallel=ranks)["zero_optimization"]
+    assert kept["reduce_bucket_size"] == 7
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ PRECEDENCE = [
     ("model.main_network.num_layers", 4, "model: {ranker: {num_layers: 5}}", 5, ("--num-layers", 6), 6),
     ("objective.delta", 3.0, "objective: {delta: 2}", 2.0, ("--delta", 0), 0.0),
     ("masking.mask_fraction", 0.15, "masking: {mask_fraction: 0.2}", 0.2, ("--mask-fraction", 0.3), 0.3),
-    ("data.num_workers", 1, "data: {num_workers: 2}", 2, ("--num-workers", 0), 0),
+    ("data.num_workers", None, "data: {num_workers: 2}", 2, ("--num-workers", 0), 0),
     ("data.validation_fraction", 0.01, "data: {validation_fraction: 0.5}", 0.5, ("--validation-fraction", 0), 0.0),
     ("output.keep_last", 3, "output: {keep_last: 5}", 5, ("--keep-last", 7), 7),
     ("output.exit_duration_in_mins", None, "output: {exit_duration_in_mins: 5}", 5.0,

@@ -68,7 +68,7 @@ def test_ratios_are_paired():
 def test_the_peers_get_the_same_samples_padded():
     sample = Example(*map(np.array, ([2, 7, 8, 9, 3], [2, 4, 8, 4, 3], [0] * 5, [1, 3], [0.5] * 2, [[]] * 2)))
     other = Example(*map(np.array, ([2, 6, 3], [2, 4, 3], [0] * 3, [1], [0.5], [[]])))
-    batch = collate([other, sample])
+    batch = collate([other, sample]).to(torch.device("cpu"))
     to_longest, to_seven = bench_peers.padded(batch, None), bench_peers.padded(batch, 7)
     assert to_longest.input_ids.tolist() == [[2, 7, 8, 9, 3], [2, 6, 3, 0, 0]]
     assert to_seven.masked_ids.tolist() == [[2, 4, 8, 4, 3, 0, 0], [2, 4, 3, 0, 0, 0, 0]]

@@ -8,9 +8,10 @@ import pytest
 from peer_scale.corpus.store import TokenStore
 from peer_scale.corpus.wordpiece import train_wordpiece
 from peer_scale.errors import UserError
+from peer_scale.parallel.cpu_binding import CpuShare
 from peer_scale.parallel.topology import single_process_topology
 from peer_scale.settings.run import OutputConfig
-from peer_scale.training.data import cut_into_samples
+from peer_scale.training.data import choose_num_workers, cut_into_samples
 from peer_scale.training.summary import startup_summary
 from small_runs import GLOBAL_BATCH, small_run
 from token_files import write_pair
@@ -66,6 +67,24 @@ def test_by_documents_numbers_are_what_they_were(corpus):
     assert [samples.windows.num_tokens for samples in (split.training, split.validation)] == [10, 9000]
     by_tokens = corpus(small_run(), [10, 9000])
     assert [samples.windows.num_tokens for samples in (by_tokens.training, by_tokens.validation)] == [8920, 90]
+
+
+def test_batches_are_prepared_by_as_many_processes_as_the_rank_has_cores_for():
+    run = small_run()
+    assert choose_num_workers(run, None) == 1
+    shares = [CpuShare(tuple(range(cores)), cores, is_near=True) for cores in (1, 2, 7, 8, 14, 16, 72)]
+    assert [choose_num_workers(run, share) for share in shares] == [1, 1, 1, 2, 3, 4, 4]
+    given = replace(run, data=replace(run.data, num_workers=0))
+    assert [choose_num_workers(given, share) for share in (None, *shares)] == [0] * 8
+
+
+def test_the_summary_says_which_cpus_are_a_gpus(corpus):
+    run, share = small_run(), CpuShare((0, 1, 2, 3), 2, is_near=True)
+    split, topology = corpus(run, [10_000]), single_process_topology()
+    summary = startup_summary(run, topology, split, 1_000_000, None, cpus=share, num_workers=2)
+    lines = [" ".join(line.split()) for line in summary.splitlines()]
+    assert "CPUs 0-3, near the GPU; 2 cores of its own; 2 processes prepare batches" in lines
+    assert "CPUs" not in startup_summary(run, topology, split, 1_000_000, None)
 
 
 def test_a_part_without_text_is_said(corpus):
