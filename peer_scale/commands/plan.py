@@ -6,6 +6,7 @@ import argparse
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -29,6 +30,7 @@ examples:
   peer-scale plan --model peer-large --nodes 32 --gpus-per-node 8 --gpu H100 --search --top 10
   peer-scale plan --model peer-large --config 3b.yaml --nodes 32 --gpus-per-node 8 --search
   peer-scale plan --model peer-base --nodes 4 --gpus-per-node 8 --search --data-path data/corpus
+  peer-scale plan --model peer-base --nodes 4 --gpus-per-node 8 --search --measured doctor.json
   peer-scale plan --roofline
 """
 _ROOFLINE_MODELS = ("peer-small", "peer-base", "peer-large")
@@ -90,6 +92,12 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     machines.add_argument(
         "--overlap", **of(_Share), default=0.5, metavar="SHARE", help="of ZeRO's traffic, hidden (default: %(default)s)"
     )
+    machines.add_argument(
+        "--measured",
+        type=Path,
+        metavar="FILE",
+        help="report of peer-scale doctor, whose bandwidths and latency hold here",
+    )
     layout = parser.add_argument_group("layout")
     layout.add_argument(
         "--search", action="store_true", help="plan all layouts of up to 16 stages, best first; without the flags below"
@@ -126,6 +134,8 @@ def run(args: argparse.Namespace) -> str:
         return _roofline(args)
     preset = resolve_model(args)
     cluster = _cluster(args, args.gpu or "H100", args.nodes, args.gpus_per_node)
+    if args.measured is not None:
+        cluster = _as_measured(cluster, args)
     workload = _workload(args, preset)
     if args.search:
         plans = search_plans(workload, cluster)[: args.top or 10]
@@ -239,6 +249,17 @@ def _layout(args: argparse.Namespace, preset: Preset, cluster: Cluster) -> Paral
     )
 
 
+def _as_measured(cluster: Cluster, args: argparse.Namespace) -> Cluster:
+    """Give the cluster with what --measured has; UserError for a flag that would have no effect."""
+    from peer_scale.planning.measured import Measured
+
+    measured = Measured.read(args.measured)
+    for name in ("intra_bandwidth", "inter_bandwidth"):
+        if getattr(args, name) is not None and getattr(measured, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name):g} has no effect: --measured has another")
+    return measured.put_into(cluster)
+
+
 def _check_text_flags(args: argparse.Namespace) -> None:
     """Raise UserError for a flag that would have no effect."""
     if args.data_path and args.fill is not None:
@@ -288,7 +309,7 @@ def _check_layout_flags(args: argparse.Namespace) -> None:
     given += [name for name in ("sequence_parallel", "activation_checkpointing") if getattr(args, name)]
     tries_all = "--roofline" if args.roofline else "--search"
     if args.roofline:
-        given += [name for name in ("nodes", "gpus_per_node", "search", "top") if getattr(args, name)]
+        given += [name for name in ("nodes", "gpus_per_node", "measured", "search", "top") if getattr(args, name)]
     else:
         missing = [name for name in ("model", "nodes", "gpus_per_node") if getattr(args, name) is None]
         if missing:

@@ -57,7 +57,7 @@ def add_up_kernel(  # noqa: D103
     logit += tl.load(bias + column, column < num_columns, float("-inf"))[None, :]
     bits = (logit - tl.load(reference + position, here, 0.0)[:, None]) * 1.4426950408889634
     greater = tl.where(bits > tl.load(limit + position, here, 0.0)[:, None], 1, 0)
-    tl.atomic_add(counts + position, tl.sum(greater, 1), here)
+    tl.atomic_add(counts + position, tl.sum(greater, 1), here, sem="relaxed")  # whole numbers: in any order
     # 2 ** bits in fp64, which no real difference of logits overflows: fp32 for the fraction, then shifted
     bounded = tl.minimum(tl.maximum(bits, -1000.0), 1000.0)
     whole = tl.floor(bounded)

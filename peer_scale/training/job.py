@@ -3,7 +3,7 @@
 import argparse
 import atexit
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -85,8 +85,8 @@ def arrange_ranks(run: RunConfig, device: torch.device) -> Topology:
     )
 
 
-def train(run: RunConfig, topology: Topology, coordinator: RankCoordinator) -> None:
-    """Train in the process groups that are there.
+def train(run: RunConfig, topology: Topology, coordinator: RankCoordinator, watching: Sequence[Callback] = ()) -> None:
+    """Train in the process groups that are there; `watching` are told of each step after the run's own callbacks.
 
     Raises:
         UserError, TrainingError: on all ranks alike.
@@ -98,13 +98,18 @@ def train(run: RunConfig, topology: Topology, coordinator: RankCoordinator) -> N
     with StopSignals(active=run.output.exit_signal_handler and run.output.save is not None) as signals:
         try:
             coordinator.first_rank(folders.claim)
-            _train(run, topology, coordinator, folders, signals)
+            _train(run, topology, coordinator, folders, signals, watching)
         finally:
             folders.release()
 
 
 def _train(
-    run: RunConfig, topology: Topology, coordinator: RankCoordinator, folders: RunFolders, signals: StopSignals
+    run: RunConfig,
+    topology: Topology,
+    coordinator: RankCoordinator,
+    folders: RunFolders,
+    signals: StopSignals,
+    watching: Sequence[Callback],
 ) -> None:
     say: Callable[[str], None] = print if topology.is_first_rank else _say_nothing
     store, tokenizer = coordinator.one_by_one(lambda: open_text(run, show_progress=topology.is_first_rank))
@@ -162,7 +167,10 @@ def _train(
         engine,
         runner,
         Meter(run, dist.get_world_size(), peak, skipped_steps=engine.skipped_steps),
-        _callbacks(run, topology, coordinator, corpus, plan, sections, state, warmup_steps, start, signals),
+        [
+            *_callbacks(run, topology, coordinator, corpus, plan, sections, state, warmup_steps, start, signals),
+            *watching,
+        ],
         progress=progress,
         warmup_steps=warmup_steps,
     )

@@ -19,6 +19,7 @@ DOORS = {
     "tools/preprocess_data.py": "data",
     "tools/plan.py": "plan",
     "tools/convert_checkpoint.py": "convert",
+    "tools/doctor.py": "doctor",
 }
 
 

@@ -32,6 +32,7 @@ LAYERS = (
         "checkpoints",
         "conversion",
         "training",
+        "doctor",
     ),
     *("commands", "pretrain", "cli"),
 )
