@@ -244,7 +244,7 @@ def forth_and_back(function: Any) -> staticmethod:
     """Give an `apply` that runs forward and, on gradients like its outputs, backward."""
 
     def apply(*inputs: Any) -> Any:
-        context = Context()
+        context = Context(inputs)
         outputs = function.forward(context, *inputs)
         some = outputs if isinstance(outputs, tuple) else (outputs,)
         grads = function.backward(context, *(None if given is None else torch.empty_like(given) for given in some))
@@ -266,6 +266,9 @@ class Context:
     """What a function's forward tells its backward, as torch's own does."""
 
     saved_tensors: tuple[Any, ...] = ()
+
+    def __init__(self, inputs: tuple[Any, ...]) -> None:
+        self.needs_input_grad = tuple(isinstance(given, Tensor) and given.is_floating_point() for given in inputs)
 
     def save_for_backward(self, *tensors: Any) -> None:
         self.saved_tensors = tensors
