@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal, TypeAlias
 
@@ -93,12 +93,11 @@ def init_process_group(environment: ProcessEnvironment, timeout_minutes: float =
     timeout = timedelta(minutes=timeout_minutes)
     store: dist.Store
     if environment.master_port == ANY_PORT:
-        store = own = dist.TCPStore(environment.master_addr, ANY_PORT, is_master=True, timeout=timeout)
-        environment = replace(environment, master_port=own.port)
+        store = dist.HashStore()  # of this process alone, where a TCPStore would listen on every interface
     else:
         address = f"tcp://{environment.master_addr}:{environment.master_port}"
         store, *_ = next(dist.rendezvous(address, environment.rank, environment.world_size, timeout=timeout))
-        store.set_timeout(timeout)
+    store.set_timeout(timeout)
     device = take_device(environment, store if environment.world_size > 1 else None)
     _export(environment, device)
     dist.init_process_group(
