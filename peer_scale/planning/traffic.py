@@ -37,7 +37,8 @@ class Traffic:
 def layer_traffic(shape: EncoderShape, workload: Workload, layout: ParallelLayout) -> float:
     """Count a layer's forward (and likewise its backward) of one micro-batch: two all-reduces of the hidden states.
 
-    Under sequence parallelism each is a gather and a reduce-scatter of the same size together.
+    Under sequence parallelism each is a gather and a reduce-scatter of the same size together. What backward gathers
+    besides, beside its products, is not in it.
     """
     tokens = _rows(workload, layout) * (layout.tensor_parallel if layout.sequence_parallel else 1)
     return 2 * all_reduce(tokens * shape.hidden_size * workload.number_bytes, layout.tensor_parallel)
@@ -69,6 +70,8 @@ def _work_traffic(part: StageWork, workload: Workload, layout: ParallelLayout) -
         total += (part.ends * part.work.end_joins + part.begins * has_backward) * scatter(joined, ranks)
         parameters = 2 * (workload.model.linear_bias + 1 + workload.model.has_norm_bias)
         total += has_backward * part.num_layers * all_reduce(parameters * states, ranks)
+        # the rows that the two products with split inputs are made of are joined again for their weights' gradients
+        total += has_backward * part.num_layers * 2 * scatter(joined, ranks)
     return total
 
 
