@@ -75,8 +75,8 @@ def bucket_memory(inventory: Inventory, layout: ParallelLayout) -> int:
 def layer_activations(shape: EncoderShape, workload: Workload, layout: ParallelLayout, *, on_cpu: bool = False) -> int:
     """Count the bytes that one layer keeps of one micro-batch from forward to backward.
 
-    Of width H: inputs of QKV and of the feed-forward block, which tensor-parallel ranks keep whole; the sums before the
-    two LayerNorms, split by sequence parallelism; query, key, value and the attention's output, split by heads. Of
+    Of width H: inputs of QKV and of the feed-forward block and the sums before the two LayerNorms, which
+    tensor-parallel ranks keep whole, or split under sequence parallelism; query, key, value and the attention's output, split by heads. Of
     width F: the feed-forward block's activations before and after GELU, or its gate and value and their product. On a
     CPU there are the attention probabilities and dropout's masks besides; a GPU's kernels compute and draw them again.
     """
@@ -93,7 +93,7 @@ def layer_activations(shape: EncoderShape, workload: Workload, layout: ParallelL
         per_pair = shape.num_attention_heads / ranks * (1 + (workload.model.attention_dropout > 0))
         probabilities = per_pair * token_pairs
     split = 4 * hidden + (3 if workload.model.is_gated else 2) * shape.ffn_hidden_size
-    per_token = 2 * hidden + sums * hidden / scatter_along_sequence + split / ranks
+    per_token = (2 + sums) * hidden / scatter_along_sequence + split / ranks
     return int((tokens * per_token + probabilities) * workload.number_bytes)
 
 
