@@ -76,9 +76,10 @@ def layer_activations(shape: EncoderShape, workload: Workload, layout: ParallelL
     """Count the bytes that one layer keeps of one micro-batch from forward to backward.
 
     Of width H: inputs of QKV and of the feed-forward block and the sums before the two LayerNorms, which
-    tensor-parallel ranks keep whole, or split under sequence parallelism; query, key, value and the attention's output, split by heads. Of
-    width F: the feed-forward block's activations before and after GELU, or its gate and value and their product. On a
-    CPU there are the attention probabilities and dropout's masks besides; a GPU's kernels compute and draw them again.
+    tensor-parallel ranks keep whole, or split under sequence parallelism; query, key, value and the attention's output,
+    split by heads. Of width F: the feed-forward block's activations before and after GELU, or its gate and value and
+    their product. On a CPU there are the attention probabilities and dropout's masks besides; a GPU's kernels compute
+    and draw them again.
     """
     size, ranks = workload.fullest_micro_batch(layout), layout.tensor_parallel
     tokens, token_pairs = size.tokens, size.token_pairs
