@@ -24,6 +24,10 @@ class UserError(ValueError):
         super().__init__(one_line(message))
 
 
+class DamagedError(UserError):
+    """A checkpoint is not whole, or not what was written."""
+
+
 class TrainingError(RuntimeError):
     """A run that cannot sensibly go on; the message names the culprit."""
 

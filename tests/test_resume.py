@@ -7,7 +7,7 @@ import pytest
 
 from checkpoint_runs import without_times
 from forked_ranks import ForkedRanks
-from runs import corpus, ds_config, read_metrics, train_in_pool
+from runs import corpus, ds_config, read_metrics, train_in_pool, train_to_refusal
 
 
 def flags_for(folder, text_file, stage, log_dir, *more):
@@ -43,6 +43,35 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(stage, two_ranks, tmp_p
     assert without_times(metrics) == without_times(whole)
     assert not list((tmp_path / "save").glob(".writing*"))
     assert (tmp_path / "save" / "latest").read_text() == "step_00000020"
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(two_ranks, tmp_path, text_file):
+    def flags(*more):
+        saving = ("--save", tmp_path / "save", "--save-interval", 2, "--keep-last", 9)
+        return list(map(str, flags_for(tmp_path, text_file, 2, "log", *saving, *more)))
+
+    def flip(folder):
+        shard = tmp_path / "save" / folder / "rank_00001.safetensors"
+        content = bytearray(shard.read_bytes())
+        content[-1] ^= 1
+        shard.write_bytes(content)
+
+    whole = two_ranks.run(train_in_pool, [*flags(), "--train-iters", "8"])[0]
+    flip("step_00000008")
+    manifest = tmp_path / "save" / "step_00000006" / "peer_scale.json"
+    manifest.write_text(manifest.read_text()[:-40])
+    refused = two_ranks.run(train_to_refusal, [*flags("--strict-load"), "--train-iters", "8"])
+    assert "step_00000006/peer_scale.json: not a checkpoint's manifest" in refused[0] == refused[1]
+    again = two_ranks.run(train_in_pool, [*flags(), "--train-iters", "8"])[0]
+    assert without_times(again) == without_times(whole)
+    names = sorted(path.name for path in (tmp_path / "save").iterdir() if "step" in path.name)
+    kept = ["step_00000002", "step_00000004", "step_00000006", "step_00000008"]
+    assert names == [".damaged_step_00000006", ".damaged_step_00000008", *kept]
+
+    for folder in kept:
+        flip(folder)
+    assert "step_00000002" in two_ranks.run(train_to_refusal, [*flags(), "--train-iters", "9"])[1]
+    assert (tmp_path / "save" / "step_00000002").exists(), "the last one is not put aside"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])

@@ -4,6 +4,7 @@ SAVE/step_00000100/             a committed checkpoint: its name comes from a re
 SAVE/latest                     name of the one that was saved last, for people
 SAVE/.writing_step_00000200/    one that was not finished: never loaded, removed by the next start
 SAVE/.removing_step_00000050/   one that is being deleted, likewise
+SAVE/.damaged_step_00000100/    one that was found damaged by a start, which went on from the one before it
 
 The newest checkpoint is the one that was saved last, whatever its step: manifests number them in the order of saving.
 """
@@ -13,18 +14,18 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 
 from peer_scale.checkpoints.manifest import MANIFEST, Manifest, read_manifest
 from peer_scale.checkpoints.pieces import check_size
 from peer_scale.checkpoints.sections import Saving
-from peer_scale.errors import UserError
+from peer_scale.errors import DamagedError, UserError
 from peer_scale.storage import fsync_folder, remove_unfinished_writes, write_atomically
 
 LATEST = "latest"
-_PREFIX, _WRITING, _REMOVING = "step_", ".writing_", ".removing_"
+_PREFIX, _WRITING, _REMOVING, _DAMAGED = "step_", ".writing_", ".removing_", ".damaged_"
 
 
 class CheckpointFolder:
@@ -146,7 +147,9 @@ def committed(path: Path) -> list[Path]:
 def newest(path: Path) -> tuple[Path, Manifest] | None:
     """Find the checkpoint under `path` that was saved last (or `path` itself) and its manifest; None where none is.
 
-    Raises UserError for a manifest that cannot be read, or a file that is missing or of another size than it says.
+    Raises:
+        DamagedError: a manifest cannot be read, or a file is missing or of another size than it says.
+        UserError: a manifest is not one of this version.
     """
     folders = [path] if (path / MANIFEST).is_file() else committed(path)
     if not folders:
@@ -158,6 +161,35 @@ def newest(path: Path) -> tuple[Path, Manifest] | None:
     for name, entry in manifest.files.items():
         check_size(folder / name, entry)
     return folder, manifest
+
+
+def newest_undamaged(path: Path, say: Callable[[str], None]) -> tuple[Path, Manifest] | None:
+    """Do as `newest` does, but put damaged checkpoints aside as long as there are others, and `say` so."""
+    while True:
+        try:
+            return newest(path)
+        except DamagedError as error:
+            folder = next((folder for folder in committed(path) if f"{folder}/" in str(error)), None)
+            if folder is None or not put_damaged_aside(folder, say, str(error)):
+                raise
+
+
+def put_damaged_aside(folder: Path, say: Callable[[str], None], damage: str) -> bool:
+    """Take its name from a damaged checkpoint, so that the one before it is the newest; False where there is no other.
+
+    It is kept: what is left of it may be wanted, and what damaged it has to be found.
+    """
+    if len(committed(folder.parent)) < 2:
+        return False
+    aside = folder.with_name(f"{_DAMAGED}{folder.name}")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = folder.with_name(f"{_DAMAGED}{folder.name}_{number}")
+    folder.rename(aside)
+    fsync_folder(folder.parent)
+    say(f"{damage}; put aside as {aside.name}, going on from the checkpoint before it")
+    return True
 
 
 def require_found(path: Path, flag: str = "--load") -> tuple[Path, Manifest]:

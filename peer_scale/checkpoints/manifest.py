@@ -23,7 +23,7 @@ from pydantic import TypeAdapter, ValidationError
 from peer_scale.checkpoints.sections import Sections, parse_sections
 from peer_scale.checkpoints.upgrade import from_format_2, with_blocks, with_split
 from peer_scale.configuration import shown
-from peer_scale.errors import UserError
+from peer_scale.errors import DamagedError, UserError
 from peer_scale.storage import stays_below, write_atomically
 
 FORMAT_VERSION = 3
@@ -159,8 +159,8 @@ def read_manifest(folder: Path) -> Manifest:
     """Read the manifest in `folder`, of this format or of format 2.
 
     Raises:
-        UserError: it cannot be read, is of another format, says what this version does not know, or its pieces leave a
-            gap in a tensor.
+        DamagedError: it cannot be read, or its pieces leave a gap in a tensor.
+        UserError: it is of another format, or says what this version does not know.
     """
     path = folder / MANIFEST
     content, tensors, files = _read_json(path)
@@ -175,7 +175,7 @@ def read_manifest(folder: Path) -> Manifest:
     for name, entry in entries.items():
         gap = entry.gap()
         if gap is not None:
-            raise UserError(f"{path}: {name} is not whole: {gap}")
+            raise DamagedError(f"{path}: {name} is not whole: {gap}")
     return Manifest(parse_sections(content, str(path)), entries, checksums)
 
 
@@ -202,7 +202,7 @@ def _read_json(path: Path) -> tuple[dict[str, Any], Any, Any]:
             version, content = FORMAT_VERSION, from_format_2(content)
         content = with_blocks(with_split(content))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: not a checkpoint's manifest: {type(error).__name__}: {error}") from None
+        raise DamagedError(f"{path}: not a checkpoint's manifest: {type(error).__name__}: {error}") from None
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: format {version}; this version reads 2 and {FORMAT_VERSION}")
     return content, tensors, files

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from peer_scale.checkpoints.manifest import MANIFEST, TOKENIZER, WEIGHT, FileEntry, Sharding, TensorEntry, key_of
 from peer_scale.corpus.wordpiece import WordPiece
-from peer_scale.errors import UserError
+from peer_scale.errors import DamagedError, UserError
 
 _CHUNK = 8 << 20
 _OPEN_FILES = 64
@@ -82,22 +82,22 @@ def describe_file(path: Path) -> FileEntry:
 
 
 def check_size(path: Path, entry: FileEntry) -> None:
-    """Raise UserError where a file is missing or has another size than the manifest says."""
+    """Raise DamagedError where a file is missing or has another size than the manifest says."""
     actual = path.stat().st_size if path.is_file() else None
     if actual != entry.bytes:
         found = "missing" if actual is None else f"{actual} bytes"
-        raise UserError(f"{path}: is {found}, not {entry.bytes} bytes as saved")
+        raise DamagedError(f"{path}: is {found}, not {entry.bytes} bytes as saved")
 
 
 def check_file(path: Path, entry: FileEntry) -> None:
-    """Raise UserError where a file is missing, of another size, or of other content than the manifest says."""
+    """Raise DamagedError where a file is missing, of another size, or of other content than the manifest says."""
     check_size(path, entry)
     try:
         actual = describe_file(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     if actual != entry:
-        raise UserError(f"{path}: is damaged: its content has another checksum than {MANIFEST} says")
+        raise DamagedError(f"{path}: is damaged: its content has another checksum than {MANIFEST} says")
 
 
 class TensorReader:

@@ -119,8 +119,9 @@ def _export(environment: ProcessEnvironment, device: torch.device) -> None:
         "LOCAL_RANK": local_rank,
         "LOCAL_SIZE": environment.local_world_size,
         "MASTER_ADDR": environment.master_addr,
-        "MASTER_PORT": environment.master_port,
     }
+    if environment.master_port != ANY_PORT:
+        values["MASTER_PORT"] = environment.master_port
     if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:  # which DeepSpeed compares
         values["OMPI_COMM_WORLD_LOCAL_RANK"] = local_rank
     os.environ.update({name: str(value) for name, value in values.items()})

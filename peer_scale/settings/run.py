@@ -192,6 +192,11 @@ class OutputConfig:
         help="Where --save or --log-dir holds another run, move all of it into a folder `earlier_N` there, instead of "
         "refusing to start.",
     )
+    strict_load: bool = option(
+        default=False,
+        help="Refuse to start where the newest checkpoint in --save is damaged, instead of putting it aside and going "
+        "on from the one before.",
+    )
     log_dir: Path | None = option(
         default=None,
         help="Folder for metrics.jsonl, TensorBoard's events and run.yaml.",

@@ -47,7 +47,7 @@ from peer_scale.training.engine import build_engine, check_precision
 from peer_scale.training.metering import Meter, device_peak
 from peer_scale.training.run_folders import METRICS, RunFolders
 from peer_scale.training.runner import Runner, WholeModelRunner
-from peer_scale.training.starting_point import StartingPoint, find_start
+from peer_scale.training.starting_point import StartingPoint, find_sound_start
 from peer_scale.training.summary import startup_summary
 from peer_scale.training.trainer import Callback, Trainer
 
@@ -119,7 +119,7 @@ def _train(
         torch.set_num_threads(min(torch.get_num_threads(), cpus.num_cores))
     sections = sections_of(run, topology, data_fingerprint=store.fingerprint, tokenizer_digest=tokenizer.digest)
     tensor_parallel = topology.tensor_parallel
-    start = coordinator.first_rank(lambda: find_start(run.output, sections, tensor_parallel, folders, say))
+    start = find_sound_start(run.output, sections, tensor_parallel, folders, coordinator, say)
     if _is_done(run, start, say):
         return
     if start.manifest is not None and not start.only_weights:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import secrets
 import time
@@ -9,11 +10,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from peer_scale.checkpoints.folder import newest, require_found, step_of
+from peer_scale.checkpoints.folder import newest, newest_undamaged, put_damaged_aside, require_found, step_of
 from peer_scale.checkpoints.identity import changes, check_identity, differences, differences_of_weights
+from peer_scale.checkpoints.loading import find_damage
 from peer_scale.checkpoints.manifest import Manifest
 from peer_scale.checkpoints.sections import Saving, Sections, split_of
 from peer_scale.errors import UserError
+from peer_scale.parallel.coordination import RankCoordinator
 from peer_scale.parallel.tensor_parallel import TensorParallel
 from peer_scale.settings.run import OutputConfig
 from peer_scale.training.run_folders import SET_ASIDE, RunFolders
@@ -76,6 +79,41 @@ def find_start(
     return StartingPoint(_new_run())
 
 
+def find_sound_start(
+    output: OutputConfig,
+    own: Sections,
+    tensor_parallel: TensorParallel,
+    folders: RunFolders,
+    coordinator: RankCoordinator,
+    say: Callable[[str], None],
+) -> StartingPoint:
+    """Do as `find_start` does, on all ranks alike, and check each file of what is to be loaded.
+
+    What --save holds and is damaged gives way to the checkpoint before it, unless `--strict-load` is given or it is the
+    one that --load names.
+
+    Raises:
+        UserError: as `find_start`; or what is to be loaded is damaged.
+    """
+    while True:
+        start = coordinator.first_rank(lambda: find_start(output, own, tensor_parallel, folders, say))
+        if start.folder is None or start.manifest is None:
+            return start
+        damage = find_damage(coordinator, start.folder, start.manifest)
+        if damage is None:
+            return start
+        if not _gives_way(start.folder, output) or not coordinator.first_rank(
+            functools.partial(put_damaged_aside, start.folder, say, damage)
+        ):
+            raise UserError(damage)
+
+
+def _gives_way(folder: Path, output: OutputConfig) -> bool:
+    if output.strict_load or output.save is None or folder.resolve().parent != output.save.resolve():
+        return False
+    return output.load is None or output.load.resolve() != folder.resolve()
+
+
 def _in_save(
     output: OutputConfig,
     own: Sections,
@@ -85,8 +123,10 @@ def _in_save(
     environ: Mapping[str, str],
 ) -> StartingPoint | None:
     save, load = output.save, output.load
-    found = None if save is None else newest(save)
-    if save is None or found is None:
+    if save is None:
+        return None
+    found = newest(save) if output.strict_load else newest_undamaged(save, say)
+    if found is None:
         return None
     folder, manifest = found
     told = differences(manifest, own, tensor_parallel)
