@@ -1,6 +1,8 @@
 """Micro-batches for one data-parallel rank, from any global sample number on."""
 
+import functools
 import multiprocessing
+import os
 import signal
 from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
@@ -10,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from peer_scale.errors import UserError
+from peer_scale.lifetime import end_with_parent
 from peer_scale.samples.examples import NUM_SPECIAL_TOKENS, Batch, Example, ExampleBuilder, collate
 from peer_scale.samples.shares import BatchPlan
 from peer_scale.samples.windows import SeededOrder, Windows
@@ -117,16 +120,18 @@ def micro_batches(
         multiprocessing_context="fork" if num_workers else None,
         collate_fn=_as_it_is,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_leave_signals_to_the_rank,
+        worker_init_fn=functools.partial(_live_with_the_rank, os.getpid()),
     )
     yield from loader
 
 
-def _leave_signals_to_the_rank(_: int) -> None:
+def _live_with_the_rank(rank: int, _: int) -> None:
     """Keep a worker alive where a signal goes to all processes: the rank still needs its batches to stop orderly.
 
-    A rank that ends kills its workers (`end_workers`), since Python would ask them by SIGTERM and wait.
+    A rank that ends kills its workers (`end_workers`), since Python would ask them by SIGTERM and wait; Linux kills
+    those of a rank that was killed itself, which would hold its port and its GPU.
     """
+    end_with_parent(rank, signal.SIGKILL)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 

@@ -3,6 +3,7 @@
 import argparse
 import atexit
 import os
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -18,6 +19,7 @@ from peer_scale.checkpoints.state import TrainingState, require_supported_offloa
 from peer_scale.checkpoints.writer import CheckpointWriter
 from peer_scale.errors import StoppedEarly, UserError
 from peer_scale.host_memory import keep_freed_memory
+from peer_scale.lifetime import end_with_parent, show_stacks_on_signal
 from peer_scale.models.heads import MaskedLMHead
 from peer_scale.objectives.task import PretrainingTask
 from peer_scale.parallel.coordination import RankCoordinator
@@ -51,6 +53,7 @@ from peer_scale.training.starting_point import StartingPoint, find_sound_start
 from peer_scale.training.summary import startup_summary
 from peer_scale.training.trainer import Callback, Trainer
 
+_LAUNCHERS_THAT_ARE_PARENTS = ("torchrun", "deepspeed")  # of the ranks; killed, they leave them alone
 _SAMPLES_FOR_UNIGRAMS = 4096
 
 
@@ -67,6 +70,9 @@ def run_job(args: argparse.Namespace, environment: ProcessEnvironment) -> None:
     if device.type == "cpu":
         keep_freed_memory()
     atexit.register(end_workers)
+    show_stacks_on_signal()
+    if environment.launcher in _LAUNCHERS_THAT_ARE_PARENTS:
+        end_with_parent(os.getppid(), signal.SIGTERM)
     try:
         coordinator = RankCoordinator()
         coordinator.everyone(lambda: check_precision(run.training.precision))

@@ -78,8 +78,9 @@ class Trainer:
         """Train from the step after `progress.step` to the last; `steps` gives this rank's micro-batches of each."""
         clock = time.perf_counter()
         for step in range(self.progress.step + 1, self.run.training.train_iters + 1):
+            asked = time.perf_counter()
             micro_batches, fault = next(steps)
-            data_wait = time.perf_counter() - clock
+            data_wait = time.perf_counter() - asked
             record = self.train_step(step, micro_batches, fault)
             record.data_wait, record.step_time = data_wait, time.perf_counter() - clock
             clock = time.perf_counter()

@@ -17,6 +17,7 @@ LAYERS = (
         "folder_lock",
         "quiet",
         "host_memory",
+        "lifetime",
         "kernels",
         "corpus",
         "samples",
