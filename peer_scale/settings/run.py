@@ -217,6 +217,13 @@ class OutputConfig:
         metavar="MINUTES",
         default_text="no limit",
     )
+    stall_minutes: NonNegativeFloat | None = option(
+        default=None,
+        help="End with exit code 75, and with the stacks of all ranks, where a step or what follows it takes so many "
+        "minutes; 0: never.",
+        metavar="MINUTES",
+        default_text="ten times the slowest of the last fifty steps, at least 1; 30 between steps",
+    )
     exit_signal_handler: bool = option(
         default=True, help="With --save: save and stop on SIGTERM or SIGUSR1, with exit code 75."
     )

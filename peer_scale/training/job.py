@@ -43,6 +43,7 @@ from peer_scale.training.callbacks.console import ProgressLine
 from peer_scale.training.callbacks.reporting import MetricsFile, MonitorEvents
 from peer_scale.training.callbacks.stopping import StopAfter, StopOnInterrupt, StopOnSignal, StopSignals
 from peer_scale.training.callbacks.validation import Validation
+from peer_scale.training.callbacks.watchdog import Watchdog
 from peer_scale.training.compilation import check_compiler
 from peer_scale.training.data import Corpus, choose_num_workers, cut_into_samples, open_text, plan_batches
 from peer_scale.training.engine import build_engine, check_precision
@@ -166,6 +167,13 @@ def _train(
 
     plan = plan_batches(run, topology)
     warmup_steps = run.objective.warmup_steps(len(corpus.training), run.training.global_batch_size)
+    stall = run.output.stall_minutes
+    watchdog = Watchdog(
+        run.output.log_dir or run.output.save,
+        dist.get_rank(),
+        dist.get_world_size(),
+        limit=None if stall is None else 60 * stall,
+    )
     trainer = Trainer(
         run,
         topology,
@@ -174,8 +182,10 @@ def _train(
         runner,
         Meter(run, dist.get_world_size(), peak, skipped_steps=engine.skipped_steps),
         [
+            watchdog.first,
             *_callbacks(run, topology, coordinator, corpus, plan, sections, state, warmup_steps, start, signals),
             *watching,
+            watchdog.last,
         ],
         progress=progress,
         warmup_steps=warmup_steps,
@@ -187,7 +197,8 @@ def _train(
         last_step=run.training.train_iters,
         num_workers=num_workers,
     )
-    trainer.fit(steps)
+    with watchdog:
+        trainer.fit(steps)
     last, wanted = trainer.progress.step, run.training.train_iters
     if run.output.save is not None and last < wanted:
         raise StoppedEarly(

@@ -23,8 +23,9 @@ METRICS, DROPPED = "metrics.jsonl", "metrics.dropped.jsonl"
 RUN_YAML, TENSORBOARD = "run.yaml", "tensorboard"
 SET_ASIDE = "give another folder, or --set-aside to move what is there into a folder beside it"
 _RUN = "run.json"
-_OF_LOGS = (METRICS, DROPPED, RUN_YAML, TENSORBOARD, _RUN)
-_OF_CHECKPOINTS = ("step_*", "latest", ".writing_*", ".removing_*")
+BEATS, STACKS = "heartbeats", "stacks"
+_OF_LOGS = (METRICS, DROPPED, RUN_YAML, TENSORBOARD, BEATS, STACKS, _RUN)
+_OF_CHECKPOINTS = ("step_*", "latest", ".writing_*", ".removing_*", ".damaged_*")
 
 
 class RunFolders:

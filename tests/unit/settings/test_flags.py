@@ -34,8 +34,8 @@ ESTABLISHED = (
     "no-adam-bias-correction max-skipped-steps activation-checkpointing fp32 bf16 fp16 tensor-model-parallel-size "
     "pipeline-model-parallel-size sequence-parallel local_rank local-rank num-threads data-path tokenizer vocab-size "
     "text-key cache-dir num-workers validation-fraction save save-interval keep-last keep-every async-save "
-    "no-async-save load log-dir log-interval eval-interval eval-iters exit-duration-in-mins exit-signal-handler "
-    "strict-load verbose "
+    "no-async-save load log-dir log-interval eval-interval eval-iters exit-duration-in-mins stall-minutes "
+    "exit-signal-handler strict-load verbose "
 )
 
 
