@@ -169,7 +169,7 @@ def _train(
     warmup_steps = run.objective.warmup_steps(len(corpus.training), run.training.global_batch_size)
     stall = run.output.stall_minutes
     watchdog = Watchdog(
-        run.output.log_dir or run.output.save,
+        run.output.log_dir,
         dist.get_rank(),
         dist.get_world_size(),
         limit=None if stall is None else 60 * stall,
