@@ -22,6 +22,16 @@ def test_the_model_of_own_sizes_is_taken():
     assert (run.objective.num_levels, run.training.train_iters) == (4, 50_000)
 
 
+def test_the_model_that_learns_within_minutes_is_taken():
+    run = resolve(build_parser().parse_args(["--config", str(EXAMPLES / "mini.yaml")]), 1)
+    assert (run.model.position_embedding, run.model.norm_position, run.model.unigram_output_bias) == (
+        "rotary",
+        "pre",
+        True,
+    )
+    assert (run.masking.mask_fraction, run.training.lr, run.training.adam_beta2) == (0.3, 0.003, 0.98)
+
+
 @pytest.mark.slow
 def test_from_own_text_to_a_model_in_transformers(text_file, tmp_path):
     """The shell script twice, the second time with more steps, then the Python script on what it has exported."""

@@ -73,7 +73,7 @@ def check(name, blocks, backend, *, recompute=False, rtol=1e-5):
 )
 def test_compiled_is_as_eager(name, blocks, recompute):
     counts = check(name, blocks, "aot_eager", recompute=recompute)
-    assert counts[0] >= 4, "layers, two statistics, and their sum"
+    assert counts[0] >= 3, "layers and statistics"
     assert counts[1:] == [0, 0], "lengths that vary have nothing compiled again"
     assert not counters["graph_break"]
 
