@@ -239,7 +239,7 @@ def fuzz(path, read, number):
     path.write_bytes(original)
 
 
-@pytest.mark.parametrize("number", [10, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [4, pytest.param(400, marks=pytest.mark.slow)])
 def test_mutations(tmp_path, checkpoint, wordpiece, number):
     def whole_checkpoint():
         read = read_checkpoint(checkpoint)

@@ -308,6 +308,7 @@ def test_changed_text_is_tokenised_anew(tmp_path, wordpiece):
         assert [store.read(number, 0, n).tolist() for number, n in enumerate(lengths)] == found.encode(expected)
 
 
+@pytest.mark.slow
 def test_several_processes_may_prepare_the_same_text_at_once(tmp_path, raw):
     code = (
         "import sys; from pathlib import Path; from peer_scale.corpus.prepare import open_corpus\n"
