@@ -12,6 +12,8 @@ from peer_scale.checkpoints.progress import Progress
 from peer_scale.checkpoints.sections import Saving
 from peer_scale.errors import UserError
 
+pytestmark = pytest.mark.heavy
+
 
 def save(folder, step):
     folder.begin(step)

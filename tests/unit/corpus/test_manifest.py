@@ -8,6 +8,8 @@ from peer_scale.corpus.prepare import preprocess
 from peer_scale.corpus.store import TokenStore, verify
 from peer_scale.errors import UserError
 
+pytestmark = pytest.mark.heavy
+
 # What earlier versions wrote, byte for byte; the name of the input is not UTF-8.
 WRITTEN = """{
   "format": "peer_scale tokens",

@@ -14,6 +14,8 @@ from peer_scale.training.compilation import check_compiler, compile_task
 from test_task import setting
 from test_teams import make_batch, make_rows, make_task
 
+pytestmark = pytest.mark.heavy
+
 MODERN = {
     "position_embedding": "rotary",
     "norm_position": "pre",

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.autograd import Function
 
@@ -21,6 +22,8 @@ def test_the_command(capsys):
         rehearse.main(["--model", "peer-huge"])
     assert refused.value.code == 2
     capsys.readouterr()
+    if torch.version.cuda is not None and dist.is_initialized():
+        dist.destroy_process_group()  # of an earlier test: a rehearsal makes its own
     sizes = ["--seq-length", "32", "--micro-batch-size", "3", "--global-batch-size", "3"]
     code = rehearse.main(["--model", "bert-tiny", *sizes])
     captured = capsys.readouterr()

@@ -21,6 +21,8 @@ from peer_scale.training.callbacks.reporting import MetricsFile
 from peer_scale.training.run_folders import RunFolders
 from peer_scale.training.starting_point import find_start
 
+pytestmark = pytest.mark.heavy
+
 MODEL = ModelConfig(SHAPE, SHAPE, num_shared_layers=1, vocab_size=30, embedding_size=8, max_position_embeddings=16)
 RUN = replace(WHOLE, model=MODEL, reshaped=None)
 OTHER = replace(RUN, data=replace(RUN.data, seed=5))

@@ -9,6 +9,8 @@ from peer_scale.training.callbacks.watchdog import Watchdog
 from peer_scale.training.metering import StepRecord
 from rank_pool import fork_server
 
+pytestmark = pytest.mark.heavy
+
 
 def stall(folder, limit, seconds, log, rank=0):
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
