@@ -144,37 +144,44 @@ def committed(path: Path) -> list[Path]:
     return sorted((folder for folder in folders if (folder / MANIFEST).is_file()), key=step_of)
 
 
-def newest(path: Path) -> tuple[Path, Manifest] | None:
+def newest(path: Path, gives_way: Callable[[Path, str], bool] | None = None) -> tuple[Path, Manifest] | None:
     """Find the checkpoint under `path` that was saved last (or `path` itself) and its manifest; None where none is.
+
+    Args:
+        path: a folder of checkpoints, or one of them.
+        gives_way: is told of each damaged checkpoint in the folder and of what is wrong with it, and says whether the
+            others will do; None: they will not.
 
     Raises:
         DamagedError: a manifest cannot be read, or a file is missing or of another size than it says.
         UserError: a manifest is not one of this version.
     """
-    folders = [path] if (path / MANIFEST).is_file() else committed(path)
-    if not folders:
-        return None
-    found = [(folder, read_manifest(folder)) for folder in folders]
+    if (path / MANIFEST).is_file():
+        folders, gives_way = [path], None
+    else:
+        folders = committed(path)
+    found = []
+    for folder in folders:
+        try:
+            found.append((folder, read_manifest(folder)))
+        except DamagedError as error:
+            if gives_way is None or not gives_way(folder, str(error)):
+                raise
     if len(found) > 1:
         found.sort(key=lambda each: _age(each[0], each[1].sections.saving))
-    folder, manifest = found[-1]
-    for name, entry in manifest.files.items():
-        check_size(folder / name, entry)
-    return folder, manifest
-
-
-def newest_undamaged(path: Path, say: Callable[[str], None]) -> tuple[Path, Manifest] | None:
-    """Do as `newest` does, but put damaged checkpoints aside as long as there are others, and `say` so."""
-    while True:
+    while found:
+        folder, manifest = found.pop()
         try:
-            return newest(path)
+            for name, entry in manifest.files.items():
+                check_size(folder / name, entry)
+            return folder, manifest
         except DamagedError as error:
-            folder = next((folder for folder in committed(path) if f"{folder}/" in str(error)), None)
-            if folder is None or not put_damaged_aside(folder, say, str(error)):
+            if gives_way is None or not gives_way(folder, str(error)):
                 raise
+    return None
 
 
-def put_damaged_aside(folder: Path, say: Callable[[str], None], damage: str) -> bool:
+def put_damaged_aside(say: Callable[[str], None], folder: Path, damage: str) -> bool:
     """Take its name from a damaged checkpoint, so that the one before it is the newest; False where there is no other.
 
     It is kept: what is left of it may be wanted, and what damaged it has to be found.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from peer_scale.checkpoints.folder import newest, newest_undamaged, put_damaged_aside, require_found, step_of
+from peer_scale.checkpoints.folder import newest, put_damaged_aside, require_found, step_of
 from peer_scale.checkpoints.identity import changes, check_identity, differences, differences_of_weights
 from peer_scale.checkpoints.loading import find_damage
 from peer_scale.checkpoints.manifest import Manifest
@@ -103,7 +103,7 @@ def find_sound_start(
         if damage is None:
             return start
         if not _gives_way(start.folder, output) or not coordinator.first_rank(
-            functools.partial(put_damaged_aside, start.folder, say, damage)
+            functools.partial(put_damaged_aside, say, start.folder, damage)
         ):
             raise UserError(damage)
 
@@ -125,7 +125,7 @@ def _in_save(
     save, load = output.save, output.load
     if save is None:
         return None
-    found = newest(save) if output.strict_load else newest_undamaged(save, say)
+    found = newest(save, None if output.strict_load else functools.partial(put_damaged_aside, say))
     if found is None:
         return None
     folder, manifest = found
