@@ -13,7 +13,10 @@ import torch.distributed as dist
 from rank_pool import free_port
 
 PROJECT = Path(__file__).resolve().parent.parent
-TIMES = ("step_time_s", "data_wait_s", "tokens_per_second", "tflops_per_device", "mfu")
+TIMES = (
+    *("step_time_s", "data_wait_s", "tokens_per_second", "tflops_per_device", "mfu"),
+    *("slowest_rank", "busy_time_s", "rank_data_wait_s", "peak_memory_bytes"),
+)
 SMALL = ("--vocab-size", "2000", "--seq-length", "64", "--log-interval", "1000000")
 
 

@@ -224,6 +224,15 @@ class OutputConfig:
         metavar="MINUTES",
         default_text="ten times the slowest of the last fifty steps, at least 1; 30 between steps",
     )
+    profile_steps: str | None = option(
+        default=None,
+        help="Steps FIRST:LAST, both included, whose trace torch.profiler writes into the log folder.",
+        metavar="FIRST:LAST",
+        default_text="none",
+    )
+    profile_ranks: tuple[NonNegativeInt, ...] = option(
+        default=(0,), help="Ranks that --profile-steps is about.", metavar="N", default_text="0"
+    )
     exit_signal_handler: bool = option(
         default=True, help="With --save: save and stop on SIGTERM or SIGUSR1, with exit code 75."
     )
@@ -232,6 +241,18 @@ class OutputConfig:
         for name in ("save_interval", "keep_every"):
             if getattr(self, name) is not None and self.save is None:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} needs --save DIR")
+        if self.profiled_steps is not None and self.log_dir is None:
+            raise UserError(f"--profile-steps {self.profile_steps} needs --log-dir DIR")
+
+    @property
+    def profiled_steps(self) -> tuple[int, int] | None:
+        """Give the first and the last step to profile; UserError where `profile_steps` is not two such numbers."""
+        if self.profile_steps is None:
+            return None
+        first, _, last = self.profile_steps.partition(":")
+        if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+            raise UserError(f"--profile-steps {self.profile_steps}: it must be FIRST:LAST, such as 20:25, from 1 on")
+        return int(first), int(last)
 
 
 @configuration

@@ -23,7 +23,8 @@ from peer_scale.training.late_numbers import LateNumbers
 class StepRecord:
     """What is known of a step when it has been launched; `sums` and `grad_norm` may still be under way on the device.
 
-    `fault` is what this rank found wrong with its own samples of the step; `sums` end with the count of such ranks.
+    `own_time` is what `StepClock` knows of the step, in seconds, to be read after the sums. `fault` is what this rank
+    found wrong with its own samples of the step; `sums` end with the count of such ranks.
     """
 
     step: int
@@ -34,6 +35,7 @@ class StepRecord:
     skipped_steps: int
     step_time: float = 0.0
     data_wait: float = 0.0
+    own_time: SupportsFloat = 0.0
     fault: Fault | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -79,6 +81,7 @@ class Meter:
             "lr": record.lr,
             "grad_norm": grad_norm if grad_norm is not None and math.isfinite(grad_norm) else None,
             "loss_scale": record.loss_scale,
+            "skipped_steps": record.skipped_steps,
             "step_time_s": record.step_time,
             "data_wait_s": record.data_wait,
             "tokens_per_second": size.tokens / record.step_time,

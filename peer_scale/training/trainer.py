@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -26,10 +27,17 @@ from peer_scale.training.late_numbers import LateNumbers
 from peer_scale.training.metering import Meter, StepRecord
 from peer_scale.training.optimizer import set_hyperparameters
 from peer_scale.training.runner import Runner
+from peer_scale.training.step_clock import StepClock
+from peer_scale.training.time_spent import Part, TimeSpent
 
 
 class Callback:
-    """Does nothing; subclasses override what they need. All ranks call the same methods in the same order."""
+    """Does nothing; subclasses override what they need. All ranks call the same methods in the same order.
+
+    `part` is what the time is spent on that a callback takes at the end of a step and of the run.
+    """
+
+    part: Part = "train"
 
     def on_step_end(self, trainer: Trainer, record: StepRecord) -> None:
         """A step has been launched; `record.extra` takes further metrics for its line of metrics.jsonl."""
@@ -64,6 +72,7 @@ class Trainer:
         *,
         progress: Progress,
         warmup_steps: int,
+        spent: TimeSpent | None = None,
     ) -> None:
         self.run, self.topology, self.engine, self.runner, self.meter = run, topology, engine, runner, meter
         self._coordinator = coordinator
@@ -72,11 +81,16 @@ class Trainer:
         self.warmup_steps = warmup_steps
         self.wants_stop = False
         self.stopping = False
+        self.spent = spent or TimeSpent()
+        self._own_time = StepClock(topology.device)
         self._pending: deque[StepRecord] = deque()
 
     def fit(self, steps: Iterator[StepBatches]) -> None:
         """Train from the step after `progress.step` to the last; `steps` gives this rank's micro-batches of each."""
+        self._own_time.watch_forward(self.engine.module)
+        self.spent.switch("train")
         clock = time.perf_counter()
+        self._own_time.start()
         for step in range(self.progress.step + 1, self.run.training.train_iters + 1):
             asked = time.perf_counter()
             micro_batches, fault = next(steps)
@@ -86,13 +100,15 @@ class Trainer:
             clock = time.perf_counter()
             self._pending.append(record)
             for callback in self.callbacks:
-                callback.on_step_end(self, record)
+                with self._time_of(callback):
+                    callback.on_step_end(self, record)
             self.report(keep=1)
             if self.stopping:
                 break
         self.report(keep=0)
         for callback in self.callbacks:
-            callback.on_train_end(self)
+            with self._time_of(callback):
+                callback.on_train_end(self)
 
     def train_step(self, step: int, micro_batches: Sequence[Batch], fault: Fault | None = None) -> StepRecord:
         """Do one optimizer step: forward and backward of each micro-batch, then the update."""
@@ -100,10 +116,15 @@ class Trainer:
         lr = set_hyperparameters(engine.optimizer, self.run.training, step, num_updates=step - engine.skipped_steps)
         batches = [batch.to(device) for batch in micro_batches]
         seed_dropout = partial(self._seed_dropout, step)
-        sums = self.runner.train(batches, self.step_info(step, batches), seed_dropout)
+        info = self.step_info(step, batches)
+        sums = self.runner.train(batches, info, seed_dropout)
         sums = self.global_sums(sums, float(self.wants_stop), float(fault is not None))
+        own_time = self._own_time.take()
+        self._own_time.start()
         norm, scale = gradient_norm(engine), loss_scale(engine)
-        return StepRecord(step, LateNumbers(sums), lr, norm, scale, engine.skipped_steps, fault=fault)
+        return StepRecord(
+            step, LateNumbers(sums), lr, norm, scale, engine.skipped_steps, own_time=own_time, fault=fault
+        )
 
     def step_info(self, step: int, batches: Sequence[Batch]) -> StepInfo:
         """Give what all micro-batches of a step have in common, on all ranks."""
@@ -115,6 +136,7 @@ class Trainer:
         tokens = sum(batch.sequences.num_tokens for batch in batches)
         device = self.topology.device
         counts = torch.stack([torch.full((), float(count), device=device) for count in (selected, tokens)])
+        self._own_time.stop()  # this is where ranks first wait for each other
         dist.all_reduce(counts, group=self.topology.group("dp"))
         return GlobalCounts(counts[0], counts[1])
 
@@ -151,6 +173,17 @@ class Trainer:
             metrics = self.meter.metrics(sums, record, self.progress)
             for callback in self.callbacks:
                 callback.on_metrics(metrics)
+
+    @contextlib.contextmanager
+    def _time_of(self, callback: Callback) -> Iterator[None]:
+        """Count what a callback does as what it is; ranks wait for each other in what is not training."""
+        if callback.part == "train":
+            yield
+            return
+        self._own_time.stop()
+        with self.spent.on(callback.part):
+            yield
+        self._own_time.start()
 
     def _seed_dropout(self, step: int, micro: int, *where: str | int) -> None:
         """Begin a dropout stream for each micro-batch, so that a resumed run draws what an uninterrupted one would."""

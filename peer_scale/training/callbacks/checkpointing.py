@@ -10,6 +10,8 @@ from peer_scale.training.trainer import Callback, Trainer
 class Checkpointing(Callback):
     """Saves every `interval` steps (None: never in between) and after the last one."""
 
+    part = "save"
+
     def __init__(self, writer: CheckpointWriter, interval: int | None) -> None:
         self._writer, self._interval = writer, interval
         self._saved_step: int | None = None
