@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from peer_scale.checkpoints.progress import Progress
 from peer_scale.storage import read_json_object, write_atomically
 from peer_scale.training.time_spent import PARTS, TimeSpent
 
@@ -55,8 +56,7 @@ class Goodput:
         spent: TimeSpent,
         *,
         began: float,
-        step: int,
-        tokens: int,
+        progress: Progress,
         starts: int = 1,
         last_sign: float | None = None,
     ) -> None:
@@ -66,19 +66,18 @@ class Goodput:
             path: the file; None: nothing is kept.
             spent: what this process spends its time on.
             began: unix time from which `spent` counts.
-            step: the last step that is done.
-            tokens: of all steps that are done.
+            progress: what is done, on which this start goes on.
             starts: of the run, this one included.
             last_sign: unix time at which an earlier start was last known to train.
         """
         self._path, self._spent, self._starts = path, spent, starts
-        self._step, self._tokens_before, self._flops = step, tokens, 0.0
+        self._progress, self._flops = progress, 0.0
         self._last: dict[str, Any] = {}
         earlier = None if path is None else _read_state(path)
         if earlier is None:
             earlier = _State(began, began, {}, ())
         self._first_began = earlier.began
-        self._marks = tuple(mark for mark in earlier.marks if mark.step <= step)
+        self._marks = tuple(mark for mark in earlier.marks if mark.step <= progress.step)
         self._base = self._marks[-1] if self._marks else Mark()
         until = min(max(earlier.until, last_sign or 0.0), began)
         self._before = _carried_over(earlier, self._base, until)
@@ -86,7 +85,7 @@ class Goodput:
 
     def count(self, metrics: dict[str, Any]) -> None:
         """Add a step."""
-        self._step, self._last = metrics["step"], metrics
+        self._last = metrics
         self._flops += 1e12 * metrics["tflops_per_device"] * metrics["step_time_s"]
 
     def mark(self) -> None:
@@ -112,9 +111,9 @@ class Goodput:
         wall = sum(parts.values())
         train = parts["train"] or float("inf")
         return {
-            "steps": self._step,
-            "samples": last.get("samples", 0),
-            "tokens": last.get("tokens", self._tokens_before),
+            "steps": last.get("step", self._progress.step),
+            "samples": last.get("samples", self._progress.samples),
+            "tokens": last.get("tokens", self._progress.tokens),
             "train_flops": last.get("train_flops", 0.0),
             "wall_s": wall,
             "parts_s": parts,
@@ -138,9 +137,9 @@ class Goodput:
 
     def _done(self) -> Mark:
         parts = self.parts()
-        tokens = self._last.get("tokens", self._tokens_before) - self._tokens_before
+        tokens = self._last.get("tokens", self._progress.tokens) - self._progress.tokens
         return Mark(
-            self._step,
+            self._last.get("step", self._progress.step),
             *(parts[part] for part in _DONE_AGAIN),
             tokens=self._base.tokens + tokens,
             flops=self._base.flops + self._flops,

@@ -344,8 +344,7 @@ def _goodput(job: _Job, progress: Progress) -> Goodput:
         None if log_dir is None else log_dir / SUMMARY,
         job.spent,
         began=job.origin.unix_time,
-        step=progress.step,
-        tokens=progress.tokens,
+        progress=progress,
         starts=1 if log_dir is None else len(read_json_lines(log_dir / STARTS)),
         last_sign=None if log_dir is None else last_change(log_dir / METRICS),
     )

@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from peer_scale.checkpoints.progress import Progress
 from peer_scale.training.goodput import Goodput
 from peer_scale.training.time_spent import TimeSpent
 
@@ -31,7 +32,7 @@ def clock(monkeypatch):
 def first_start(clock, path):
     """Three steps of 10 s, the second saved: 20 s of start, 5 of load, 2 of validation, 3 of saving."""
     spent = TimeSpent(seconds_before=20)
-    goodput = Goodput(path, spent, began=clock.now - 20, step=0, tokens=0)
+    goodput = Goodput(path, spent, began=clock.now - 20, progress=Progress(0, 8 * 0, 0))
     clock.spend(spent, "load", 5)
     spent.switch("train")
     for step in (1, 2, 3):
@@ -64,7 +65,7 @@ def test_what_was_done_past_the_checkpoint_is_lost(clock, tmp_path, killed_after
     alive = clock.now
     clock.now += 100  # until the next process begins
     spent = TimeSpent()
-    again = Goodput(path, spent, began=clock.now, step=2, tokens=200, starts=2, last_sign=alive)
+    again = Goodput(path, spent, began=clock.now, progress=Progress(2, 8 * 2, 200), starts=2, last_sign=alive)
     clock.now += 7
     spent.switch("train")
     for step in (3, 4):
@@ -79,7 +80,7 @@ def test_what_was_done_past_the_checkpoint_is_lost(clock, tmp_path, killed_after
     assert summary["tokens_per_second"] == pytest.approx(10) and summary["tflops_per_device"] == pytest.approx(2)
     again.mark()
     again.write(summary)
-    third = Goodput(path, TimeSpent(), began=clock.now + 1, step=4, tokens=400, starts=3)
+    third = Goodput(path, TimeSpent(), began=clock.now + 1, progress=Progress(4, 8 * 4, 400), starts=3)
     assert third.parts() == pytest.approx({**summary["parts_s"], "down": 101})
     assert "3 starts" in third.describe() and third.describe().startswith("train ")
 
@@ -88,7 +89,7 @@ def test_what_was_done_past_the_checkpoint_is_lost(clock, tmp_path, killed_after
 def test_a_file_that_says_nothing_is_a_beginning(clock, tmp_path, content):
     path = tmp_path / "summary.json"
     path.write_text(content)
-    goodput = Goodput(path, TimeSpent(), began=5.0, step=7, tokens=70)
+    goodput = Goodput(path, TimeSpent(), began=5.0, progress=Progress(7, 8 * 7, 70))
     assert sum(goodput.parts().values()) == 0
     goodput.write(goodput.summary(None, None))
     assert json.loads(path.read_text())["steps"] == 7
