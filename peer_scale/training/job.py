@@ -21,6 +21,7 @@ from peer_scale.errors import StoppedEarly, UserError
 from peer_scale.host_memory import keep_freed_memory
 from peer_scale.lifetime import end_with_parent, show_stacks_on_signal
 from peer_scale.models.heads import MaskedLMHead
+from peer_scale.objectives.engine import Engine
 from peer_scale.objectives.task import PretrainingTask
 from peer_scale.parallel.coordination import RankCoordinator
 from peer_scale.parallel.cpu_binding import bind_near_gpu
@@ -31,12 +32,14 @@ from peer_scale.pipeline.pair_groups import PairGroups
 from peer_scale.pipeline.placement import Placement
 from peer_scale.pipeline.runner import PipelineRunner
 from peer_scale.pipeline.search import choose_placement
+from peer_scale.samples.examples import Batch
 from peer_scale.samples.loader import end_workers, micro_batches
 from peer_scale.samples.shares import BatchPlan
 from peer_scale.settings.config_file import run_yaml
 from peer_scale.settings.resolve import resolve
 from peer_scale.settings.run import RunConfig
 from peer_scale.storage import named_if_unwritable
+from peer_scale.training.callbacks.bad_steps import BadSteps
 from peer_scale.training.callbacks.checkpointing import Checkpointing
 from peer_scale.training.callbacks.closing import ClosingSummary
 from peer_scale.training.callbacks.console import ProgressLine
@@ -48,11 +51,14 @@ from peer_scale.training.compilation import check_compiler
 from peer_scale.training.data import Corpus, choose_num_workers, cut_into_samples, open_text, plan_batches
 from peer_scale.training.engine import build_engine, check_precision
 from peer_scale.training.metering import Meter, device_peak
-from peer_scale.training.run_folders import METRICS, RunFolders
+from peer_scale.training.run_folders import BAD_STEPS, METRICS, RunFolders
 from peer_scale.training.runner import Runner, WholeModelRunner
+from peer_scale.training.spikes import SpikeWatch
 from peer_scale.training.starting_point import StartingPoint, find_sound_start
 from peer_scale.training.summary import startup_summary
 from peer_scale.training.trainer import Callback, Trainer
+from peer_scale.training.update_guard import UpdateGuard
+from peer_scale.training.way_back import WayBack
 
 _LAUNCHERS_THAT_ARE_PARENTS = ("torchrun", "deepspeed")  # of the ranks; killed, they leave them alone
 _SAMPLES_FOR_UNIGRAMS = 4096
@@ -180,25 +186,28 @@ def _train(
         coordinator,
         engine,
         runner,
-        Meter(run, dist.get_world_size(), peak, skipped_steps=engine.skipped_steps),
+        Meter(run, dist.get_world_size(), peak),
         [
             watchdog.first,
-            *_callbacks(run, topology, coordinator, corpus, plan, sections, state, warmup_steps, start, signals),
+            *_callbacks(
+                run, topology, coordinator, corpus, plan, sections, state, engine, warmup_steps, start, signals
+            ),
             *watching,
             watchdog.last,
         ],
         progress=progress,
         warmup_steps=warmup_steps,
     )
-    steps = micro_batches(
-        corpus.training,
-        plan,
-        first_step=progress.step,
-        last_step=run.training.train_iters,
-        num_workers=num_workers,
-    )
     with watchdog:
-        trainer.fit(steps)
+        trainer.fit(
+            lambda step: micro_batches(
+                corpus.training,
+                plan,
+                first_step=step,
+                last_step=run.training.train_iters,
+                num_workers=num_workers,
+            )
+        )
     last, wanted = trainer.progress.step, run.training.train_iters
     if run.output.save is not None and last < wanted:
         raise StoppedEarly(
@@ -224,12 +233,17 @@ def _callbacks(
     plan: BatchPlan,
     sections: Sections,
     state: TrainingState,
+    engine: Engine,
     warmup_steps: int,
     start: StartingPoint,
     signals: StopSignals,
 ) -> list[Callback]:
     output = run.output
-    callbacks: list[Callback] = []
+    goes_on = start.manifest is not None and not start.only_weights
+    recent = start.manifest.sections.recent if start.manifest is not None and goes_on else None
+    spikes = SpikeWatch(run.training.spike_sigmas, recent)
+    checkpointing = _checkpointing(run, coordinator, corpus, sections, state, start, spikes)
+    callbacks: list[Callback] = [_bad_steps(run, coordinator, corpus, plan, state, engine, spikes, checkpointing)]
     if output.eval_interval is not None and corpus.validation is not None:
         callbacks.append(Validation(corpus.validation, plan, output.eval_interval, output.eval_iters))
     if topology.is_first_rank:
@@ -238,17 +252,78 @@ def _callbacks(
     if output.exit_duration_in_mins is not None:
         callbacks.append(StopAfter(output.exit_duration_in_mins))
     callbacks.append(StopOnSignal(signals))
-    if output.save is not None:
-        kept = CheckpointFolder(
-            output.save, output.keep_last, output.keep_every, run=start.run, resumed=start.saving_in(output.save)
-        )
-        writer = CheckpointWriter(
-            output.save, kept, state, coordinator, sections, corpus.tokenizer, in_background=output.async_save
-        )
-        callbacks.append(Checkpointing(writer, output.save_interval))
+    if checkpointing is not None:
+        callbacks.append(checkpointing)
     if topology.is_first_rank:
         callbacks.append(ClosingSummary(run, start.step))
     return [*callbacks, StopOnInterrupt(output.save)]
+
+
+def _bad_steps(
+    run: RunConfig,
+    coordinator: RankCoordinator,
+    corpus: Corpus,
+    plan: BatchPlan,
+    state: TrainingState,
+    engine: Engine,
+    spikes: SpikeWatch,
+    checkpointing: Checkpointing | None,
+) -> BadSteps:
+    def batches_of(step: int) -> list[Batch]:
+        made = micro_batches(corpus.training, plan, first_step=step - 1, last_step=step, num_workers=0)
+        return next(made).batches
+
+    save, log_dir = run.output.save, run.output.log_dir
+    guard = None
+    if run.training.precision != "fp16":
+        guard = UpdateGuard(engine, goes_on=run.training.on_nan != "stop")
+    way_back = None
+    if save is not None and checkpointing is not None:
+        way_back = WayBack(save, state, coordinator, checkpointing.settle)
+    return BadSteps(
+        run,
+        guard,
+        spikes,
+        plan,
+        batches_of,
+        coordinator,
+        folder=log_dir / BAD_STEPS if log_dir is not None and coordinator.is_first_rank else None,
+        way_back=way_back,
+        skipped_steps=engine.skipped_steps,
+    )
+
+
+def _checkpointing(
+    run: RunConfig,
+    coordinator: RankCoordinator,
+    corpus: Corpus,
+    sections: Sections,
+    state: TrainingState,
+    start: StartingPoint,
+    spikes: SpikeWatch,
+) -> Checkpointing | None:
+    output = run.output
+    if output.save is None:
+        return None
+    resumed = start.saving_in(output.save)
+    writer = CheckpointWriter(
+        output.save,
+        CheckpointFolder(output.save, output.keep_last, output.keep_every, run=start.run, resumed=resumed),
+        state,
+        coordinator,
+        sections,
+        corpus.tokenizer,
+        in_background=output.async_save,
+        retry_after=output.save_retry_seconds,
+    )
+    return Checkpointing(
+        writer,
+        output.save_interval,
+        saves_start=run.training.on_nan == "rollback" and resumed is None,
+        max_failed=output.max_failed_saves,
+        spikes=spikes if run.training.on_spike == "skip" else None,
+        is_first_rank=coordinator.is_first_rank,
+    )
 
 
 def _reporting(run: RunConfig, step: int) -> list[Callback]:

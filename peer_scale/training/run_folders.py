@@ -23,8 +23,8 @@ METRICS, DROPPED = "metrics.jsonl", "metrics.dropped.jsonl"
 RUN_YAML, TENSORBOARD = "run.yaml", "tensorboard"
 SET_ASIDE = "give another folder, or --set-aside to move what is there into a folder beside it"
 _RUN = "run.json"
-BEATS, STACKS = "heartbeats", "stacks"
-_OF_LOGS = (METRICS, DROPPED, RUN_YAML, TENSORBOARD, BEATS, STACKS, _RUN)
+BEATS, STACKS, BAD_STEPS = "heartbeats", "stacks", "bad_steps"
+_OF_LOGS = (METRICS, DROPPED, RUN_YAML, TENSORBOARD, BEATS, STACKS, BAD_STEPS, _RUN)
 _OF_CHECKPOINTS = ("step_*", "latest", ".writing_*", ".removing_*", ".damaged_*")
 
 

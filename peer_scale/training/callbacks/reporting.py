@@ -42,6 +42,14 @@ class MetricsFile(Callback):
             waiting = f"{self._file.num_waiting} lines are kept until it can be"
             self._warning.say(f"{self._path}: cannot be written ({error.strerror}); training goes on, {waiting}")
 
+    def on_went_back(self, step: int) -> None:
+        try:
+            self._file.append(b"")
+            _keep_steps_up_to(self._path, step)
+            self._file = _Appender(self._path)
+        except OSError as error:
+            self._warning.say(f"{self._path}: steps after {step} stand there twice ({error.strerror})", at_once=True)
+
     def on_train_end(self, trainer: Trainer) -> None:
         try:
             self._file.append(b"")
