@@ -5,12 +5,16 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
 from rank_pool import free_port
+
+if TYPE_CHECKING:
+    from peer_scale.training.trainer import Callback
 
 PROJECT = Path(__file__).resolve().parent.parent
 TIMES = (
@@ -35,7 +39,7 @@ def ds_config(folder: Path, zero_stage: int = 2, **blocks: object) -> Path:
     return path
 
 
-def train_in_pool(flags: list[str]) -> list[dict]:
+def train_in_pool(flags: list[str], watching: Sequence["Callback"] = ()) -> list[dict]:
     """Run by every rank of a pool: what `pretrain.py` does after it has joined its group; gives the metrics."""
     import torch
 
@@ -47,7 +51,7 @@ def train_in_pool(flags: list[str]) -> list[dict]:
     _number_modules_afresh()
     args = build_parser().parse_args([*SMALL, "--num-workers", "0", *flags])
     run = resolve(args, dist.get_world_size())
-    train(run, arrange_ranks(run, torch.device("cpu")), RankCoordinator())
+    train(run, arrange_ranks(run, torch.device("cpu")), RankCoordinator(), watching)
     dist.barrier()  # the first rank may still be writing its last line
     return read_metrics(args.log_dir)
 
@@ -74,7 +78,7 @@ def _number_modules_afresh() -> None:
     Init.param_id = 0
 
 
-def train_in_fp16(flags: list[str]) -> list[dict] | str:
+def train_in_fp16(flags: list[str], watching: Sequence["Callback"] = ()) -> list[dict] | str:
     """As `train_in_pool`, or why training failed. DeepSpeed refuses fp16 on a CPU: the refusal is lifted here alone."""
     from deepspeed.accelerator import get_accelerator
 
@@ -84,7 +88,7 @@ def train_in_fp16(flags: list[str]) -> list[dict] | str:
     refusal = accelerator.is_fp16_supported
     accelerator.is_fp16_supported = lambda: True
     try:
-        return train_in_pool(flags)
+        return train_in_pool(flags, watching)
     except TrainingError as error:
         return str(error)
     finally:

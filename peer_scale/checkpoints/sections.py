@@ -120,6 +120,15 @@ class Saving:
 
 
 @dataclass(frozen=True)
+class RecentSteps:
+    """Losses and gradient norms of the last steps, by which a spike is known; all of one length."""
+
+    steps: tuple[int, ...] = ()
+    losses: tuple[float, ...] = ()
+    grad_norms: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
 class Sections:
     """All that a manifest says of a run; a section that is None is not there.
 
@@ -139,6 +148,7 @@ class Sections:
         imported: from where the weights of a checkpoint of step 0 come, by what they became.
         reshaped: how the files were cut anew.
         saving: the order in which the folder's checkpoints were saved; None where a version did that without a number.
+        recent: of a run that skips spikes.
     """
 
     progress: Progress
@@ -156,6 +166,7 @@ class Sections:
     imported: dict[str, str] | None = None
     reshaped: Reshaped | None = None
     saving: Saving | None = None
+    recent: RecentSteps | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Give the sections that are there, ready for JSON."""

@@ -92,6 +92,17 @@ class Goodput:
         """Remember what has been done up to the last step counted: it has been saved."""
         self._marks = (*self._marks, self._done())[-_MARKS:]
 
+    def go_back(self, step: int) -> None:
+        """Count as lost what has been done after a step that was saved: the run goes on from there."""
+        done = self._done()
+        self._marks = tuple(mark for mark in self._marks if mark.step <= step)
+        kept = self._marks[-1] if self._marks else Mark()
+        for part in _DONE_AGAIN:
+            seconds = getattr(done, part) - getattr(kept, part)
+            self._before[part] -= seconds
+            self._before["lost"] += seconds
+        self._flops = kept.flops - self._base.flops
+
     def parts(self) -> dict[str, float]:
         """Give the seconds of each part, over all starts."""
         seconds = self._spent.seconds()

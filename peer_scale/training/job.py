@@ -7,7 +7,6 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -23,6 +22,7 @@ from peer_scale.errors import StoppedEarly, UserError
 from peer_scale.host_memory import keep_freed_memory
 from peer_scale.lifetime import end_with_parent, show_stacks_on_signal
 from peer_scale.models.heads import MaskedLMHead
+from peer_scale.objectives.engine import Engine
 from peer_scale.objectives.task import PretrainingTask
 from peer_scale.parallel.coordination import RankCoordinator
 from peer_scale.parallel.cpu_binding import CpuShare, bind_near_gpu
@@ -33,12 +33,14 @@ from peer_scale.pipeline.pair_groups import PairGroups
 from peer_scale.pipeline.placement import Placement
 from peer_scale.pipeline.runner import PipelineRunner
 from peer_scale.pipeline.search import choose_placement
+from peer_scale.samples.examples import Batch
 from peer_scale.samples.loader import end_workers, micro_batches
 from peer_scale.samples.shares import BatchPlan
 from peer_scale.settings.config_file import run_yaml
 from peer_scale.settings.resolve import resolve
 from peer_scale.settings.run import RunConfig
 from peer_scale.storage import last_change, named_if_unwritable, read_json_lines
+from peer_scale.training.callbacks.bad_steps import BadSteps
 from peer_scale.training.callbacks.checkpointing import Checkpointing
 from peer_scale.training.callbacks.closing import ClosingSummary
 from peer_scale.training.callbacks.console import ProgressLine
@@ -58,6 +60,7 @@ from peer_scale.training.metering import Meter, device_peak
 from peer_scale.training.provenance import RunStart, describe_start, process_began
 from peer_scale.training.rank_log import rank_log
 from peer_scale.training.run_folders import (
+    BAD_STEPS,
     METRICS,
     PROFILES,
     PROMETHEUS,
@@ -67,11 +70,14 @@ from peer_scale.training.run_folders import (
     RunFolders,
 )
 from peer_scale.training.runner import Runner, WholeModelRunner
+from peer_scale.training.spikes import SpikeWatch
 from peer_scale.training.start_checks import SHARED_MEMORY, disk_shortage, shared_memory_shortage
 from peer_scale.training.starting_point import StartingPoint, find_sound_start
 from peer_scale.training.summary import startup_summary
 from peer_scale.training.time_spent import TimeSpent
 from peer_scale.training.trainer import Callback, Trainer
+from peer_scale.training.update_guard import UpdateGuard
+from peer_scale.training.way_back import WayBack
 
 _LAUNCHERS_THAT_ARE_PARENTS = ("torchrun", "deepspeed")  # of the ranks; killed, they leave them alone
 _SAMPLES_FOR_UNIGRAMS = 4096
@@ -232,28 +238,29 @@ def _fit(job: _Job, watching: Sequence[Callback]) -> None:
         dist.get_world_size(),
         limit=None if stall is None else 60 * stall,
     )
-    callbacks = _callbacks(job, plan, state, warmup_steps, progress, peak)
+    callbacks = _callbacks(job, plan, state, engine, warmup_steps, progress, peak)
     trainer = Trainer(
         run,
         topology,
         coordinator,
         engine,
         runner,
-        Meter(run, dist.get_world_size(), peak, skipped_steps=engine.skipped_steps),
+        Meter(run, dist.get_world_size(), peak),
         [watchdog.first, *callbacks, *watching, watchdog.last],
         progress=progress,
         warmup_steps=warmup_steps,
         spent=job.spent,
     )
-    steps = micro_batches(
-        job.corpus.training,
-        plan,
-        first_step=progress.step,
-        last_step=run.training.train_iters,
-        num_workers=num_workers,
-    )
     with watchdog:
-        trainer.fit(steps)
+        trainer.fit(
+            lambda step: micro_batches(
+                job.corpus.training,
+                plan,
+                first_step=step,
+                last_step=run.training.train_iters,
+                num_workers=num_workers,
+            )
+        )
     last, wanted = trainer.progress.step, run.training.train_iters
     if run.output.save is not None and last < wanted:
         raise StoppedEarly(
@@ -299,26 +306,91 @@ def _callbacks(
     job: _Job,
     plan: BatchPlan,
     state: TrainingState,
+    engine: Engine,
     warmup_steps: int,
     progress: Progress,
     peak: float | None,
 ) -> list[Callback]:
-    run, topology, output = job.run, job.topology, job.run.output
+    run, topology, output, start = job.run, job.topology, job.run.output, job.start
     goodput = _goodput(job, progress) if topology.is_first_rank else None  # before metrics.jsonl is cut
-    callbacks: list[Callback] = [Stragglers(topology, output.log_interval, job.origin.host_of_rank)]
+    goes_on = start.manifest is not None and not start.only_weights
+    recent = start.manifest.sections.recent if start.manifest is not None and goes_on else None
+    spikes = SpikeWatch(run.training.spike_sigmas, recent)
+    checkpointing = _checkpointing(job, state, spikes)
+    callbacks: list[Callback] = [_bad_steps(job, plan, state, engine, spikes, checkpointing)]
+    callbacks.append(Stragglers(topology, output.log_interval, job.origin.host_of_rank))
     if output.eval_interval is not None and job.corpus.validation is not None:
         callbacks.append(Validation(job.corpus.validation, plan, output.eval_interval, output.eval_iters))
     if topology.is_first_rank:
-        callbacks.append(ProgressLine(run, job.start.step, run.objective.notices(warmup_steps)))
+        callbacks.append(ProgressLine(run, start.step, run.objective.notices(warmup_steps)))
     callbacks += job.coordinator.everyone(lambda: _reporting(job) if topology.is_first_rank else [])
     if output.exit_duration_in_mins is not None:
         callbacks.append(StopAfter(output.exit_duration_in_mins))
     callbacks.append(StopOnSignal(job.signals))
-    if output.save is not None:
-        callbacks.append(Checkpointing(_writer(job, output.save, state), output.save_interval))
+    if checkpointing is not None:
+        callbacks.append(checkpointing)
     if goodput is not None:
         callbacks += _closing(job, goodput, peak)
     return [*callbacks, *_profiling(job), StopOnInterrupt(output.save)]
+
+
+def _bad_steps(
+    job: _Job,
+    plan: BatchPlan,
+    state: TrainingState,
+    engine: Engine,
+    spikes: SpikeWatch,
+    checkpointing: Checkpointing | None,
+) -> BadSteps:
+    run, coordinator = job.run, job.coordinator
+
+    def batches_of(step: int) -> list[Batch]:
+        made = micro_batches(job.corpus.training, plan, first_step=step - 1, last_step=step, num_workers=0)
+        return next(made).batches
+
+    save, log_dir = run.output.save, run.output.log_dir
+    guard = None
+    if run.training.precision != "fp16":
+        guard = UpdateGuard(engine, goes_on=run.training.on_nan != "stop")
+    way_back = None
+    if save is not None and checkpointing is not None:
+        way_back = WayBack(save, state, coordinator, checkpointing.settle)
+    return BadSteps(
+        run,
+        guard,
+        spikes,
+        plan,
+        batches_of,
+        coordinator,
+        folder=log_dir / BAD_STEPS if log_dir is not None and coordinator.is_first_rank else None,
+        way_back=way_back,
+        skipped_steps=engine.skipped_steps,
+    )
+
+
+def _checkpointing(job: _Job, state: TrainingState, spikes: SpikeWatch) -> Checkpointing | None:
+    run, output, start = job.run, job.run.output, job.start
+    if output.save is None:
+        return None
+    resumed = start.saving_in(output.save)
+    writer = CheckpointWriter(
+        output.save,
+        CheckpointFolder(output.save, output.keep_last, output.keep_every, run=start.run, resumed=resumed),
+        state,
+        job.coordinator,
+        job.sections,
+        job.corpus.tokenizer,
+        in_background=output.async_save,
+        retry_after=output.save_retry_seconds,
+    )
+    return Checkpointing(
+        writer,
+        output.save_interval,
+        saves_start=run.training.on_nan == "rollback" and resumed is None,
+        max_failed=output.max_failed_saves,
+        spikes=spikes if run.training.on_spike == "skip" else None,
+        is_first_rank=job.coordinator.is_first_rank,
+    )
 
 
 def _reporting(job: _Job) -> list[Callback]:
@@ -328,14 +400,6 @@ def _reporting(job: _Job) -> list[Callback]:
         with named_if_unwritable(log_dir, "--log-dir"):
             callbacks.append(MetricsFile(log_dir / METRICS, job.start.step))
     return callbacks
-
-
-def _writer(job: _Job, save: Path, state: TrainingState) -> CheckpointWriter:
-    output, start = job.run.output, job.start
-    kept = CheckpointFolder(save, output.keep_last, output.keep_every, run=start.run, resumed=start.saving_in(save))
-    return CheckpointWriter(
-        save, kept, state, job.coordinator, job.sections, job.corpus.tokenizer, in_background=output.async_save
-    )
 
 
 def _goodput(job: _Job, progress: Progress) -> Goodput:

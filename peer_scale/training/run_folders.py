@@ -24,11 +24,11 @@ METRICS, DROPPED = "metrics.jsonl", "metrics.dropped.jsonl"
 RUN_YAML, TENSORBOARD = "run.yaml", "tensorboard"
 SET_ASIDE = "give another folder, or --set-aside to move what is there into a folder beside it"
 _RUN = "run.json"
-BEATS, STACKS = "heartbeats", "stacks"
+BEATS, STACKS, BAD_STEPS = "heartbeats", "stacks", "bad_steps"
 STARTS, SUMMARY, PROMETHEUS = "starts.jsonl", "summary.json", "metrics.prom"
 RANK_LOGS, PROFILES = "ranks", "profiles"
 _OF_LOGS = (
-    *(METRICS, DROPPED, RUN_YAML, TENSORBOARD, BEATS, STACKS),
+    *(METRICS, DROPPED, RUN_YAML, TENSORBOARD, BEATS, STACKS, BAD_STEPS),
     *(STARTS, SUMMARY, PROMETHEUS, RANK_LOGS, PROFILES, _RUN),
 )
 _OF_CHECKPOINTS = ("step_*", "latest", ".writing_*", ".removing_*", ".damaged_*")

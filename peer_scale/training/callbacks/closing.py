@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -28,7 +29,7 @@ class ClosingSummary(Callback):
         losses = ("loss", "validation_loss")
         for name in (*losses, *self._run.objective.progress_metrics):
             value = metrics.get(name)
-            if value is None:
+            if value is None or not math.isfinite(value):
                 continue
             sign = 1 if name in losses else -1
             if name not in self._best or sign * value < sign * self._best[name][0]:

@@ -44,6 +44,14 @@ class MetricsFile(Callback):
             waiting = f"{self._file.num_waiting} lines are kept until it can be"
             self._warning.say(f"{self._path}: cannot be written ({error.strerror}); training goes on, {waiting}")
 
+    def on_went_back(self, step: int) -> None:
+        try:
+            self._file.append(b"")
+            _keep_steps_up_to(self._path, step)
+            self._file = _Appender(self._path)
+        except OSError as error:
+            self._warning.say(f"{self._path}: steps after {step} stand there twice ({error.strerror})", at_once=True)
+
     def on_train_end(self, trainer: Trainer) -> None:
         try:
             self._file.append(b"")
@@ -159,7 +167,8 @@ class MonitorEvents(Callback):
             self._blocks.setdefault("tensorboard", here)
         try:
             self._monitor: Any = self._start()
-            forget_after(self._monitor, step)
+            if step:
+                forget_after(self._monitor, step)
         except (ImportError, ValueError, OSError) as error:
             raise UserError(f"the ds_config's monitor cannot be started: {error}") from error
         self._enabled = self._monitor.enabled
@@ -182,6 +191,14 @@ class MonitorEvents(Callback):
             self._monitor, self._next_start = None, time.monotonic() + self._retry_after
             why = f"{type(error).__name__}: {error}".splitlines()[0]
             self._warning.say(f"the monitor cannot be written to ({why}); training goes on")
+
+    def on_went_back(self, step: int) -> None:
+        self._waiting = deque((events for events in self._waiting if events[0][2] <= step), self._waiting.maxlen)
+        if self._monitor is not None:
+            try:
+                forget_after(self._monitor, step)
+            except OSError as error:
+                self._warning.say(f"the monitor has steps after {step} twice ({error.strerror})", at_once=True)
 
     def _start(self) -> Any:
         from deepspeed.monitor.config import get_monitor_config
@@ -206,8 +223,6 @@ def going_on_with(run: str, ds_config: dict[str, Any], environ: MutableMapping[s
 
 def forget_after(monitor: Any, step: int) -> None:
     """Take back what an earlier start told TensorBoard and CSV files of steps after `step`; OSError for the disk's."""
-    if not step:
-        return
     writer = getattr(monitor.tb_monitor, "summary_writer", None)
     if writer is not None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog

@@ -41,6 +41,9 @@ class RunSummary(Callback):
         if is_saved or time.monotonic() >= self._next:
             self._write()
 
+    def on_went_back(self, step: int) -> None:
+        self._goodput.go_back(step)
+
     def on_train_end(self, trainer: Trainer) -> None:
         if trainer.run.output.save is not None:
             self._goodput.mark()

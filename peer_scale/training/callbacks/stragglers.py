@@ -75,6 +75,11 @@ class Stragglers(Callback):
         self._look_for_slow(over, ranks, step - self._last_step, metrics["step_time_s"])
         self._last_step = step
 
+    def on_went_back(self, step: int) -> None:
+        self._unread.clear()
+        self._under_way.clear()
+        self._last_step = step
+
     def _gather(self) -> LateNumbers:
         """Send what this rank knows, and take from all; numbers are made on the device, as a step's counts are."""
         device, num = self._topology.device, self._num_known

@@ -196,3 +196,6 @@ class _StepBegins(Callback):
 
     def on_step_end(self, trainer: Trainer, record: StepRecord) -> None:
         self._watchdog.begin_step(record.step + 1)
+
+    def on_went_back(self, step: int) -> None:
+        self._watchdog.begin_step(step + 1)

@@ -85,6 +85,20 @@ def test_what_was_done_past_the_checkpoint_is_lost(clock, tmp_path, killed_after
     assert "3 starts" in third.describe() and third.describe().startswith("train ")
 
 
+def test_a_process_that_goes_back_loses_what_it_had_done(clock, tmp_path):
+    goodput = first_start(clock, tmp_path / "summary.json")
+    goodput.go_back(2)
+    clock.now += 10
+    goodput.count({"step": 3, "tokens": 300, **TEN})
+    summary = goodput.summary(None, None)
+    assert summary["parts_s"] == pytest.approx(
+        {"start": 20, "load": 5, "train": 30, "validation": 2, "save": 3, "lost": 10, "down": 0}
+    )
+    assert summary["tokens_per_second"] == pytest.approx(10) and summary["tflops_per_device"] == pytest.approx(2)
+    goodput.go_back(0)
+    assert goodput.parts()["lost"] == pytest.approx(45) and goodput.parts()["train"] == pytest.approx(0)
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"for_the_next_start": {"began": "yesterday"}}'])
 def test_a_file_that_says_nothing_is_a_beginning(clock, tmp_path, content):
     path = tmp_path / "summary.json"
