@@ -106,7 +106,8 @@ class Goodput:
     def parts(self) -> dict[str, float]:
         """Give the seconds of each part, over all starts."""
         seconds = self._spent.seconds()
-        return {part: self._before[part] + seconds.get(part, 0.0) for part in self._before}
+        own = {part: self._before[part] + seconds[part] for part in PARTS}
+        return {**own, "lost": self._before["lost"], "down": self._before["down"]}
 
     def describe(self) -> str:
         """Give the parts in a line, by their share of the wall time."""
@@ -150,8 +151,10 @@ class Goodput:
         parts = self.parts()
         tokens = self._last.get("tokens", self._progress.tokens) - self._progress.tokens
         return Mark(
-            self._last.get("step", self._progress.step),
-            *(parts[part] for part in _DONE_AGAIN),
+            step=self._last.get("step", self._progress.step),
+            train=parts["train"],
+            validation=parts["validation"],
+            save=parts["save"],
             tokens=self._base.tokens + tokens,
             flops=self._base.flops + self._flops,
         )

@@ -34,26 +34,22 @@ class Software:
     """What one rank runs; versions by name, None where there is none of it.
 
     Attributes:
-        commit: of the checkout that the package lies in; None where it is installed.
-        dirty: whether files of that checkout were changed since; None where it is installed.
+        commit: of the checkout that the package lies in; None where it is installed, or git does not tell.
+        dirty: whether files of that checkout were changed since; None where it is installed, or git does not tell.
         versions: of the package, Python, torch, what torch was built with, the GPUs' driver and the libraries.
+        is_installed: whether the package lies in no checkout.
     """
 
     commit: str | None
     dirty: bool | None
     versions: dict[str, str | None]
+    is_installed: bool
 
     def compared(self) -> dict[str, str | None]:
-        """Give what must be the same on all ranks."""
+        """Give what must be the same on all ranks, without what is not known here (a node may have no git)."""
         versions = {name: version for name, version in self.versions.items() if name not in _NOT_COMPARED}
-        return {**versions, "git commit": self.commit}
-
-
-@dataclass(frozen=True)
-class _Rank:
-    host: str
-    device: str
-    compared: dict[str, str | None]
+        is_known = self.is_installed or self.commit is not None
+        return {**versions, "git commit": self.commit} if is_known else versions
 
 
 @dataclass(frozen=True)
@@ -99,7 +95,7 @@ class RunStart:
     def as_comment(self) -> str:
         """Give a few lines for the head of run.yaml."""
         software, hosts = self.software, Counter(self.host_of_rank)
-        commit = "an installed package" if software.commit is None else f"commit {software.commit}"
+        commit = "an installed package" if software.is_installed else f"commit {software.commit or 'unknown'}"
         versions = ", ".join(f"{name} {version}" for name, version in software.versions.items() if version is not None)
         shown = [f"{number} on {host}" for host, number in list(hosts.items())[:8]]
         shown += [f"and {len(hosts) - 8} more hosts"] if len(hosts) > 8 else []
@@ -132,13 +128,12 @@ def versions() -> dict[str, str | None]:
 
 def find_software(package: Path = Path(peer_scale.__file__).parent) -> Software:
     """Find out what this process runs; `package` is the package's folder."""
-    commit, dirty = None, None
     checkout = package.resolve().parent
-    if _git(checkout, "rev-parse", "--show-toplevel") == str(checkout):  # not one that an environment lies in
-        commit = _git(checkout, "rev-parse", "HEAD")
-        changed = _git(checkout, "status", "--porcelain", "--untracked-files=no")
-        dirty = None if changed is None else bool(changed)
-    return Software(commit, dirty, versions())
+    if not (checkout / ".git").exists():
+        return Software(None, None, versions(), is_installed=True)
+    commit = _git(checkout, "rev-parse", "HEAD")
+    changed = _git(checkout, "status", "--porcelain", "--untracked-files=no")
+    return Software(commit, None if changed is None else bool(changed), versions(), is_installed=False)
 
 
 def device_name(device: torch.device) -> str:
@@ -168,17 +163,17 @@ def describe_start(
         UserError: on all ranks alike: ranks differ in a version or in the commit.
     """
     software = find_software()
-    own = _Rank(socket.gethostname(), device_name(device), software.compared())
-    ranks = coordinator.exchange(own)
-    difference = difference_of_software([(rank.host, rank.compared) for rank in ranks])
+    # of Python's own types: another version may not know ours
+    ranks = coordinator.exchange((socket.gethostname(), device_name(device), software.compared()))
+    difference = difference_of_software([(host, compared) for host, _, compared in ranks])
     if difference is not None:
         raise UserError(difference)
     start = RunStart(
         unix_time,
         tuple(sys.argv),
         software,
-        tuple(rank.host for rank in ranks),
-        tuple(dict.fromkeys(rank.device for rank in ranks)),
+        tuple(host for host, _, _ in ranks),
+        tuple(dict.fromkeys(name for _, name, _ in ranks)),
         _slurm(environ),
     )
     return coordinator.first_rank(lambda: start)
@@ -188,11 +183,11 @@ def difference_of_software(ranks: Sequence[tuple[str, Mapping[str, str | None]]]
     """Say in one line which hosts have another version than most ranks, None where all have the same.
 
     Args:
-        ranks: for each its host and what it runs.
+        ranks: for each its host and what it runs, as far as that is known.
     """
-    wrong = []
-    for name in ranks[0][1]:
-        found = [(software.get(name), host) for host, software in ranks]
+    wrong, names = [], list(dict.fromkeys(name for _, software in ranks for name in software))
+    for name in names:
+        found = [(software[name], host) for host, software in ranks if name in software]
         (usual, _), *others = Counter(version for version, _ in found).most_common()
         for version, _ in others:
             hosts = list(dict.fromkeys(host for other, host in found if other == version))
@@ -201,7 +196,7 @@ def difference_of_software(ranks: Sequence[tuple[str, Mapping[str, str | None]]]
     if not wrong:
         return None
     return (
-        f"the ranks do not run the same: {'; '.join(wrong)} (compared are {', '.join(ranks[0][1])}): give all nodes "
+        f"the ranks do not run the same: {'; '.join(wrong)} (compared are {', '.join(names)}): give all nodes "
         "the same environment"
     )
 

@@ -61,9 +61,10 @@ def rank_log(folder: Path | None, rank: int) -> Iterator[None]:
     loggers = [logging.getLogger(), logging.getLogger(HIDDEN)]
     for logger in loggers:
         logger.addHandler(handler)
-    shows_crashes = not faulthandler.is_enabled()  # else somebody wants them elsewhere
-    if shows_crashes:
-        faulthandler.enable(handler.stream)
+    stream, shows_crashes = handler.stream, False
+    if stream is not None and not faulthandler.is_enabled():  # else somebody wants crashes elsewhere
+        faulthandler.enable(stream.fileno())
+        shows_crashes = True
     try:
         yield
     except (KeyboardInterrupt, StoppedEarly):

@@ -33,7 +33,8 @@ def test_the_commit_is_that_of_the_packages_own_checkout(tmp_path):
     package.mkdir(parents=True)
     (package / "module.py").write_text("1\n")
     git(package.parent, "init", "-q")
-    assert find_software(package).commit is None, "nothing is committed yet"
+    empty = find_software(package)
+    assert empty.commit is None and "git commit" not in empty.compared(), "nothing is committed yet"
     git(package.parent, "add", ".")
     git(package.parent, "commit", "-qm", "first")
     head = git(package.parent, "rev-parse", "HEAD").strip()
@@ -44,7 +45,9 @@ def test_the_commit_is_that_of_the_packages_own_checkout(tmp_path):
     assert find_software(package).dirty is True
     installed = package.parent / "environment" / "site-packages" / "package"
     installed.mkdir(parents=True)
-    assert (find_software(installed).commit, find_software(installed).dirty) == (None, None)
+    found = find_software(installed)
+    assert (found.commit, found.dirty, found.is_installed) == (None, None, True)
+    assert found.compared()["git commit"] is None and "driver" not in found.compared()
 
 
 def test_versions_are_those_that_run():
@@ -56,6 +59,8 @@ def test_versions_are_those_that_run():
 
 def test_ranks_that_run_the_same_differ_in_nothing():
     assert difference_of_software([("a", SAME)] * 3 + [("b", SAME)]) is None
+    without_git = {name: version for name, version in SAME.items() if name != "git commit"}
+    assert difference_of_software([("a", without_git), ("b", SAME | {"git commit": "abc"})]) is None
 
 
 @pytest.mark.parametrize(
@@ -115,4 +120,6 @@ def write_starts(path, environ):
 
 
 def test_when_this_process_began():
-    assert process_began() == pytest.approx(psutil.Process().create_time(), abs=0.5)
+    assert process_began() == pytest.approx(psutil.Process().create_time(), abs=1.5), (
+        "Linux tells the time of its boot in seconds"
+    )

@@ -13,7 +13,8 @@ from peer_scale.training.complaints import complain
 from peer_scale.training.rank_log import rank_log
 
 
-def test_warnings_and_what_ends_the_block(tmp_path, capsys):
+def test_warnings_and_what_ends_the_block(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's would show them too
     silence_libraries()
     with pytest.raises(ZeroDivisionError), rank_log(tmp_path / "ranks", 3):
         complain("a disk is slow")
