@@ -106,7 +106,7 @@ class Goodput:
     def parts(self) -> dict[str, float]:
         """Give the seconds of each part, over all starts."""
         seconds = self._spent.seconds()
-        own = {part: self._before[part] + seconds[part] for part in PARTS}
+        own: dict[str, float] = {part: self._before[part] + seconds[part] for part in PARTS}
         return {**own, "lost": self._before["lost"], "down": self._before["down"]}
 
     def describe(self) -> str:
