@@ -33,6 +33,11 @@ class _RankFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
         """A disk that fails ends no run."""
 
+    def close(self) -> None:
+        """Close the file; a disk that fails costs the last lines."""
+        with contextlib.suppress(OSError):
+            super().close()
+
     def _is_handled_elsewhere(self, name: str) -> bool:
         logger: logging.Logger | None = logging.getLogger(name)
         while logger is not None:

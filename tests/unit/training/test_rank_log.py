@@ -48,3 +48,13 @@ def test_where_no_file_can_be_the_block_runs(tmp_path):
         with rank_log(folder, 0), warnings.catch_warnings():
             complain("said all the same")
     assert (tmp_path / "file").read_text() == ""
+
+
+def test_a_full_disk_ends_nothing(mount_disk):
+    folder = mount_disk("64k")
+    with contextlib.suppress(OSError), (folder / "ballast").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    with pytest.raises(UserError, match="as it is"), rank_log(folder / "ranks", 0):
+        complain("said all the same")
+        raise UserError("as it is")
