@@ -126,13 +126,18 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def find_software(package: Path = Path(peer_scale.__file__).parent) -> Software:
-    """Find out what this process runs; `package` is the package's folder."""
+def find_software(package: Path = Path(peer_scale.__file__).parent, *, with_changes: bool = True) -> Software:
+    """Find out what this process runs.
+
+    Args:
+        package: the package's folder.
+        with_changes: whether to look for changed files, which takes a while on a network disk.
+    """
     checkout = package.resolve().parent
     if not (checkout / ".git").exists():
         return Software(None, None, versions(), is_installed=True)
     commit = _git(checkout, "rev-parse", "HEAD")
-    changed = _git(checkout, "status", "--porcelain", "--untracked-files=no")
+    changed = _git(checkout, "status", "--porcelain", "--untracked-files=no") if with_changes else None
     return Software(commit, None if changed is None else bool(changed), versions(), is_installed=False)
 
 
@@ -162,7 +167,7 @@ def describe_start(
     Raises:
         UserError: on all ranks alike: ranks differ in a version or in the commit.
     """
-    software = find_software()
+    software = find_software(with_changes=coordinator.is_first_rank)
     # of Python's own types: another version may not know ours
     ranks = coordinator.exchange((socket.gethostname(), device_name(device), software.compared()))
     difference = difference_of_software([(host, compared) for host, _, compared in ranks])
