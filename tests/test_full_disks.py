@@ -48,12 +48,19 @@ def train_on_a_full_disk(flags, ballast, full, free=None, after=0.0):
         return type(error).__name__, str(error)
 
 
-@pytest.mark.parametrize("saves", ["--async-save", pytest.param("--no-async-save", marks=pytest.mark.slow)])
-def test_training_goes_on_without_what_could_not_be_saved(saves, two_ranks, mount_disk, tmp_path, text_file):
+@pytest.mark.parametrize(
+    ("ranks", "saves"),
+    [
+        (1, "--async-save"),
+        pytest.param(2, "--async-save", marks=pytest.mark.slow),
+        pytest.param(2, "--no-async-save", marks=pytest.mark.slow),
+    ],
+)
+def test_training_goes_on_without_what_could_not_be_saved(ranks, saves, rank_pools, mount_disk, tmp_path, text_file):
     disk = mount_disk("40m")
     more = ("--max-failed-saves", 9, "--save-retry-seconds", 0, "--keep-last", 9, saves)
     flags = flags_for(tmp_path, disk, text_file, *more)
-    metrics = two_ranks.run(train_on_a_full_disk, flags, disk / "ballast", full=3, free=7)[0]
+    metrics = rank_pools.of(ranks).run(train_on_a_full_disk, flags, disk / "ballast", full=3, free=7)[0]
     assert [line["step"] for line in metrics] == list(range(1, 9))
     kept = [path.name for path in committed(disk / "save")]
     if saves == "--no-async-save":
@@ -63,7 +70,8 @@ def test_training_goes_on_without_what_could_not_be_saved(saves, two_ranks, moun
     assert not list((disk / "save").glob(".*step_*"))
 
 
-@pytest.mark.parametrize("saves", ["--async-save", pytest.param("--no-async-save", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("saves", ["--async-save", "--no-async-save"])
 def test_a_save_is_tried_again(saves, one_rank, mount_disk, tmp_path, text_file):
     disk = mount_disk("40m")
     more = ("--max-failed-saves", 1, "--save-retry-seconds", 1, "--micro-batch-size", 4, saves)
