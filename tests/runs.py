@@ -21,7 +21,7 @@ TIMES = (
     *("step_time_s", "data_wait_s", "tokens_per_second", "tflops_per_device", "mfu"),
     *("slowest_rank", "busy_time_s", "rank_data_wait_s", "peak_memory_bytes"),
 )
-SMALL = ("--vocab-size", "2000", "--seq-length", "64", "--log-interval", "1000000")
+SMALL = ("--model", "peer-tiny", "--vocab-size", "2000", "--seq-length", "64", "--log-interval", "1000000")
 
 
 def corpus(text_file: Path) -> tuple[str, ...]:
@@ -105,8 +105,13 @@ def without_times(metrics: list[dict]) -> list[dict]:
 
 
 def pretrain(*flags: object, launcher: tuple[str, ...] = (), timeout: float = 240, **environ: str):
-    """Start the trainer as a user does; gives the finished process with its output as text."""
-    command = [sys.executable, *launcher, str(PROJECT / "peer_scale/pretrain.py"), *SMALL, *map(str, flags)]
+    """Train a small model as a user does; gives the finished process with its output as text."""
+    return run_trainer(*SMALL, *flags, launcher=launcher, timeout=timeout, **environ)
+
+
+def run_trainer(*flags: object, launcher: tuple[str, ...] = (), timeout: float = 240, **environ: str):
+    """Start the trainer with these flags alone; gives the finished process with its output as text."""
+    command = [sys.executable, *launcher, str(PROJECT / "peer_scale/pretrain.py"), *map(str, flags)]
     environment = outside_of_ranks()
     return subprocess.run(
         command, capture_output=True, text=True, timeout=timeout, env=environment | environ, cwd=PROJECT, check=False

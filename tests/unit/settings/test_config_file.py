@@ -122,6 +122,7 @@ def test_a_run_repeats_itself(one_rank, tmp_path, text_file):
 def test_a_file_of_some_sections_changes_those(tmp_path):
     """Files from before `kind` and the section `masking` were there."""
     text = """
+name: peer-tiny
 model: {ranker: {num_layers: 6}, init_std: 5e-2}
 objective: {delta: 5, mask_fraction: 0.2}
 training:
