@@ -37,7 +37,7 @@ def write_encoder(folder: Path, family: str = "electra", **sizes: object) -> Pat
     common = {"vocab_size": wordpiece.vocab_size, "pad_token_id": wordpiece.pad_id, **SIZES, **sizes}
     torch.manual_seed(0)
     if family == "electra":
-        model = ElectraForPreTraining(ElectraConfig(embedding_size=8, initializer_range=0.3, **common))
+        model = ElectraForPreTraining(ElectraConfig(**{"embedding_size": 8, "initializer_range": 0.3, **common}))
     elif family == "bert":
         model = BertForMaskedLM(BertConfig(initializer_range=0.3, **common))
     else:

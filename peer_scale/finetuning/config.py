@@ -180,6 +180,7 @@ class FinetuneConfig:
         default=None,
         help="DeepSpeed's settings: a JSON file, or zero1 or zero2; needs a launcher.",
         metavar="FILE",
+        flag="deepspeed_config",
         default_text="plain data parallelism",
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from peer_scale.finetuning.tasks import Examples
@@ -65,10 +65,11 @@ class Padded:
         return batch
 
 
-def inputs_of(model: nn.Module, tokenizer: Any) -> list[str]:
-    """Name what the tokenizer gives and the model takes."""
+def inputs_of(model: Any) -> list[str]:
+    """Name the inputs that the model takes; token types where it tells the first text from the second by them."""
     taken = inspect.signature(model.forward).parameters
-    return [name for name in _INPUTS if name in taken and name in tokenizer.model_input_names]
+    has_types = getattr(model.config, "type_vocab_size", 0) > 1
+    return [name for name in _INPUTS if name in taken and (has_types or name != "token_type_ids")]
 
 
 def encode(
@@ -84,7 +85,9 @@ def encode(
     if pops_longer and len(columns) == 2 and backend is not None:
         inputs = _encode_pairs(columns, backend, max_length, wanted)
     else:
-        encoded = tokenizer(*columns, truncation=True, max_length=max_length)
+        encoded = tokenizer(
+            *columns, truncation=True, max_length=max_length, return_token_type_ids="token_type_ids" in wanted
+        )
         inputs = {name: encoded[name] for name in wanted}
     return EncodedExamples(inputs, examples.labels)
 

@@ -25,7 +25,7 @@ from transformers import (
     set_seed,
 )
 
-from peer_scale.errors import UserError
+from peer_scale.errors import DamagedError, UserError
 from peer_scale.finetuning.head import LinearHead
 from peer_scale.finetuning.recipes import Head, Recipe
 from peer_scale.finetuning.tasks import Task
@@ -78,14 +78,21 @@ def find_model(model: str, converted: Path, *, branch: str | None = None, writes
         return str(path)
     from peer_scale.checkpoints.folder import require_found
 
-    folder, manifest = require_found(path)
+    try:
+        folder, _ = require_found(path)
+    except DamagedError:
+        raise
+    except UserError:
+        raise UserError(
+            f"--model {model}: neither a folder with the config.json of a model nor one with a committed checkpoint"
+        ) from None
     output = converted / f"{folder.absolute().parent.name}_{folder.name}_{branch or 'main'}"
     if writes and not (output / "config.json").is_file():
-        _convert(folder, manifest.sections.progress.step, branch, output)
+        _convert(folder, branch, output)
     return str(output)
 
 
-def _convert(folder: Path, step: int, branch: str | None, output: Path) -> None:
+def _convert(folder: Path, branch: str | None, output: Path) -> None:
     import torch.distributed as dist
 
     from peer_scale.checkpoints.reader import read_checkpoint
@@ -93,7 +100,6 @@ def _convert(folder: Path, step: int, branch: str | None, output: Path) -> None:
 
     had_group = dist.is_initialized()
     checkpoint = read_checkpoint(folder)
-    assert checkpoint.sections.progress.step == step
     try:
         to_hugging_face(checkpoint, choose_export(checkpoint, branch), output)
     finally:

@@ -66,7 +66,7 @@ def probe(
     encoder = _encoder(pretrained, seed)
 
     def features(examples: Examples) -> np.ndarray:
-        wanted = inputs_of(encoder, pretrained.tokenizer)
+        wanted = inputs_of(encoder)
         encoded = encode(examples, pretrained.tokenizer, wanted, pretrained.max_length(max_length))
         return mean_states(encoder, encoded, pretrained.tokenizer.pad_token_id or 0, layers=layers)
 

@@ -10,6 +10,7 @@ OUTPUT_DIR/TASK/predictions/                its predictions of the test set
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -53,6 +54,8 @@ def finetune(config: FinetuneConfig, tell: Tell = lambda line: None) -> Results:
         UserError: the model, the data or the output folder is not what it must be.
     """
     disable_progress_bar()
+    if config.deepspeed_config is not None and "RANK" not in os.environ:
+        raise UserError("--deepspeed_config needs a launcher: torchrun or deepspeed")
     is_first = is_first_rank()
     if is_first:
         require_writable_folder(config.output_dir, "--output-dir")
@@ -97,7 +100,7 @@ class _Work:
         recipe = config.applied_to(recipe_for(config.recipe, hidden_size=hidden_size, task=name, train_size=size))
         with torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(classifier_config(pretrained, data.task, recipe))
-        wanted = inputs_of(model, pretrained.tokenizer)
+        wanted = inputs_of(model)
         max_length = pretrained.max_length(config.max_length)
 
         def encoded(examples: Examples) -> EncodedExamples:
