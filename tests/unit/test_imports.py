@@ -33,9 +33,10 @@ LAYERS = (
         "checkpoints",
         "conversion",
         "training",
+        "finetuning",
         "doctor",
     ),
-    *("commands", "pretrain", "cli"),
+    *("commands", "pretrain", "finetune", "cli"),
 )
 
 
