@@ -1,5 +1,6 @@
 """A NaN at step 13 of 20: stop, skip and rollback each do what they say, under every layout."""
 
+import copy
 import json
 import math
 import re
@@ -14,9 +15,9 @@ from runs import corpus, ds_config, read_metrics, train_in_fp16, train_in_pool, 
 BAD = 13
 
 
-def flags_for(folder, text_file, name, *more, stage=2):
+def flags_for(folder, text_file, name, *more, stage=2, **blocks):
     flags = [
-        *(*corpus(text_file), "--deepspeed_config", ds_config(folder, stage), "--model", "bert-tiny"),
+        *(*corpus(text_file), "--deepspeed_config", ds_config(folder, stage, **blocks), "--model", "bert-tiny"),
         *("--num-layers", 2, "--train-iters", 20, "--seq-length", 32, "--global-batch-size", 4),
         *("--micro-batch-size", 2, "--hidden-dropout", 0.1, "--log-dir", folder / name),
         *("--save", folder / name / "save", "--save-interval", 5, *more),
@@ -85,6 +86,7 @@ LAYOUTS = {
     "tensor parallel": (2, 1, ("--tensor-model-parallel-size", 2)),
     "ZeRO-1, bf16": (2, 1, ("--bf16",)),
     "ZeRO-3, bf16": (2, 1, ("--bf16",)),
+    "ZeRO-2, optimizer on the host": (2, 1, ("--bf16",)),
 }
 
 
@@ -93,10 +95,13 @@ LAYOUTS = {
 def test_stop_skip_and_rollback(layout, rank_pools, tmp_path, text_file):
     ranks, bad_rank, more = LAYOUTS[layout]
     stage = int(layout.partition("ZeRO-")[2][:1] or 2)
+    blocks = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}} if "host" in layout else {}
     pool = rank_pools.of(ranks)
 
     def train(action, *others, where="gradient", **planted):
-        flags = flags_for(tmp_path, text_file, action, "--on-nan", action, *more, *others, stage=stage)
+        flags = flags_for(
+            tmp_path, text_file, action, "--on-nan", action, *more, *others, stage=stage, **copy.deepcopy(blocks)
+        )
         told = pool.run(train_with_nan, flags, [BAD], bad_rank, where, **planted)
         assert all(one == told[0][0] for one, _ in told)
         return told[0][0], [unchanged for _, unchanged in told]

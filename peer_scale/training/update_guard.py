@@ -12,9 +12,10 @@ from torch import Tensor
 class UpdateGuard:
     """Keeps weights, moments and Adam's count of updates as they are where a step's gradients are not finite.
 
-    All ranks decide alike, since they share the norm. DeepSpeed knows it before its optimizers of all ZeRO stages call
-    torch's AdamW, whose fused kernel does nothing where its `found_inf` is 1: it was made for loss scaling. With fp16
-    that is DeepSpeed's own work, and there is no guard.
+    All ranks decide alike, since they share the norm. What tensor-parallel ranks have in common counts in it once, as
+    the first of them has it. DeepSpeed knows the norm before its optimizers of all ZeRO stages call torch's AdamW,
+    whose fused kernel does nothing where its `found_inf` is 1: it was made for loss scaling. With fp16 that is
+    DeepSpeed's own work, and there is no guard.
 
     After gradients that were not finite no later update happens either, unless the guard lets the run go on: the host
     finds out one step late, and must find the state in which the bad step began.
