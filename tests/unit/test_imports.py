@@ -34,6 +34,7 @@ LAYERS = (
         "conversion",
         "training",
         "doctor",
+        "experiments",
     ),
     *("commands", "pretrain", "cli"),
 )
