@@ -33,10 +33,11 @@ LAYERS = (
         "checkpoints",
         "conversion",
         "training",
+        "finetuning",
         "doctor",
         "experiments",
     ),
-    *("commands", "pretrain", "cli"),
+    *("commands", "pretrain", "finetune", "cli"),
 )
 
 
