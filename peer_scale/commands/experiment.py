@@ -30,8 +30,8 @@ examples:
   peer-scale experiment examples/paper/table3.yaml --plan --tokens-per-second 400000
   peer-scale experiment examples/paper/table3.yaml --output runs/table3 --slurm --sbatch '-N 1 --gpus-per-node 8'
 
-Results of single runs are small files in results/ of the output folder. Copied into another machine's, they count there:
-what they are of is not run again, and experiment.json is made of all that is there.
+Results of single runs are small files in results/ of the output folder. Copied into another machine's they count
+there: what they are of is not run again, and experiment.json is made of all that is there.
 """
 
 
@@ -44,7 +44,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="folder of runs and results (default: experiments/NAME)"
     )
-    parser.add_argument("--only", nargs="+", metavar="RUN", help="runs to carry out, as ARM or ARM-sSEED (default: all)")
+    parser.add_argument("--only", nargs="+", metavar="RUN", help="runs to do, as ARM or ARM-sSEED (default: all)")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--plan", action="store_true", help="print steps, tokens, FLOPs and time, and run nothing")
     what.add_argument("--collect", action="store_true", help="make experiment.json of the results that are there")
@@ -56,7 +56,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     )
     here = parser.add_argument_group("on this machine")
     here.add_argument(
-        "--jobs", **of(PositiveInt), default=1, metavar="N", help="runs at once, each on one thread if there are several"
+        "--jobs", **of(PositiveInt), default=1, metavar="N", help="runs at once, each on one thread if several"
     )
     here.add_argument(
         "--launcher", default="", metavar="COMMAND", help="what starts the trainer, as 'torchrun --nproc-per-node 8'"
@@ -71,9 +71,9 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> bool:
     """Do what is asked; give whether all that was to be run came out well. UserError for bad input."""
-    from peer_scale.experiments.config import read_experiment
     from peer_scale.experiments.plan import make_plan
     from peer_scale.experiments.processes import Programs
+    from peer_scale.experiments.reading import read_experiment
     from peer_scale.experiments.run import Conductor
 
     _check_flags(args)

@@ -240,7 +240,9 @@ def _paper_json(config: ExperimentConfig) -> dict[str, Any] | None:
         return None
     of_tasks = {measure.name for measure in measures(config) if measure.is_of_tasks}
     rows = {
-        arm: {name: value / _PER_CENT if name in of_tasks else value for name, value in row.items()}
+        arm: {
+            name: value / _PER_CENT if name.removesuffix("/std") in of_tasks else value for name, value in row.items()
+        }
         for arm, row in config.paper.rows.items()
     }
     return {"table": config.paper.table, "rows": rows, "remarks": config.paper.remarks}

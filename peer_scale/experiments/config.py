@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
-import typing
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from peer_scale.configuration import configuration, option, settings, shown
+from peer_scale.configuration import configuration, option, shown
 from peer_scale.errors import UserError
-from peer_scale.settings import yaml_text
 from peer_scale.settings.names import hint
 from peer_scale.settings.run import Seed
 
@@ -208,15 +204,6 @@ class ExperimentConfig:
         return {name: tuple(arm for arm in arms if arm in trained) for name, arms in groups.items()}
 
 
-def read_experiment(path: Path) -> ExperimentConfig:
-    """Read a YAML file; UserError with one line that names the key where something is wrong."""
-    try:
-        content = yaml_text.load(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as YAML: {error}") from None
-    return _build(ExperimentConfig, content, f"{path}", "")
-
-
 def merged(*sections: Mapping[str, Any] | None) -> dict[str, Any]:
     """Put nested mappings over each other, the last on top."""
     result: dict[str, Any] = {}
@@ -248,41 +235,6 @@ def _variant(arm: ArmConfig, base: ArmConfig) -> ArmConfig:
     )
 
 
-def _build(cls: type, content: Any, path: str, where: str) -> Any:
-    """Make a configuration of a mapping; a list makes a tuple of them, and a text in it one with that name."""
-    source = f"{path}: {where}" if where else path
-    if not isinstance(content, Mapping):
-        raise UserError(f"{source} must be a mapping, not {shown(content)}")
-    hints = typing.get_type_hints(cls)
-    names = [field.name for field in dataclasses.fields(cls)]
-    made: dict[str, Any] = {}
-    for key, value in content.items():
-        at = f"{where}.{key}" if where else str(key)
-        if key not in names:
-            raise UserError(f"{path}: unknown key {at}{hint(key, names)}")
-        if key in settings(cls):
-            made[key] = settings(cls)[key].checked(value, f"{path}: {at}")
-        elif value is not None:
-            made[key] = _nested(hints[key], value, path, at)
-    missing = [name for name, setting in settings(cls).items() if setting.is_required and name not in made]
-    if missing:
-        raise UserError(f"{source}{' ' if where else ': '}needs {', '.join(missing)}")
-    try:
-        return cls(**made)
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from None
-
-
-def _nested(annotation: Any, value: Any, path: str, where: str) -> Any:
-    inner = next(each for each in typing.get_args(annotation) if dataclasses.is_dataclass(each))
-    if typing.get_origin(annotation) is not tuple:
-        return _build(inner, value, path, where)  # type: ignore[arg-type]
-    if not isinstance(value, list):
-        raise UserError(f"{path}: {where} must be a list, not {shown(value)}")
-    entries = [{"name": each} if isinstance(each, str) and inner is TaskConfig else each for each in value]
-    return tuple(_build(inner, each, path, f"{where}[{index}]") for index, each in enumerate(entries))  # type: ignore
-
-
 def _require_name(name: str) -> None:
     if not _NAME.fullmatch(name):
         raise UserError(f"name is {shown(name)}; it must be letters, digits, dots, hyphens and underscores")
@@ -296,6 +248,5 @@ def _require_single(what: str, names: Iterable[str]) -> None:
 
 def _require_not_own(section: Mapping[str, Any] | None, where: str) -> None:
     for key in flat(section):
-        for own in _OWN:
-            if key == own:
-                raise UserError(f"{where}.{key}: cannot be set here: {_OWN[own]}")
+        if key in _OWN:
+            raise UserError(f"{where}.{key}: cannot be set here: {_OWN[key]}")

@@ -82,7 +82,7 @@ class Plan:
     @property
     def runs(self) -> tuple[RunName, ...]:
         """All runs, seed by seed, so that the first finished ones are of all arms."""
-        runs = [(plan.seeds.index(seed), RunName(name, seed)) for name, plan in self.arms.items() for seed in plan.seeds]
+        runs = [(turn, RunName(name, seed)) for name, arm in self.arms.items() for turn, seed in enumerate(arm.seeds)]
         return tuple(run for _, run in sorted(runs, key=lambda each: each[0]))
 
 

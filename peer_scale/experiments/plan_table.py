@@ -35,7 +35,7 @@ def plan_table(plan: Plan, seconds: Mapping[str, float], *, finished: Collection
             f"the time of {unknown} runs is not known: --measure-speed 20 measures it, --tokens-per-second says it"
         )
     number = len(measurements(plan.config)) * plan.config.checkpoints
-    lines.append(f"{len(to_do)} of {len(plan.runs)} runs to do; each is measured on {number} tasks (sizes, checkpoints)")
+    lines.append(f"{len(to_do)} of {len(plan.runs)} runs to do, {number} measurements each")
     return "\n".join(lines)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -64,7 +65,9 @@ def welch(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float] 
         return None
     from scipy.stats import ttest_ind
 
-    result = ttest_ind(a, b, equal_var=False)
+    with warnings.catch_warnings():  # one of the two may be without deviation
+        warnings.simplefilter("ignore", RuntimeWarning)
+        result = ttest_ind(a, b, equal_var=False)
     found = float(result.statistic), float(result.df), float(result.pvalue)
     return found if all(map(math.isfinite, found)) else None
 
