@@ -91,7 +91,9 @@ class TaskConfig:
     name: str = option(help="What files and tables call it.")
     path: str | None = option(default=None, help="Folder of the task's data; default: a task that is known by name.")
     label: str | None = option(default=None, help="What people are shown.")
-    options: dict[str, Any] | None = option(default=None, help="Settings of peer-scale finetune, of this task alone.")
+    options: dict[str, Any] | None = option(
+        default=None, help="Settings of peer-scale finetune, of this task alone, over those of `finetune`."
+    )
 
     def __post_init__(self) -> None:
         _require_name(self.name)
@@ -104,7 +106,9 @@ class FinetuneConfig:
     """How the models are fine-tuned, or how a linear model is fitted to their frozen states."""
 
     sizes: _Sizes = option(default=(ALL,), help="Numbers of training examples; each is a measure of its own.")
-    options: dict[str, Any] | None = option(default=None, help="Settings of peer-scale finetune.")
+    options: dict[str, Any] | None = option(
+        default=None, help="Settings of peer-scale finetune, or of a probe: data_dir, layers, max_length, seeds."
+    )
 
 
 @configuration

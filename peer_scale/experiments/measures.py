@@ -67,7 +67,7 @@ def measurements(config: ExperimentConfig) -> tuple[Measurement, ...]:
     for kind, how in kinds:
         for size in how.sizes if how is not None else ():
             for task in config.tasks:
-                options = {**((how and how.options) or {}), **(task.options or {})}
+                options = {**((how and how.options) or {}), **((kind == FINETUNE and task.options) or {})}
                 found.append(Measurement(kind, task, size, options))
     return tuple(found)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,12 +56,16 @@ def measuring_command(model: Path, batch: Sequence[Measurement], output: Path) -
     """Give the command line of measurements that differ in their tasks alone."""
     first = batch[0]
     tasks = [each.task.path or each.task.name for each in batch]
-    words = command("finetune", "--model", model, "--output-dir", output, "--task", *tasks)
+    options = dict(first.options)
     if first.kind == PROBE:
-        words.append("--probe")
+        words = [sys.executable, "-m", "peer_scale.experiments.probing"]
+    else:
+        words = command("finetune")
+        options = {"save_model": False, **options}
+    words += ["--model", str(model), "--output-dir", str(output), "--task", *tasks]
     if first.size != ALL:
         words += ["--max-train-examples", str(first.size)]
-    return [*words, *flags({"save_model": False, **first.options})]
+    return [*words, *flags(options)]
 
 
 def flags(options: Mapping[str, Any]) -> list[str]:
