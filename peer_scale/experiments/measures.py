@@ -82,8 +82,8 @@ def measures(config: ExperimentConfig) -> tuple[Measure, ...]:
         found += [Measure(group, each.task.name, each.task.label or each.task.name) for each in members]
         if len(members) > 1:
             found.append(Measure(group, AVERAGE, f"mean of {len(members)} tasks"))
-    for each in config.held_out:
-        found.append(Measure(HELD_OUT, each.metric, each.label or each.metric, each.higher_is_better))
+    for figure in config.held_out:
+        found.append(Measure(HELD_OUT, figure.metric, figure.label or figure.metric, figure.higher_is_better))
     return tuple(found)
 
 

@@ -61,6 +61,7 @@ class Conductor:
         Raises:
             StoppedEarly: SIGTERM came; what was running has been saved.
         """
+        self.collect()
         failures: dict[RunName, str] = {}
         to_do = [run for run in wanted if not self.is_done(run)]
         with ThreadPoolExecutor(jobs) as pool, self._stopping_at_signals():

@@ -66,12 +66,8 @@ def test_options_become_flags_that_fine_tuning_takes(tmp_path):
     words = measuring_command(Path("model"), batch, Path("out"))
     told = values(given(build_parser().parse_args(words[words.index("finetune") + 1 :]), FinetuneConfig))
     asked = FinetuneConfig(**told)
-    assert (asked.model, asked.tasks, asked.output_dir, asked.max_train_examples) == (
-        "model",
-        ("a", "b"),
-        Path("out"),
-        40,
-    )
+    assert (asked.model, asked.tasks, asked.output_dir) == ("model", ("a", "b"), Path("out"))
+    assert asked.max_train_examples == 40
     assert (asked.recipe, asked.lrs, asked.seeds, asked.best_epoch) == ("electra", (1e-3, 1e-4), (1, 2), True)
     assert not asked.save_model
 
@@ -86,15 +82,8 @@ def test_options_become_flags_that_a_probe_takes(tmp_path):
 
 
 def test_flags():
-    assert flags({"a_b": 1, "c": [1, 2.5], "d": True, "e_f": False}) == [
-        "--a-b",
-        "1",
-        "--c",
-        "1",
-        "2.5",
-        "--d",
-        "--no-e-f",
-    ]
+    words = flags({"a_b": 1, "c": [1, 2.5], "d": True, "e_f": False})
+    assert words == ["--a-b", "1", "--c", "1", "2.5", "--d", "--no-e-f"]
 
 
 @pytest.mark.heavy
@@ -106,9 +95,11 @@ def test_tfidf_is_scored_on_the_same_examples_and_its_result_is_written(tmp_path
     conductor = Conductor(make_plan(config, path, None), tmp_path, Programs(one_thread=True), say=lambda line: None)
     assert conductor.run_all(conductor.plan.runs, jobs=1) == {}
     result = json.loads((tmp_path / "results" / "tfidf-s1.json").read_text())
-    # a word tells the class: found whatever the measure, the size and the number of texts
-    assert result["scores"] == pytest.approx(dict.fromkeys(result["scores"], 1.0), abs=1e-3)
-    assert len(result["scores"]) == 3 * 3 + 3
+    # a word tells the class: found whatever the size and the number of texts; numbers in between cost correlation
+    of_classes = {name: score for name, score in result["scores"].items() if name.endswith(("one", "two"))}
+    assert of_classes == dict.fromkeys(of_classes, 1.0)
+    assert all(0.9 < score <= 1 for score in result["scores"].values())
+    assert (len(of_classes), len(result["scores"])) == (3 * 2, 3 * 4)
     entry = result["details"]["measures"]["finetune-40/one"]
     assert (entry["train_size"], entry["n"], entry["scored_on"]) == (40, 2, "test")
     assert entry["metric"] == "accuracy"

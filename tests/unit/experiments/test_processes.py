@@ -93,9 +93,8 @@ def trainer(tmp_path, ends):
     """A program in the trainer's place: at each start it saves some steps and ends with a code, as `ends` says."""
     script = tmp_path / "trainer.sh"
     lines = [f"{number}) save {step}; exit {code};;" for number, (step, code) in enumerate(ends, 1)]
-    save = (
-        f'save() {{ [ $1 = 0 ] || {{ mkdir -p "$save/step_0000000$1"; touch "$save/step_0000000$1/{MANIFEST}"; }}; }}'
-    )
+    folder = '"$save/step_0000000$1"'
+    save = f"save() {{ [ $1 = 0 ] || {{ mkdir -p {folder}; touch {folder}/{MANIFEST}; }}; }}"
     script.write_text(
         "\n".join(
             [
