@@ -17,9 +17,9 @@ from transformers import (
 
 from peer_scale.corpus.wordpiece import train_wordpiece
 
-GOOD = "good fine great lovely bright clever warm".split()
-BAD = "bad poor awful ugly dull silly cold".split()
-OTHERS = "the film book play was is seems quite rather very a an story scene end".split()
+GOOD = ["good", "fine", "great", "lovely", "bright", "clever", "warm"]
+BAD = ["bad", "poor", "awful", "ugly", "dull", "silly", "cold"]
+OTHERS = ["the", "film", "book", "play", "was", "is", "seems", "quite", "rather", "very", "a", "an", "story", "end"]
 SIZES = {
     "hidden_size": 16,
     "num_hidden_layers": 2,

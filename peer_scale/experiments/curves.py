@@ -38,10 +38,11 @@ def read_curve(metrics: Path, num_devices: int) -> Curve:
     if not lines:
         raise UserError(f"{metrics}: is empty")
     seconds = 0.0
-    actual = 0.0
+    actual = 0
     for line in lines:
         seconds += line["step_time_s"]
-        actual += line["tflops_per_device"] * 1e12 * line["step_time_s"] * num_devices
+        # whole numbers, before they were divided by the time
+        actual += round(line["tflops_per_device"] * 1e12 * line["step_time_s"] * num_devices)
         line["time_s"] = seconds
     last = lines[-1]
     return Curve(last["step"], last["tokens"], last["train_flops"], actual, seconds, _points(lines), last)

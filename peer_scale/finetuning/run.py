@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForSequenceClassification
+from transformers.utils.logging import disable_progress_bar
 
 from peer_scale.errors import UserError
 from peer_scale.finetuning.card import task_card
@@ -51,6 +52,7 @@ def finetune(config: FinetuneConfig, tell: Tell = lambda line: None) -> Results:
     Raises:
         UserError: the model, the data or the output folder is not what it must be.
     """
+    disable_progress_bar()
     is_first = is_first_rank()
     if is_first:
         require_writable_folder(config.output_dir, "--output-dir")
