@@ -10,6 +10,9 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+CLI = f"{__name__.partition('.')[0]}.cli"
+"""The module of the command peer-scale, which is above this one: it is started, never imported."""
+
 _LAST_BYTES = 4000
 _CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -75,7 +78,7 @@ def last_line(log: Path) -> str:
 
 def command(*arguments: str | Path) -> list[str]:
     """Give the command line of `peer-scale ...`, whether it is installed or run from a checkout."""
-    return [sys.executable, "-m", "peer_scale.cli", *map(str, arguments)]
+    return [sys.executable, "-m", CLI, *map(str, arguments)]
 
 
 def _python_path() -> list[str]:

@@ -6,7 +6,6 @@ import json
 import os
 import shlex
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from peer_scale.errors import UserError
 from peer_scale.experiments.config import TFIDF
 from peer_scale.experiments.plan import RunName
 from peer_scale.experiments.pretraining import RunFolder, is_pretrained, trainer_flags
+from peer_scale.experiments.processes import command
 from peer_scale.experiments.run import Conductor
 from peer_scale.storage import read_json_object, write_atomically
 
@@ -77,32 +77,32 @@ def _submit_run(
     output = f"--output={folder.path / 'slurm-%j.out'}"
     if arm.arm.kind != TFIDF and not is_pretrained(folder, arm):
         flags = trainer_flags(folder, arm, run.seed)
-        command = [*common, output, *options.pretraining, str(options.template), *flags]
-        jobs["pre-training"] = _sbatch(command, options, say)
+        words = [*common, output, *options.pretraining, str(options.template), *flags]
+        jobs["pre-training"] = _sbatch(words, options, say)
         # a job whose condition can never come true would wait for ever
         dependency = [f"--dependency=afterok:{jobs['pre-training']}", "--kill-on-invalid-dep=yes"]
     folder.path.mkdir(parents=True, exist_ok=True)
     again = _measuring_command(conductor, run, options)
-    command = [*common, output, "--open-mode=append", *dependency, *options.measuring, f"--wrap={again}"]
-    jobs["measuring"] = _sbatch(command, options, say)
+    words = [*common, output, "--open-mode=append", *dependency, *options.measuring, f"--wrap={again}"]
+    jobs["measuring"] = _sbatch(words, options, say)
     return jobs
 
 
 def _measuring_command(conductor: Conductor, run: RunName, options: SlurmOptions) -> str:
     """Give the shell command that finishes a run: this one, for that run alone."""
     path = os.pathsep.join([str(_CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "peer_scale.cli", "experiment", str(options.file.absolute())]
-    command += ["--output", str(conductor.folder.absolute()), "--only", str(run)]
-    return f"PYTHONPATH={shlex.quote(path)} exec {shlex.join(command)}"
+    output = conductor.folder.absolute()
+    again = command("experiment", options.file.absolute(), "--output", output, "--only", str(run))
+    return f"PYTHONPATH={shlex.quote(path)} exec {shlex.join(again)}"
 
 
-def _sbatch(command: Sequence[str], options: SlurmOptions, say: Callable[[str], None]) -> str:
+def _sbatch(words: Sequence[str], options: SlurmOptions, say: Callable[[str], None]) -> str:
     """Submit a job; give its number."""
     if options.dry_run:
-        say(shlex.join(command))
+        say(shlex.join(words))
         return "JOB"
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
     except OSError as error:
         raise UserError(f"--slurm: cannot run sbatch: {error.strerror}") from None
     if done.returncode:
