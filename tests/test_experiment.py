@@ -53,7 +53,7 @@ def finish(process):
 
 
 def wait_for_file(folder, pattern, process):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not list(folder.glob(pattern)):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
@@ -94,7 +94,7 @@ def test_killed_twice_it_comes_out_as_if_left_alone(start, text_file, tmp_path):
     second = start(file, broken, "--jobs", "2")
     wait_for_file(broken, "runs/peer-s1/measures/*/*/parity/runs/seed1*.json", second)
     second.send_signal(signal.SIGTERM)
-    out, err = second.communicate(timeout=60)
+    out, err = second.communicate(timeout=120)
     assert second.returncode == 75, f"{out}\n{err}"
     assert err.splitlines()[-1] == "stopped; what was running has been saved: the same command goes on"
 
