@@ -119,6 +119,11 @@ def read_config_file(path: Path | None) -> ConfigFile:
     except (OSError, ValueError) as error:
         raise UserError(f"--config {path}: cannot be read as YAML: {error}") from None
     content = {} if content is None else content
+    return config_of(content, path)
+
+
+def config_of(content: Any, path: Path) -> ConfigFile:
+    """Take settings that were read already; `path` is what messages call them. UserError for an unknown section."""
     if not isinstance(content, dict):
         raise UserError(f"{path}: must be a mapping, not {shown(content)}")
     names = [each.name for each in dataclasses.fields(RunConfig)]

@@ -31,12 +31,14 @@ def resolve(
     world_size: int,
     environ: Mapping[str, str] = os.environ,
     notify: Callable[[str], None] | None = None,
+    file: ConfigFile | None = None,
 ) -> RunConfig:
     """Put together the whole run of `world_size` ranks, checked; UserError for whatever does not hold together.
 
-    `notify` gets a line for each thing that the run does otherwise than its settings might make a user think.
+    `notify` gets a line for each thing that the run does otherwise than its settings might make a user think. `file` is
+    what --config names, where that has been read already.
     """
-    file = read_config_file(args.config)
+    file = read_config_file(args.config) if file is None else file
     outside = values({**file.given_to_run(), **given(args, RunConfig)})
     sizes = (outside.get(name, settings(RunConfig)[name].default) for name in ("tensor_parallel", "pipeline_parallel"))
     data_parallel = check_parallel_sizes(world_size, *sizes)

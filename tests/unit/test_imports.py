@@ -35,6 +35,7 @@ LAYERS = (
         "training",
         "finetuning",
         "doctor",
+        "experiments",
     ),
     *("commands", "pretrain", "finetune", "cli"),
 )
