@@ -35,7 +35,7 @@ from peer_scale.samples.loader import end_workers, micro_batches
 from peer_scale.samples.shares import BatchPlan
 from peer_scale.settings.config_file import run_yaml
 from peer_scale.settings.resolve import resolve
-from peer_scale.settings.run import RunConfig
+from peer_scale.settings.run import OutputConfig, RunConfig
 from peer_scale.storage import named_if_unwritable
 from peer_scale.training.callbacks.checkpointing import Checkpointing
 from peer_scale.training.callbacks.closing import ClosingSummary
@@ -105,7 +105,8 @@ def train(run: RunConfig, topology: Topology, coordinator: RankCoordinator, watc
     with StopSignals(active=run.output.exit_signal_handler and run.output.save is not None) as signals:
         try:
             coordinator.first_rank(folders.claim)
-            _train(run, topology, coordinator, folders, signals, watching)
+            with _watchdog(run.output) as watchdog:
+                _train(run, topology, coordinator, folders, signals, watchdog, watching)
         finally:
             folders.release()
 
@@ -116,6 +117,7 @@ def _train(
     coordinator: RankCoordinator,
     folders: RunFolders,
     signals: StopSignals,
+    watchdog: Watchdog,
     watching: Sequence[Callback],
 ) -> None:
     say: Callable[[str], None] = print if topology.is_first_rank else _say_nothing
@@ -167,13 +169,6 @@ def _train(
 
     plan = plan_batches(run, topology)
     warmup_steps = run.objective.warmup_steps(len(corpus.training), run.training.global_batch_size)
-    stall = run.output.stall_minutes
-    watchdog = Watchdog(
-        run.output.log_dir,
-        dist.get_rank(),
-        dist.get_world_size(),
-        limit=None if stall is None else 60 * stall,
-    )
     trainer = Trainer(
         run,
         topology,
@@ -197,13 +192,19 @@ def _train(
         last_step=run.training.train_iters,
         num_workers=num_workers,
     )
-    with watchdog:
-        trainer.fit(steps)
+    watchdog.begin_training()
+    trainer.fit(steps)
     last, wanted = trainer.progress.step, run.training.train_iters
     if run.output.save is not None and last < wanted:
         raise StoppedEarly(
             f"stopped after step {last} of {wanted}, saved in {run.output.save}: the same command goes on"
         )
+
+
+def _watchdog(output: OutputConfig) -> Watchdog:
+    stall = output.stall_minutes
+    limit = None if stall is None else 60 * stall
+    return Watchdog(output.log_dir, dist.get_rank(), dist.get_world_size(), limit=limit)
 
 
 def place_stages(run: RunConfig) -> Placement:
