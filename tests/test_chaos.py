@@ -7,7 +7,9 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import pytest
@@ -83,6 +85,14 @@ FAULTS = [
     full_disk,
     kill_of_a_rank,
 ]
+
+
+class Fault(NamedTuple):
+    """What happens to a run, and after which step."""
+
+    happen: Callable[["Run", random.Random], None]
+    after: int
+    rng: random.Random
 
 
 class Run:
@@ -164,27 +174,28 @@ def _train(rank: int, port: int, log: str, flags: list[str]) -> None:
     sys.exit(code)
 
 
-def start_again_until_done(folder: Path, flags: list[str], fault, rng: random.Random, at: int) -> list[int]:
-    """Run with one fault when step `at` is done; give the exit codes of all starts."""
+def start_again_until_done(folder: Path, flags: list[str], faults: Sequence[Fault] = ()) -> list[int]:
+    """Run until it is done, with a fault in each of the first starts; give the exit codes of all."""
     codes: list[int] = []
+    left = list(faults)
     while not codes or codes[-1] not in (DONE, REFUSED):
-        assert len(codes) < 6, codes
-        run = Run(folder, flags)
-        if fault is not None:
-            while _steps(folder) < at and run.launcher.is_alive():
+        assert len(codes) < 8, codes
+        began, run = time.time(), Run(folder, flags)
+        if left:
+            fault = left.pop(0)
+            while not _has_done(folder, fault.after, began) and run.launcher.is_alive():
                 time.sleep(0.002)
             assert run.launcher.is_alive(), run.said()
-            time.sleep(rng.uniform(0, 0.05))
-            fault(run, rng)
-            fault = None
+            time.sleep(fault.rng.uniform(0, 0.05))
+            fault.happen(run, fault.rng)
         codes.append(run.end())
     assert codes[-1] == DONE, run.said()
     return codes
 
 
-def _steps(folder: Path) -> int:
+def _has_done(folder: Path, step: int, since: float) -> bool:
     file = folder / "log" / "metrics.jsonl"
-    return file.read_bytes().count(b"\n") if file.exists() else 0
+    return file.exists() and file.stat().st_mtime > since and file.read_bytes().count(b"\n") >= step
 
 
 def flags_of(folder: Path, text_file: Path, steps: int, stall_minutes: float = 5) -> list[str]:
@@ -204,7 +215,7 @@ def undisturbed(tmp_path_factory, text_file):
         if steps not in made:
             folder = tmp_path_factory.mktemp("undisturbed") / "run"
             folder.mkdir()
-            assert start_again_until_done(folder, flags_of(folder, text_file, steps), None, None, 0) == [DONE]
+            assert start_again_until_done(folder, flags_of(folder, text_file, steps)) == [DONE]
             made[steps] = without_times(read_metrics(folder / "log"))
             assert [line["step"] for line in made[steps]] == list(range(1, steps + 1))
         return made[steps]
@@ -212,22 +223,30 @@ def undisturbed(tmp_path_factory, text_file):
     return metrics
 
 
-CASES = [
-    *((seed, 40) for seed in range(3)),
-    *(pytest.param(seed, 200, marks=pytest.mark.slow) for seed in range(MORE_SEEDS)),
-]
+def faults_of(seeds: Sequence[int], steps: int) -> list[Fault]:
+    """Give each seed's fault, one after the other in equal parts of a run."""
+    part = steps * 8 // 10 // len(seeds)
+    rngs = [random.Random(seed) for seed in seeds]
+    begins = [steps // 10 + number * part for number in range(len(seeds))]
+    return [
+        Fault(FAULTS[seed % len(FAULTS)], begin + rng.randrange(part), rng)
+        for seed, begin, rng in zip(seeds, begins, rngs, strict=True)
+    ]
 
 
-@pytest.mark.parametrize(("seed", "steps"), CASES)
-def test_whatever_breaks_the_run_ends_as_if_nothing_had(seed, steps, undisturbed, text_file, tmp_path, request):
-    fault, rng = FAULTS[seed % len(FAULTS)], random.Random(seed)
-    if fault is full_disk:
+CASES = [((0, 1, 2), 60), *(pytest.param((seed,), 200, marks=pytest.mark.slow) for seed in range(MORE_SEEDS))]
+
+
+@pytest.mark.parametrize(("seeds", "steps"), CASES)
+def test_whatever_breaks_the_run_ends_as_if_nothing_had(seeds, steps, undisturbed, text_file, tmp_path, request):
+    faults = faults_of(seeds, steps)
+    happening = [fault.happen for fault in faults]
+    if full_disk in happening:
         folder = request.getfixturevalue("mount_disk")("8m")
     else:
         folder = tmp_path / "run"
         folder.mkdir()
-    at = rng.randrange(steps // 10, steps * 9 // 10)
-    flags = flags_of(folder, text_file, steps, stall_minutes=0.1 if fault is stop_of_a_rank else 5)
-    codes = start_again_until_done(folder, flags, fault, rng, at)
-    print(f"seed {seed}: {fault.__name__} after step {at}: exit codes {codes}")
+    flags = flags_of(folder, text_file, steps, stall_minutes=0.1 if stop_of_a_rank in happening else 5)
+    codes = start_again_until_done(folder, flags, faults)
+    print(*(f"{fault.happen.__name__} after step {fault.after};" for fault in faults), f"exit codes {codes}")
     assert without_times(read_metrics(folder / "log")) == undisturbed(steps)
