@@ -234,7 +234,7 @@ def faults_of(seeds: Sequence[int], steps: int) -> list[Fault]:
     ]
 
 
-CASES = [((0, 1, 2), 60), *(pytest.param((seed,), 200, marks=pytest.mark.slow) for seed in range(MORE_SEEDS))]
+CASES = [((0, 1, 2), 40), *(pytest.param((seed,), 200, marks=pytest.mark.slow) for seed in range(MORE_SEEDS))]
 
 
 @pytest.mark.parametrize(("seeds", "steps"), CASES)
