@@ -9,6 +9,8 @@ import signal
 import sys
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# Looked up here, not in a forked process: another thread may have held the loader's lock at the moment of the fork.
+_prctl = ctypes.CDLL(None).prctl if sys.platform.startswith("linux") else None
 
 
 def end_with_parent(parent: int, number: signal.Signals) -> None:
@@ -18,9 +20,9 @@ def end_with_parent(parent: int, number: signal.Signals) -> None:
         parent: process id of the parent, as the caller knows it: where it is gone already, the signal comes at once.
         number: SIGKILL, or SIGTERM where there is something to save.
     """
-    if not sys.platform.startswith("linux"):
+    if _prctl is None:
         return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+    _prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
     if os.getppid() != parent:
         os.kill(os.getpid(), number)
 

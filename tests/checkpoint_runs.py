@@ -1,11 +1,13 @@
 """Small runs whose checkpoints tests look at, and an example of what a manifest says of a run."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from peer_scale.checkpoints.initial import write_initial
+from peer_scale.checkpoints.manifest import DIGEST, digest_of
 from peer_scale.checkpoints.parameters import shardings
 from peer_scale.checkpoints.progress import Progress
 from peer_scale.checkpoints.sections import (
@@ -74,3 +76,9 @@ def write_random(folder, model, objective, branch, wordpiece):
     }
     write_initial(folder, sections, ours, lambda name: weights[name], wordpiece)
     return weights
+
+
+def write_manifest(path: Path, content: dict) -> None:
+    """Write what a manifest is to say, with the digest of it: as a stranger would who means what it says."""
+    content = {key: value for key, value in content.items() if key != DIGEST}
+    path.write_text(json.dumps({**content, DIGEST: digest_of(content)}))

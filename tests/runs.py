@@ -1,7 +1,10 @@
 """Training runs for tests: in the rank pool, or as a user starts them."""
 
+import contextlib
 import json
 import os
+import secrets
+import signal
 import subprocess
 import sys
 import time
@@ -9,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 import torch.distributed as dist
 
 from rank_pool import free_port
@@ -110,12 +114,33 @@ def pretrain(*flags: object, launcher: tuple[str, ...] = (), timeout: float = 24
 
 
 def run_trainer(*flags: object, launcher: tuple[str, ...] = (), timeout: float = 240, **environ: str):
-    """Start the trainer with these flags alone; gives the finished process with its output as text."""
+    """Start the trainer with these flags alone; gives the finished process with its output as text.
+
+    One that takes too long fails with the stacks of all its processes in what it has said.
+    """
     command = [sys.executable, *launcher, str(PROJECT / "peer_scale/pretrain.py"), *map(str, flags)]
-    environment = outside_of_ranks()
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=timeout, env=environment | environ, cwd=PROJECT, check=False
+    mark = secrets.token_hex(8)
+    environment = outside_of_ranks() | environ | {"PEER_TEST_RUN": mark}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=PROJECT
     )
+    try:
+        said = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        own = [
+            each
+            for each in psutil.process_iter(["environ"])
+            if (each.info["environ"] or {}).get("PEER_TEST_RUN") == mark
+        ]
+        left = [f"{each.pid} (of {each.ppid()}, {each.status()}): {' '.join(each.cmdline())[:200]}" for each in own]
+        for number in (signal.SIGUSR2, signal.SIGKILL):  # the first has ranks and their data workers show their stacks
+            for each in own:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if number == signal.SIGKILL or "torch.distributed.run" not in each.cmdline():
+                        each.send_signal(number)
+            time.sleep(2)
+        raise AssertionError("\n".join(["it does not end:", *left, *process.communicate()])) from None
+    return subprocess.CompletedProcess(command, process.returncode, *said)
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from checkpoint_runs import flags_for, without_times
+from checkpoint_runs import flags_for, without_times, write_manifest
 from peer_scale.checkpoints.folder import committed, newest
 from peer_scale.checkpoints.pieces import write_tensors
 from peer_scale.commands import convert
@@ -88,11 +88,11 @@ def test_a_manifest_that_leaves_a_gap_is_refused(copy, tool):
     path = copy / "peer_scale.json"
     manifest = json.loads(path.read_text())
     manifest["tensors"]["mlm_head.bias"]["pieces"].pop()
-    path.write_text(json.dumps(manifest))
+    write_manifest(path, manifest)
     code, text = tool("verify", "--load", copy)
     assert code == 2 and "mlm_head.bias is not whole: shard 0: 1000 of its 2000" in text
     manifest["format_version"] = 1
-    path.write_text(json.dumps(manifest))
+    write_manifest(path, manifest)
     assert "format 1; this version reads 2 and 3" in tool("inspect", "--load", copy)[1]
 
 

@@ -101,8 +101,15 @@ class CheckpointFolder:
 
     @cached_property
     def _savings(self) -> dict[Path, Saving | None]:
-        """The committed checkpoints, read when the first one is added: only one process does that."""
-        return {folder: read_manifest(folder).sections.saving for folder in committed(self._path)}
+        """The committed checkpoints, read when the first one is added: only one process does that.
+
+        One that has been damaged since the start is left to the next start, which puts it aside.
+        """
+        savings = {}
+        for folder in committed(self._path):
+            with contextlib.suppress(DamagedError):
+                savings[folder] = read_manifest(folder).sections.saving
+        return savings
 
     def _aside(self, step: int) -> Path:
         return self._path / f"{_WRITING}{_PREFIX}{step:08d}"

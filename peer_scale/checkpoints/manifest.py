@@ -10,6 +10,7 @@ data-parallel rank a flat range of a shard, a `Piece`. Names and shapes are thos
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections import defaultdict
@@ -28,6 +29,7 @@ from peer_scale.storage import stays_below, write_atomically
 
 FORMAT_VERSION = 3
 MANIFEST = "peer_scale.json"
+DIGEST = "digest"
 TOKENIZER = "tokenizer"
 
 WEIGHT, EXP_AVG, EXP_AVG_SQ = "weight", "exp_avg", "exp_avg_sq"
@@ -143,11 +145,17 @@ class Manifest:
     files: dict[str, FileEntry]
 
     def write(self, folder: Path) -> None:
-        """Write the manifest into `folder`, one line per section and per tensor."""
+        """Write the manifest into `folder`, one line per section and per tensor, and its own digest at the end."""
         members = {"format_version": FORMAT_VERSION, **self.sections.as_json(), "files": self.files}
         lines = {key: json.dumps(value) for key, value in members.items()}
         lines["tensors"] = _object({name: json.dumps(asdict(entry)) for name, entry in self.tensors.items()})
+        lines[DIGEST] = json.dumps(digest_of(json.loads(_object(lines))))
         write_atomically(folder / MANIFEST, _object(lines).encode())
+
+
+def digest_of(content: Mapping[str, Any]) -> str:
+    """Give the SHA-256 of a manifest's JSON in one way of writing it: keys sorted, no space between."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _object(members: Mapping[str, str]) -> str:
@@ -159,7 +167,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read the manifest in `folder`, of this format or of format 2.
 
     Raises:
-        DamagedError: it cannot be read, or its pieces leave a gap in a tensor.
+        DamagedError: it cannot be read, is not what was written, or its pieces leave a gap in a tensor.
         UserError: it is of another format, or says what this version does not know.
     """
     path = folder / MANIFEST
@@ -194,13 +202,18 @@ def _check_names(path: Path, files: Mapping[str, FileEntry], entries: Mapping[st
 
 
 def _read_json(path: Path) -> tuple[dict[str, Any], Any, Any]:
-    """Read sections, tensors and files, not yet checked but of the present format."""
+    """Read sections, tensors and files, of the content that was written and of the present format, else not checked."""
     try:
         content = dict(json.loads(path.read_text(encoding="utf-8")))
+        written = content.pop(DIGEST, None)  # earlier versions wrote none
+        if written is not None and written != digest_of(content):
+            raise DamagedError(f"{path}: is damaged: its content has another digest than it says itself")
         version, tensors, files = (content.pop(key) for key in ("format_version", "tensors", "files"))
         if version == 2:
             version, content = FORMAT_VERSION, from_format_2(content)
         content = with_blocks(with_split(content))
+    except DamagedError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedError(f"{path}: not a checkpoint's manifest: {type(error).__name__}: {error}") from None
     if version != FORMAT_VERSION:

@@ -163,9 +163,13 @@ class TensorReader:
 
     def _slice(self, file: str, key: str, start: int, end: int) -> Tensor:
         try:
-            return self._open(file).get_slice(key)[start:end]
+            content = self._open(file).get_slice(key)
+            shape, dtype = content.get_shape(), content.get_dtype()
+            if dtype == "F32" and len(shape) == 1 and shape[0] >= end:
+                return content[start:end]
         except (SafetensorError, OSError) as error:
             raise UserError(f"{self.folder / file}: cannot be read as safetensors: {error}") from None
+        raise UserError(f"{self.folder / file}: {key} is {dtype} {shape}, where {MANIFEST} has {end} numbers in F32")
 
     def _open_file(self, file: str) -> Any:
         return safe_open(self.folder / file, framework="pt")

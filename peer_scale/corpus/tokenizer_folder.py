@@ -181,6 +181,8 @@ def read_text(path: str) -> str:
     Raises:
         UserError: it cannot be read or is not UTF-8.
     """
+    if not Path(path).is_file():  # of a pipe there may be no end
+        raise UserError(f"{path}: the tokenizer cannot be read (it is no regular file)")
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

@@ -26,6 +26,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, models, normalizers, processors
 from tokenizers.implementations import BertWordPieceTokenizer
 
+from peer_scale.configuration import shown
 from peer_scale.corpus import tokenizer_folder
 from peer_scale.corpus.alphabet import (
     BERT_WORD_CHARS,
@@ -188,9 +189,13 @@ def wordpiece_from_json(content: str, name: str = "tokenizer.json") -> WordPiece
     Raises:
         UserError: it is not a WordPiece tokenizer or lacks a special token; `name` says where it came from.
     """
-    greatest = _greatest_id(content)
+    ids = _ids(content)
+    greatest = max(ids.values(), default=0)
     if greatest >= _MOST_IDS:  # the library would make room for all up to it
         raise UserError(f"{name}: has the id {greatest}; ids must be below {_MOST_IDS}")
+    if len(set(ids.values())) < len(ids):  # the library would forget one of them
+        first, second = _with_one_id(ids)
+        raise UserError(f"{name}: {shown(first)} and {shown(second)} have the same id {ids[first]}")
     try:
         backend = Tokenizer.from_str(content)
     except Exception as error:  # the library raises bare Exceptions
@@ -198,15 +203,24 @@ def wordpiece_from_json(content: str, name: str = "tokenizer.json") -> WordPiece
     return _wordpiece(backend, name)
 
 
-def _greatest_id(content: str) -> int:
-    """Find the greatest id in a tokenizer.json; 0 where there is none, or the file is not one."""
+def _ids(content: str) -> dict[str, int]:
+    """Find the id of each token in a tokenizer.json; nothing where the file is not one."""
     try:
         parsed = json.loads(content)
         vocab, added = parsed["model"]["vocab"], parsed["added_tokens"]
-        ids = [*(vocab.values() if isinstance(vocab, dict) else ()), *(token["id"] for token in added)]
-        return max((each for each in ids if isinstance(each, int)), default=0)
+        ids = {**(vocab if isinstance(vocab, dict) else {}), **{token["content"]: token["id"] for token in added}}
+        return {token: index for token, index in ids.items() if isinstance(index, int)}
     except (ValueError, RecursionError, KeyError, TypeError):
-        return 0
+        return {}
+
+
+def _with_one_id(ids: Mapping[str, int]) -> tuple[str, str]:
+    seen: dict[int, str] = {}
+    for token, index in ids.items():
+        if index in seen:
+            return seen[index], token
+        seen[index] = token
+    raise AssertionError("each id has one token")
 
 
 @lru_cache(maxsize=1)

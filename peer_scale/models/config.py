@@ -11,13 +11,14 @@ from peer_scale.configuration import configuration, option
 from peer_scale.errors import UserError
 
 _Probability = Annotated[float, Field(ge=0, lt=1)]
+_NumLayers = Annotated[int, Field(ge=1, le=1000)]  # a stranger's file must not have a billion layers built
 
 
 @configuration
 class EncoderShape:
     """Sizes of one Transformer encoder; help texts say {network} where the network's name belongs."""
 
-    num_layers: PositiveInt = option(help="Transformer layers of {network}, shared ones included.", metavar="N")
+    num_layers: _NumLayers = option(help="Transformer layers of {network}, shared ones included.", metavar="N")
     hidden_size: PositiveInt = option(help="Width of the hidden states of {network}.", metavar="N")
     ffn_hidden_size: PositiveInt = option(help="Width inside the feed-forward blocks of {network}.", metavar="N")
     num_attention_heads: PositiveInt = option(

@@ -57,6 +57,8 @@ def load(text: str) -> Any:
         raise ValueError(f"{error.problem or error.context}{where}") from None
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(" ".join(str(error).split())) from None
+    except (AttributeError, LookupError, TypeError) as error:  # by the library, of a value that is not of its own tag
+        raise ValueError(f"a value is not what its tag says ({error})") from None
 
 
 def _count_values(value: Any, counted: dict[int, int]) -> int:

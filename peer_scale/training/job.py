@@ -38,7 +38,7 @@ from peer_scale.samples.loader import end_workers, micro_batches
 from peer_scale.samples.shares import BatchPlan
 from peer_scale.settings.config_file import run_yaml
 from peer_scale.settings.resolve import resolve
-from peer_scale.settings.run import RunConfig
+from peer_scale.settings.run import OutputConfig, RunConfig
 from peer_scale.storage import last_change, named_if_unwritable, read_json_lines
 from peer_scale.training.callbacks.bad_steps import BadSteps
 from peer_scale.training.callbacks.checkpointing import Checkpointing
@@ -147,7 +147,8 @@ def train(
     with StopSignals(active=run.output.exit_signal_handler and run.output.save is not None) as signals:
         try:
             coordinator.first_rank(folders.claim)
-            _train(run, topology, coordinator, folders, signals, watching, origin)
+            with _watchdog(run.output) as watchdog:
+                _train(run, topology, coordinator, folders, signals, watchdog, watching, origin)
         finally:
             folders.release()
 
@@ -158,6 +159,7 @@ def _train(
     coordinator: RankCoordinator,
     folders: RunFolders,
     signals: StopSignals,
+    watchdog: Watchdog,
     watching: Sequence[Callback],
     origin: RunStart,
 ) -> None:
@@ -183,7 +185,7 @@ def _train(
     coordinator.first_rank(lambda: folders.note_start(origin, start.step))
     job = _Job(run, topology, coordinator, corpus, sections, start, origin, signals, spent, cpus, say)
     with rank_log(None if run.output.log_dir is None else run.output.log_dir / RANK_LOGS, dist.get_rank()):
-        _fit(job, watching)
+        _fit(job, watchdog, watching)
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,7 @@ class _Job:
     say: Callable[[str], None]
 
 
-def _fit(job: _Job, watching: Sequence[Callback]) -> None:
+def _fit(job: _Job, watchdog: Watchdog, watching: Sequence[Callback]) -> None:
     """Build the model, load what it goes on from, and train to the last step or until the run is stopped."""
     run, topology, coordinator, start = job.run, job.topology, job.coordinator, job.start
     placement = place_stages(run) if topology.size("pp") > 1 else None
@@ -231,13 +233,6 @@ def _fit(job: _Job, watching: Sequence[Callback]) -> None:
 
     plan = plan_batches(run, topology)
     warmup_steps = run.objective.warmup_steps(len(job.corpus.training), run.training.global_batch_size)
-    stall = run.output.stall_minutes
-    watchdog = Watchdog(
-        run.output.log_dir,
-        dist.get_rank(),
-        dist.get_world_size(),
-        limit=None if stall is None else 60 * stall,
-    )
     callbacks = _callbacks(job, plan, state, engine, warmup_steps, progress, peak)
     trainer = Trainer(
         run,
@@ -251,21 +246,27 @@ def _fit(job: _Job, watching: Sequence[Callback]) -> None:
         warmup_steps=warmup_steps,
         spent=job.spent,
     )
-    with watchdog:
-        trainer.fit(
-            lambda step: micro_batches(
-                job.corpus.training,
-                plan,
-                first_step=step,
-                last_step=run.training.train_iters,
-                num_workers=num_workers,
-            )
+    watchdog.begin_training()
+    trainer.fit(
+        lambda step: micro_batches(
+            job.corpus.training,
+            plan,
+            first_step=step,
+            last_step=run.training.train_iters,
+            num_workers=num_workers,
         )
+    )
     last, wanted = trainer.progress.step, run.training.train_iters
     if run.output.save is not None and last < wanted:
         raise StoppedEarly(
             f"stopped after step {last} of {wanted}, saved in {run.output.save}: the same command goes on"
         )
+
+
+def _watchdog(output: OutputConfig) -> Watchdog:
+    stall = output.stall_minutes
+    limit = None if stall is None else 60 * stall
+    return Watchdog(output.log_dir, dist.get_rank(), dist.get_world_size(), limit=limit)
 
 
 def _new_task(job: _Job, placement: Placement | None) -> PretrainingTask:

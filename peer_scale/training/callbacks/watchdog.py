@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,16 +33,20 @@ class _Section:
 
     doing: str
     is_step: bool
+    is_start: bool = False
     waited: float = 0.0
     begun: float = field(default_factory=time.monotonic)
 
 
 class Watchdog:
-    """Watches this rank from a thread while it trains; a context around the training.
+    """Watches this rank from a thread; a context around the run, from when its folders are there.
 
     The limit is ten times the slowest of the last fifty steps, at least a minute, while a step is under way; half an
     hour in the first step and between steps, where runs are validated and saved. At the limit the stacks of all threads
     go to `stacks/rank_N.txt`, one line names the ranks that do not answer, and the process ends with exit code 75.
+
+    Before the first step a rank may take as long as it likes, as the first one does with a large text, but for half an
+    hour it must not be without a sign of life: the first rank looks at all others for that, and they look at it.
 
     Only time in which this process could run counts: one that was stopped and goes on is not to blame. Every two
     seconds the thread renews `heartbeats/rank_N.json`, by which ranks know of each other, and operators of them.
@@ -63,12 +68,14 @@ class Watchdog:
             rank: this one's number.
             world_size: ranks of the run.
             limit: in seconds, in place of all limits; 0 for none.
-            interval: seconds between two signs of life, and between two looks.
+            interval: seconds between two signs of life, and between two looks; less where the limit asks for it.
         """
         self._folder, self._rank, self._world_size = folder, rank, world_size
-        self._limit, self._interval = limit, interval
+        self._limit = limit
+        self._interval = min(interval, limit / 4) if limit else interval
         self._steps: deque[float] = deque(maxlen=_SLOWEST_OF)
-        self._section = _Section("the first step", is_step=True)
+        self._section = _Section("the start", is_step=False, is_start=True)
+        self._missing: list[int] = []
         self._end = threading.Event()
         # a disk that hangs must hold up the beats alone
         self._threads = [threading.Thread(target=each, daemon=True) for each in (self._watch, self._beat)]
@@ -76,15 +83,16 @@ class Watchdog:
         """Callbacks to stand before and after all others."""
 
     def __enter__(self) -> Watchdog:
-        if self._folder is not None:
-            with contextlib.suppress(OSError):
-                (self._folder / BEATS).mkdir(parents=True, exist_ok=True)
         for thread in self._threads:
             thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._end.set()
+
+    def begin_training(self) -> None:
+        """Note that all is loaded and the first step begins."""
+        self._section = _Section("the first step", is_step=True)
 
     def begin_step(self, step: int) -> None:
         """Note that a step is under way."""
@@ -114,8 +122,18 @@ class Watchdog:
             section = self._section  # the main thread puts another one in its place
             section.waited += min(now - before, 2 * self._interval)
             before = now
-            if section.waited > self.limit(section.is_step):
+            if section.waited > self.limit(section.is_step) and not (section.is_start and self._all_are_there()):
                 self._give_up(section)
+
+    def _all_are_there(self) -> bool:
+        """Say whether nobody has been silent for as long as the limit, on two looks in succession.
+
+        After the first one of them those may be about to show themselves that were stopped together with this rank.
+        """
+        others = range(1, self._world_size) if self._rank == 0 else range(1)
+        missing = self._silent_ranks(others, self.limit(is_step=False))
+        seen_before, self._missing = self._missing, missing
+        return not set(missing) & set(seen_before)
 
     def _beat(self) -> None:
         while self._folder is not None:
@@ -127,7 +145,9 @@ class Watchdog:
     def _beat_once(self) -> None:
         section = self._section
         content = {"rank": self._rank, "doing": section.doing, "for_s": round(section.waited)}
-        self._beat_of(self._rank).write_text(json.dumps(content))
+        path = self._beat_of(self._rank)
+        path.parent.mkdir(parents=True, exist_ok=True)  # a start may move the logs of another run aside
+        path.write_text(json.dumps(content))
 
     def _beat_of(self, rank: int) -> Path:
         assert self._folder is not None
@@ -139,7 +159,7 @@ class Watchdog:
         os._exit(STOPPED_EXIT_CODE)
 
     def _say_where(self, section: _Section) -> None:
-        silent = self._silent_ranks()
+        silent = self._silent_ranks(range(self._world_size), 2.5 * self._interval)
         where = self._write_stacks()
         # one of those that are left speaks; all, where they do not know of each other
         if self._folder is None or all(rank in silent for rank in range(self._rank)):
@@ -150,17 +170,16 @@ class Watchdog:
             print(f"error: {line}", file=sys.stderr, flush=True)
             logging.getLogger("peer_scale").error(line)
 
-    def _silent_ranks(self) -> list[int]:
-        """List the ranks whose last sign of life is much older than this one's, as the disk's clock has it."""
+    def _silent_ranks(self, ranks: Sequence[int], seconds: float) -> list[int]:
+        """List those whose last sign of life is so much older than this one's, as the disk's clock has it."""
         if self._folder is None:
             return []
         try:
             self._beat_once()
             own = self._beat_of(self._rank).stat().st_mtime
-            beats = {rank: self._beat_of(rank) for rank in range(self._world_size)}
-            oldest = own - 2.5 * self._interval
+            beats = {rank: self._beat_of(rank) for rank in ranks}
             # one that was never seen may write to a disk of its own
-            return [rank for rank, beat in beats.items() if beat.exists() and beat.stat().st_mtime < oldest]
+            return [rank for rank, beat in beats.items() if beat.exists() and beat.stat().st_mtime < own - seconds]
         except OSError:
             return []
 

@@ -10,7 +10,7 @@ from peer_scale.checkpoints.folder import CheckpointFolder, committed, newest, s
 from peer_scale.checkpoints.manifest import Manifest
 from peer_scale.checkpoints.progress import Progress
 from peer_scale.checkpoints.sections import Saving
-from peer_scale.errors import UserError
+from peer_scale.errors import DamagedError, UserError
 
 pytestmark = pytest.mark.heavy
 
@@ -132,3 +132,18 @@ def test_what_a_killed_writer_left_is_removed(tmp_path):
         (tmp_path / name).write_text("half")
     CheckpointFolder(tmp_path, 2).remove_unfinished()
     assert sorted(each.name for each in tmp_path.iterdir()) == ["latest", "step_00000001"]
+
+
+def test_one_that_is_damaged_under_way_does_not_keep_the_next_from_being_saved(tmp_path):
+    first = CheckpointFolder(tmp_path, 2, run="a")
+    for step in (1, 2):
+        save(first, step)
+    resumed = newest(tmp_path)[1].sections.saving
+    manifest = tmp_path / "step_00000001/peer_scale.json"
+    manifest.write_text(manifest.read_text().replace('"step": 1', '"step": 7'))
+    with pytest.raises(DamagedError, match="its content has another digest"):
+        newest(tmp_path)
+    second = CheckpointFolder(tmp_path, 2, run="a", resumed=resumed)
+    for step in (3, 4, 5):
+        save(second, step)
+    assert steps(tmp_path) == [1, 4, 5], "for the next start to put aside"

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, BertForMaskedLM, ElectraForMaskedLM, ElectraForPreTraining
 
 from batches import rows_of
+from checkpoint_runs import write_manifest
 from peer_scale.checkpoints.reader import read_checkpoint
 from peer_scale.commands import convert
 from peer_scale.corpus.prepare import open_corpus
@@ -255,7 +256,7 @@ def test_parameters_that_do_not_match_the_model(copy, refused):
         manifest = json.loads(original)
         for network, sizes in changes.items():
             manifest["model"][network] |= sizes
-        (copy / "peer_scale.json").write_text(json.dumps(manifest))
+        write_manifest(copy / "peer_scale.json", manifest)
         return refused(copy)
 
     original = (copy / "peer_scale.json").read_text()
@@ -267,7 +268,7 @@ def test_parameters_that_do_not_match_the_model(copy, refused):
     (copy / "peer_scale.json").write_text(original)
     manifest = json.loads(original)
     manifest["tensors"]["stray.weight"] = manifest["tensors"]["mlm_head.bias"]
-    (copy / "peer_scale.json").write_text(json.dumps(manifest))
+    write_manifest(copy / "peer_scale.json", manifest)
     assert "has a parameter stray.weight" in refused(copy)
 
 
@@ -280,7 +281,7 @@ def test_damaged_checkpoints(copy, refused, tmp_path):
         manifest[section].pop(key)
         if value is not None:
             manifest[section][key] = value
-        file.write_text(json.dumps(manifest))
+        write_manifest(file, manifest)
         return refused(copy)
 
     assert "peer_scale.json: model.init_std: missing" in damaged("model", "init_std")

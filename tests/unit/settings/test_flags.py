@@ -170,7 +170,7 @@ def test_defaults_are_within_their_bounds():
         (("--num-levels", "1", "--taus"), "--num-levels is 1; it must be a whole number of at least 2"),
         (("--taus", "1", "0"), "--taus is [1, 0]; it must be a list of numbers above 0"),
         (("--gammas", "0"), "--gammas is [0]; it must be one or more numbers above 0"),
-        (("--generator-num-layers", "0"), "--generator-num-layers is 0; it must be a whole number of at least 1"),
+        (("--generator-num-layers", "0"), "--generator-num-layers is 0; it must be a whole number from 1 to 1000"),
         (("--keep-last", "0"), "--keep-last is 0; it must be a whole number of at least 1"),
         (("--text-key", ""), None),
         (("--no-such-flag",), "unrecognized arguments: --no-such-flag (see --help)"),

@@ -55,6 +55,30 @@ def test_without_a_folder_stacks_are_on_stderr(tmp_path):
     assert code == 75 and "in stall" in said and "stacks are above" in said
 
 
+def start(folder, rank, log):
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
+    with Watchdog(folder, rank, 2, limit=0.2, interval=0.05):
+        time.sleep(1.5)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_start_takes_as_long_as_it_likes_while_nobody_is_missing(tmp_path, rank, is_there):
+    (tmp_path / "heartbeats").mkdir()
+    other = tmp_path / "heartbeats" / f"rank_{1 - rank:05d}.json"
+    other.touch()
+    os.utime(other, (2**33, 2**33) if is_there else (1, 1))
+    process = fork_server().Process(target=start, args=(tmp_path, rank, str(tmp_path / "log")))
+    process.start()
+    process.join(30)
+    said = (tmp_path / "log").read_text()
+    if is_there:
+        assert (process.exitcode, said) == (0, "")
+    else:
+        assert process.exitcode == 75
+        assert f"error: the start has taken more than 0 s on rank {rank}; no sign of life from rank {1 - rank};" in said
+
+
 @pytest.mark.parametrize("limit", [None, 0, 5])
 def test_what_gets_on_is_left_alone(tmp_path, limit):
     assert ends(tmp_path, limit, 0.3, tmp_path) == (0, "")
