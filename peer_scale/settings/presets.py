@@ -85,7 +85,7 @@ def first_run() -> Preset:
     sizes = {"ffn_hidden_size": 352}  # three matrices of this width for GeGLU are two of 512
     model = replace(
         tiny.model,
-        generator=replace(tiny.model.generator, **sizes),
+        generator=replace(tiny.model.generator, num_layers=1, **sizes),
         ranker=replace(tiny.model.main_network, **sizes),
         vocab_size=1024,
         position_embedding="rotary",
@@ -95,7 +95,16 @@ def first_run() -> Preset:
         init_std=0.05,
         unigram_output_bias=True,
     )
-    training = replace(tiny.training, seq_length=64, train_iters=2200, lr=3e-3, lr_warmup_iters=100, adam_beta2=0.98)
+    training = replace(
+        tiny.training,
+        seq_length=32,
+        micro_batch_size=32,
+        global_batch_size=32,
+        train_iters=2200,
+        lr=3e-3,
+        lr_warmup_iters=100,
+        adam_beta2=0.98,
+    )
     return Preset(
         model,
         tiny.objective.changed({"tqr_weight": 10.0, "warmup_epochs": 0.0}),

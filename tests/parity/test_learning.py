@@ -17,7 +17,7 @@ from peer_scale.samples.split import Part
 from peer_scale.samples.windows import Windows
 from runs import read_metrics, run_trainer
 
-SEQ_LENGTH, SHOWN = 64, 0.15
+SEQ_LENGTH, SHOWN = 32, 0.15
 
 
 def scores_and_labels(checkpoint, store, tokenizer, num_samples=3072):
