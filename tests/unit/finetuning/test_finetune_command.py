@@ -105,7 +105,7 @@ def test_runs_of_other_settings_are_not_mixed(done, capfd):
         (("--model", "{here}", "--output-dir", "{here}/o", "--task", "cola"), "--model {here}: neither a folder with"),
         (("--model", "{model}", "--output-dir", "{here}/o", "--task", "cola", "--data-dir", "{here}"), "--data-dir "),
         (("--model", "{model}", "--output-dir", "{here}/o", "--task", "none"), "--task none: neither a folder with "),
-        (("--model", "m", "--output-dir", "{here}/o", "--task", "cola", "--deepspeed_config", "zero2"), "--deepspeed_co"),
+        (("--model", "m", "--output-dir", "{here}/o", "--task", "cola", "--deepspeed_config", "zero2"), "--deeps"),
     ],
 )  # fmt: skip
 def test_what_is_refused_in_one_line(flags, said, capfd, tmp_path, checkpoint):
