@@ -20,11 +20,11 @@ from peer_scale.storage import (
 )
 
 METRICS, DROPPED = "metrics.jsonl", "metrics.dropped.jsonl"
-RUN_YAML, TENSORBOARD = "run.yaml", "tensorboard"
+RUN_YAML, TENSORBOARD, PAGE = "run.yaml", "tensorboard", "report.html"
 SET_ASIDE = "give another folder, or --set-aside to move what is there into a folder beside it"
 _RUN = "run.json"
 BEATS, STACKS = "heartbeats", "stacks"
-_OF_LOGS = (METRICS, DROPPED, RUN_YAML, TENSORBOARD, BEATS, STACKS, _RUN)
+_OF_LOGS = (METRICS, DROPPED, RUN_YAML, TENSORBOARD, PAGE, BEATS, STACKS, _RUN)
 _OF_CHECKPOINTS = ("step_*", "latest", ".writing_*", ".removing_*", ".damaged_*")
 
 

@@ -7,7 +7,10 @@ from typing import Any
 
 from peer_scale.settings.run import RunConfig
 from peer_scale.training.callbacks.console import duration
+from peer_scale.training.callbacks.page import write_page
 from peer_scale.training.trainer import Callback, Trainer
+
+_LABEL_WIDTH = len("checkpoint")
 
 
 class ClosingSummary(Callback):
@@ -36,6 +39,9 @@ class ClosingSummary(Callback):
     def on_train_end(self, trainer: Trainer) -> None:
         if self._last:
             print(self.text(trainer.progress.step), flush=True)
+            log_dir = self._run.output.log_dir
+            if log_dir is not None and (page := write_page(log_dir)) is not None:
+                print(f"{'page':<{_LABEL_WIDTH}}  {page}", flush=True)
 
     def text(self, step: int) -> str:
         """Give the summary as aligned lines."""
@@ -52,8 +58,7 @@ class ClosingSummary(Callback):
             ),
             **self._written(),
         }
-        width = max(map(len, lines))
-        return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
+        return "\n".join(f"{name:<{_LABEL_WIDTH}}  {text}" for name, text in lines.items())
 
     @property
     def _fill(self) -> float:

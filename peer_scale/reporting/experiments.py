@@ -1,0 +1,472 @@
+"""Experiments: their arms and runs, scores with their uncertainty, and the paper's numbers beside them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from peer_scale.errors import UserError
+from peer_scale.reporting import naming
+from peer_scale.reporting.arms import Arm, shown
+from peer_scale.reporting.figures import Figure
+from peer_scale.reporting.runs import METRICS, Floats, Run, read_run, run_of_curve
+from peer_scale.reporting.tables import Table, mean_and_deviation
+from peer_scale.storage import read_json_object
+
+EXPERIMENT = "experiment.json"
+_CONFIDENCE = 0.95
+_COSTS = {
+    "flops_paper": "FLOPs, the paper's accounting",
+    "flops_actual": "FLOPs that were done",
+    "wall_s": "hours of training",
+}
+_GROUPS = {
+    "held-out": "Held-out text",
+    "probe": "Linear probe",
+    "finetune-1000": "Fine-tuning, 1,000 examples",
+    "finetune-all": "Fine-tuning, all examples",
+}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What arms are compared by."""
+
+    name: str
+    label: str
+    group: str
+    higher_is_better: bool
+    metric: str
+
+    @property
+    def is_share(self) -> bool:
+        """Whether it lies between -1 and 1 and can stand on one axis with others; losses do not."""
+        return self.higher_is_better
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A whole comparison. `scores` has, per measure and arm's name, a score per seed, NaN where there is none yet."""
+
+    name: str
+    title: str
+    sentence: str
+    budget: Mapping[str, Any]
+    arms: tuple[Arm, ...]
+    names: tuple[str, ...]  # of the arms, as scores have them
+    costs: tuple[Mapping[str, Floats], ...]  # of the arms: per kind of cost, one number per seed
+    changes: tuple[Mapping[str, Any], ...]
+    measures: tuple[Measure, ...]
+    scores: Mapping[str, Mapping[str, Floats]]
+    tests: tuple[Mapping[str, Any], ...]
+    paper: Mapping[str, Any]
+    missing: tuple[str, ...] = field(default=())
+
+    def label(self, name: str) -> str:
+        """Give an arm's label by its name."""
+        return next((arm.label for arm, own in zip(self.arms, self.names, strict=True) if own == name), name)
+
+
+def read_experiment(folder: Path) -> Experiment:
+    """Read an experiment's folder; UserError where experiment.json is not what it must be."""
+    path = folder / EXPERIMENT
+    content = read_json_object(path)
+    if content is None:
+        raise UserError(f"{path}: cannot be read as a JSON object")
+    try:
+        return _experiment(folder, content)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: is not an experiment's: {type(error).__name__}: {error}") from None
+
+
+def _experiment(folder: Path, content: Mapping[str, Any]) -> Experiment:
+    arms = content["arms"]
+    measures = tuple(
+        Measure(
+            each["name"],
+            each.get("label") or each["name"],
+            each.get("group") or "",
+            bool(each["higher_is_better"]),
+            str(each.get("metric", "")),
+        )
+        for each in content["measures"]
+    )
+    return Experiment(
+        name=str(content["name"]),
+        title=str(content.get("title") or content["name"]),
+        sentence=str(content.get("sentence") or ""),
+        budget=content.get("budget") or {},
+        arms=tuple(
+            Arm(
+                str(arm.get("label") or arm["name"]),
+                number,
+                tuple(_run(folder, arm["name"], run) for run in arm["runs"]),
+            )
+            for number, arm in enumerate(arms)
+        ),
+        names=tuple(arm["name"] for arm in arms),
+        costs=tuple({cost: _numbers(run.get(cost) for run in arm["runs"]) for cost in _COSTS} for arm in arms),
+        changes=tuple(arm.get("changes") or {} for arm in arms),
+        measures=measures,
+        scores={
+            measure: {arm: _numbers(values) for arm, values in by_arm.items()}
+            for measure, by_arm in content["scores"].items()
+        },
+        tests=tuple(content.get("tests") or ()),
+        paper=content.get("paper") or {},
+        missing=tuple(map(str, content.get("missing") or ())),
+    )
+
+
+def _run(folder: Path, arm: str, content: Mapping[str, Any]) -> Run:
+    """Read a run's log folder where it is here, or else take the curve that the experiment has kept of it."""
+    name = f"{arm}-s{content['seed']}"
+    kept = read_json_object(folder / "results" / f"{name}.json") or {}
+    provenance = {**(kept.get("provenance") or {}), "seed": content["seed"]}
+    if content.get("log_dir"):
+        log_dir = folder / content["log_dir"]
+        if (log_dir / METRICS).is_file():
+            return read_run(log_dir, name)
+    return run_of_curve(name, content.get("curve") or (), provenance=provenance)
+
+
+def _numbers(values: Any) -> Floats:
+    return np.array([math.nan if value is None else float(value) for value in values], dtype=np.float64)
+
+
+def score_table(experiment: Experiment) -> Table | None:
+    """Tabulate mean ± deviation over seeds of every measure; None where there is none."""
+    if not experiment.measures:
+        return None
+    rows = []
+    for arm, name in zip(experiment.arms, experiment.names, strict=True):
+        cells = []
+        for measure in experiment.measures:
+            values = experiment.scores.get(measure.name, {}).get(name, np.empty(0))
+            known = values[np.isfinite(values)]
+            failed = len(values) - len(known)
+            told = f" (n = {len(known)}{f', {failed} missing' if failed else ''})" if len(values) else ""
+            cells.append(mean_and_deviation(known) + told)
+        rows.append((arm.label, *cells))
+    header = (_with_group(measure) for measure in experiment.measures)
+    note = "Mean ± standard deviation over pre-training seeds."
+    if experiment.missing:
+        note += f" Not there yet: {', '.join(experiment.missing)}."
+    return Table("Scores", ("", *header), tuple(rows), "scores", note, tuple(arm.colour for arm in experiment.arms))
+
+
+def _with_group(measure: Measure) -> str:
+    group = _GROUPS.get(measure.group, measure.group)
+    metric = f", {measure.metric}" if measure.metric and measure.metric.lower() not in measure.label.lower() else ""
+    return f"{measure.label}{metric} ({group.lower()})" if group else f"{measure.label}{metric}"
+
+
+def change_table(experiment: Experiment) -> Table | None:
+    """Tabulate what is different about each arm."""
+    keys = dict.fromkeys(key for changes in experiment.changes for key in changes)
+    if not keys:
+        return None
+    rows = tuple(
+        (key, *(shown(changes[key]) if key in changes else "–" for changes in experiment.changes)) for key in keys
+    )
+    return Table(
+        "What differs",
+        ("setting", *(arm.label for arm in experiment.arms)),
+        rows,
+        "differences",
+        _budget_told(experiment),
+    )
+
+
+def _budget_told(experiment: Experiment) -> str:
+    flops = experiment.budget.get("flops")
+    if not isinstance(flops, (int, float)):
+        return ""
+    accounting = experiment.budget.get("accounting", "paper")
+    by = "the paper's accounting" if accounting == "paper" else "what is really done"
+    return f"Each run has {naming.scaled(flops)} FLOPs by {by}. All other settings are the same."
+
+
+def cost_table(experiment: Experiment) -> Table:
+    """Tabulate what each arm's runs have cost, mean over seeds."""
+    rows = []
+    for arm, costs in zip(experiment.arms, experiment.costs, strict=True):
+        cells = [
+            naming.scaled(float(np.nanmean(values))) if np.isfinite(values).any() else "–" for values in costs.values()
+        ]
+        wall = costs["wall_s"]
+        cells[-1] = naming.span(float(np.nanmean(wall))) if np.isfinite(wall).any() else "–"
+        rows.append((arm.label, str(len(arm.runs)), *cells))
+    return Table(
+        "Cost of a run",
+        ("", "runs", "FLOPs (paper's accounting)", "FLOPs done", "time"),
+        tuple(rows),
+        "cost",
+        "Mean over seeds.",
+        tuple(arm.colour for arm in experiment.arms),
+    )
+
+
+def test_table(experiment: Experiment) -> Table | None:
+    """Tabulate the differences between arms with their intervals and tests; None where none was tested."""
+    if not experiment.tests:
+        return None
+    labels = {measure.name: _with_group(measure) for measure in experiment.measures}
+    rows = []
+    for test in experiment.tests:
+        interval = confidence_interval(experiment, test)
+        rows.append(
+            (
+                f"{experiment.label(test['a'])} − {experiment.label(test['b'])}",
+                labels.get(test["measure"], str(test["measure"])),
+                naming.number(_float(test.get("difference"))),
+                "–" if interval is None else f"{naming.number(interval[0], 3)} to {naming.number(interval[1], 3)}",
+                naming.number(_float(test.get("t")), 3),
+                naming.number(_float(test.get("df")), 3),
+                naming.number(_float(test.get("p")), 2),
+                naming.number(_float(test.get("p_holm")), 2),
+                "yes" if test.get("significant") else "no",
+            )
+        )
+    header = ("difference", "measure", "mean", "95 % interval", "t", "df", "p", "p (Holm)", "significant")
+    note = (
+        "Welch's t over pre-training seeds; p corrected by Holm's method for the number of tests. "
+        "Intervals are not corrected."
+    )
+    return Table("Differences between arms", header, tuple(rows), "tests", note)
+
+
+def _float(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) else None
+
+
+def confidence_interval(experiment: Experiment, test: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Give Welch's interval of a difference; None where an arm has fewer than two scores."""
+    by_arm = experiment.scores.get(test["measure"], {})
+    samples = [by_arm.get(test[side], np.empty(0)) for side in ("a", "b")]
+    a, b = (values[np.isfinite(values)] for values in samples)
+    if min(len(a), len(b)) < 2:
+        return None
+    of_a, of_b = a.var(ddof=1) / len(a), b.var(ddof=1) / len(b)
+    difference, error = float(a.mean() - b.mean()), math.sqrt(of_a + of_b)
+    if error == 0:
+        return difference, difference
+    freedom = (of_a + of_b) ** 2 / (of_a**2 / (len(a) - 1) + of_b**2 / (len(b) - 1))
+    half = _t_quantile(freedom) * error
+    return difference - half, difference + half
+
+
+def _t_quantile(freedom: float) -> float:
+    from scipy.special import stdtrit
+
+    return float(stdtrit(freedom, 0.5 + _CONFIDENCE / 2))
+
+
+def interval_of_mean(values: Floats) -> float:
+    """Give half the length of the confidence interval of a mean; 0 where there are fewer than two values."""
+    values = values[np.isfinite(values)]
+    if len(values) < 2:
+        return 0.0
+    return _t_quantile(len(values) - 1) * float(values.std(ddof=1)) / math.sqrt(len(values))
+
+
+def paper_table(experiment: Experiment) -> Table | None:
+    """Put the paper's numbers beside ours; None where the experiment is none of the paper's."""
+    published = experiment.paper.get("rows")
+    if not isinstance(published, dict) or not published:
+        return None
+    labels = {measure.name: _with_group(measure) for measure in experiment.measures}
+    rows = []
+    for name, numbers in published.items():
+        for measure, number in numbers.items():
+            values = experiment.scores.get(measure, {}).get(name, np.empty(0))
+            ours = mean_and_deviation(values[np.isfinite(values)])
+            rows.append((experiment.label(name), labels.get(measure, measure), ours, naming.number(_float(number))))
+    return Table(
+        f"Beside the paper: {experiment.paper.get('table', '')}", ("", "measure", "here", "paper"), tuple(rows), "paper"
+    )
+
+
+def score_figures(experiment: Experiment) -> list[Figure]:
+    """Draw scores per measure, differences per pair of arms, and scores against what they have cost."""
+    return [*_dots(experiment), *_differences(experiment), *_against_cost(experiment)]
+
+
+def _sets(experiment: Experiment) -> list[tuple[str, list[Measure]]]:
+    """Give the measures that stand on one axis: of one group, and each loss alone."""
+    sets: dict[str, list[Measure]] = {}
+    for measure in experiment.measures:
+        group = _GROUPS.get(measure.group, measure.group) or "Scores"
+        sets.setdefault(group if measure.is_share else f"{group}: {measure.label}", []).append(measure)
+    return list(sets.items())
+
+
+def _dots(experiment: Experiment) -> list[Figure]:
+    figures = []
+    for title, measures in _sets(experiment):
+        traces, num_arms = [], len(experiment.arms)
+        for place, (arm, name) in enumerate(zip(experiment.arms, experiment.names, strict=True)):
+            offset = (place - (num_arms - 1) / 2) * 0.7 / max(1, num_arms)
+            seeds_x: list[float] = []
+            seeds_y: list[float] = []
+            means: list[tuple[float, float, float]] = []
+            for row, measure in enumerate(measures):
+                values = experiment.scores.get(measure.name, {}).get(name, np.empty(0))
+                known = values[np.isfinite(values)]
+                if not len(known):
+                    continue
+                seeds_x += known.tolist()
+                seeds_y += [row + offset] * len(known)
+                means.append((float(known.mean()), row + offset, interval_of_mean(known)))
+            if not means:
+                continue
+            meta = {"arm": arm.number, "role": "score"}
+            traces.append(
+                {
+                    **{"type": "scatter", "mode": "markers", "x": seeds_x, "y": seeds_y, "meta": meta},
+                    **{"hoverinfo": "skip", "marker": {"size": 6, "color": arm.colour, "opacity": 0.35}},
+                }
+            )
+            x, y, half = (list(column) for column in zip(*means, strict=True))
+            traces.append(
+                {
+                    **{
+                        "type": "scatter",
+                        "mode": "markers",
+                        "x": x,
+                        "y": y,
+                        "name": naming.plain(arm.label),
+                        "meta": meta,
+                    },
+                    "error_x": {"type": "data", "array": half, "color": arm.colour, "thickness": 1.5, "width": 3},
+                    "marker": {"size": 9, "color": arm.colour, "symbol": _symbol(arm)},
+                    "hovertemplate": "%{x:.4~g}",
+                }
+            )
+        if traces:
+            layout = _rows_layout([measure.label for measure in measures], len(experiment.arms))
+            note = "Faint: seeds. Large: their mean with its 95 % interval."
+            figures.append(Figure(title, "scores", go.Figure({"data": traces, "layout": layout}), "scores", note))
+    return figures
+
+
+def _symbol(arm: Arm) -> str:
+    return ("circle", "square", "diamond", "triangle-up", "cross", "star", "hexagon")[arm.number % 7]
+
+
+def _rows_layout(labels: Sequence[str], lines: int) -> dict[str, Any]:
+    """Give an axis of named rows from top to bottom, and the height that they need."""
+    height = max(170, 70 + len(labels) * max(34, 15 * lines))
+    ticks = [_wrapped(label) for label in labels]
+    return {
+        "height": height,
+        "hovermode": "closest",
+        "yaxis": {
+            **{"tickmode": "array", "tickvals": list(range(len(labels))), "ticktext": ticks},
+            **{"range": [len(labels) - 0.5, -0.5], "fixedrange": True},
+        },
+    }
+
+
+def _wrapped(label: str, width: int = 18) -> str:
+    """Break a label at spaces; plotly reads a little HTML in labels, so its characters are escaped."""
+    lines = [""]
+    for word in label.split():
+        if lines[-1] and len(lines[-1]) + len(word) >= width:
+            lines.append(word)
+        else:
+            lines[-1] = f"{lines[-1]} {word}".strip()
+    return "<br>".join(naming.plain(line) for line in lines)
+
+
+def _differences(experiment: Experiment) -> list[Figure]:
+    pairs: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    measures = {measure.name: measure for measure in experiment.measures}
+    for test in experiment.tests:
+        if test["measure"] in measures and _float(test.get("difference")) is not None:
+            pairs.setdefault((test["a"], test["b"]), []).append(test)
+    figures = []
+    for (a, b), tests in pairs.items():
+        for kind in (True, False):  # losses have an axis of their own
+            chosen = [test for test in tests if measures[test["measure"]].is_share == kind]
+            if not chosen:
+                continue
+            intervals = [confidence_interval(experiment, test) for test in chosen]
+            halves = [0.0 if each is None else (each[1] - each[0]) / 2 for each in intervals]
+            colours = ["#0072B2" if test.get("significant") else "#8C8C8C" for test in chosen]
+            trace = {
+                **{"type": "scatter", "mode": "markers", "x": [float(test["difference"]) for test in chosen]},
+                **{"y": list(range(len(chosen))), "hovertemplate": "%{x:.3~g} ± %{error_x.array:.2~g}<extra></extra>"},
+                "meta": {"arm": None, "role": "difference"},
+                "error_x": {"type": "data", "array": halves, "thickness": 1.5, "width": 4, "color": "#8C8C8C"},
+                "marker": {
+                    **{"size": 10, "color": colours},
+                    "symbol": ["circle" if test.get("significant") else "circle-open" for test in chosen],
+                },
+            }
+            layout = _rows_layout([_short(measures[test["measure"]]) for test in chosen], 1)
+            layout["xaxis"] = {"zeroline": True, "zerolinewidth": 2}
+            better = "higher" if kind else "lower"
+            first, second = experiment.label(a), experiment.label(b)
+            title = f"{first} minus {second}" + ("" if kind else ", losses")
+            note = f"With 95 % intervals; {better} is better for {first}. Filled: significant by Holm's correction."
+            figures.append(Figure(title, "differences", go.Figure({"data": [trace], "layout": layout}), "scores", note))
+    return figures
+
+
+def _short(measure: Measure) -> str:
+    group = {"probe": ", probe", "finetune-1000": ", 1,000", "finetune-all": ", all"}.get(measure.group, "")
+    return f"{measure.label}{group}"
+
+
+def _against_cost(experiment: Experiment) -> list[Figure]:
+    """Draw the mean over a set's measures against FLOPs and time, as the paper's Figures 2 and 3 do."""
+    figures = []
+    for title, measures in _sets(experiment):
+        for cost, axis in _COSTS.items():
+            traces = []
+            for arm, name, costs in zip(experiment.arms, experiment.names, experiment.costs, strict=True):
+                rows = [experiment.scores.get(measure.name, {}).get(name, np.empty(0)) for measure in measures]
+                length = min((len(row) for row in rows), default=0)
+                paid = costs[cost][:length] / (3600 if cost == "wall_s" else 1)
+                if not length or len(paid) != length:
+                    continue
+                mean = np.mean([row[:length] for row in rows], axis=0)
+                known = np.isfinite(mean) & np.isfinite(paid)
+                if not known.any():
+                    continue
+                meta = {"arm": arm.number, "role": "cost"}
+                style = {"type": "scatter", "mode": "markers", "meta": meta}
+                faint = {"size": 6, "color": arm.colour, "opacity": 0.35}
+                traces.append({**style, "x": paid[known], "y": mean[known], "marker": faint, "hoverinfo": "skip"})
+                traces.append(
+                    {
+                        **{
+                            **style,
+                            "name": naming.plain(arm.label),
+                            "x": [float(paid[known].mean())],
+                            "y": [float(mean[known].mean())],
+                        },
+                        "error_y": {
+                            "type": "data",
+                            "array": [interval_of_mean(mean[known])],
+                            "color": arm.colour,
+                            "width": 4,
+                        },
+                        "marker": {"size": 10, "color": arm.colour, "symbol": _symbol(arm)},
+                        "hovertemplate": "%{y:.4~g} at %{x:.3~s}",
+                    }
+                )
+            if traces:
+                x = {"title": {"text": axis, "font": {"size": 11}}, "tickformat": "~s", "nticks": 6}
+                layout = {"xaxis": x, "yaxis": {"tickformat": "~g"}, "hovermode": "closest"}
+                told = f"{title}{', mean' if len(measures) > 1 else ''} against {'time' if cost == 'wall_s' else axis}"
+                note = "Faint: seeds. Large: their mean with its 95 % interval."
+                figures.append(Figure(told, "cost", go.Figure({"data": traces, "layout": layout}), "scores", note))
+    return figures

@@ -1,0 +1,204 @@
+"""Tables of the page: results over seeds, differences of configuration, where the numbers come from."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from peer_scale.reporting import naming
+from peer_scale.reporting.arms import Arm, differences
+from peer_scale.reporting.runs import Run, section
+
+_OF_RESULT = ("_loss", "_accuracy", "_auc")
+_MOST_COLUMNS = 10
+_PARTS = {
+    "start": "starting",
+    "load": "loading",
+    "train": "training",
+    "validation": "validation",
+    "save": "saving",
+    "lost": "steps done again",
+    "down": "between starts",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with a header for each column and each row; cells are text, and not yet escaped."""
+
+    caption: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    name: str  # of the file in which it is downloaded
+    note: str = ""
+    colours: tuple[str, ...] = ()  # of the rows, where these are arms
+
+
+def is_result(name: str) -> bool:
+    """Say whether a metric's last value belongs into the table of results."""
+    return naming.base(name) == "loss" or name.endswith(_OF_RESULT)
+
+
+def results(arms: Sequence[Arm]) -> Table:
+    """Tabulate each arm's last values, mean and deviation over its runs."""
+    runs = [run for arm in arms for run in arm.runs]
+    names = dict.fromkeys(name for run in runs for name in run.columns if is_result(name))
+    ordered = sorted(names, key=lambda name: (not name.startswith("validation_"), naming.order(naming.base(name))))[
+        :_MOST_COLUMNS
+    ]
+    rows = []
+    for arm in arms:
+        row = [arm.label, _runs_told(arm)]
+        row += [mean_and_deviation(arm.values(name)) for name in ordered]
+        row += [_mean_count(arm, "tokens"), _mean_count(arm, "train_flops"), _mean_time(arm)]
+        rows.append(tuple(row))
+    return Table(
+        "Results" if len(arms) > 1 else "Result",
+        ("", "runs", *map(naming.title, ordered), "tokens", "FLOPs (paper's accounting)", "training time"),
+        tuple(rows),
+        "results",
+        "Mean ± standard deviation over seeds. A run's value is its last validation, or the mean of its last steps "
+        "(2 %, at most 200). Runs that did not reach their last step are counted, and left out of the means "
+        "where others did.",
+        tuple(arm.colour for arm in arms),
+    )
+
+
+def mean_and_deviation(values: Any) -> str:
+    """Write a mean and the deviation of the sample, the latter where there are several values."""
+    if not len(values):
+        return "–"
+    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return naming.spread(float(np.mean(values)), deviation)
+
+
+def _runs_told(arm: Arm) -> str:
+    if len(arm.runs) == 1:
+        run = arm.runs[0]
+        return "1" if run.is_whole else f"1, stopped at step {run.last_step:,} of {run.wanted_steps or 0:,}"
+    return f"{len(arm.runs)}" + (f", {arm.num_unfinished} not finished" if arm.num_unfinished else "")
+
+
+def _lasts(arm: Arm, name: str) -> list[float]:
+    columns = (run.columns.get(name) for run in arm.counted)
+    return [float(np.nanmax(column)) for column in columns if column is not None and np.isfinite(column).any()]
+
+
+def _mean_count(arm: Arm, name: str) -> str:
+    values = _lasts(arm, name)
+    return naming.scaled(float(np.mean(values))) if values else "–"
+
+
+def _mean_time(arm: Arm) -> str:
+    values = _lasts(arm, "time_s")
+    return naming.span(float(np.mean(values))) if values else "–"
+
+
+def configuration_differences(arms: Sequence[Arm]) -> Table | None:
+    """Tabulate only the keys in which the arms differ; None where there is one arm."""
+    if len(arms) < 2:
+        return None
+    rows = tuple((each.key, *each.values) for each in differences(arms))
+    note = "All other settings are the same." if rows else "The runs' configurations are the same, or not recorded."
+    return Table("What differs", ("setting", *(arm.label for arm in arms)), rows, "differences", note)
+
+
+def provenance(runs: Sequence[Run]) -> Table:
+    """Tabulate what each run was made of and on."""
+    rows = [_provenance_of(run) for run in runs]
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return Table(
+        "Where the numbers come from",
+        ("run", *keys),
+        tuple((run.name, *(row.get(key, "–") for key in keys)) for run, row in zip(runs, rows, strict=True)),
+        "provenance",
+    )
+
+
+def _provenance_of(run: Run) -> dict[str, str]:
+    start = run.starts[-1] if run.starts else run.provenance
+    versions = section(start, "versions")
+    told = {
+        "seed": "–" if run.seed is None else str(run.seed),
+        "steps": f"{run.last_step:,}" + ("" if run.is_whole else f" of {run.wanted_steps or 0:,}"),
+        "starts": str(max(len(run.starts), len(run.restarts) + 1)),
+        "skipped steps": str(len(run.skipped)),
+    }
+    if run.unread:
+        told["unreadable lines"] = str(run.unread)
+    if isinstance(begun := (run.starts[0] if run.starts else {}).get("unix_time"), (int, float)):
+        told["begun"] = datetime.datetime.fromtimestamp(begun, datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    if start.get("commit"):
+        told["commit"] = f"{str(start['commit'])[:12]}{' with changes' if start.get('dirty') else ''}"
+    devices = start.get("devices") or start.get("device")
+    if devices:
+        names = dict.fromkeys(map(str, devices if isinstance(devices, list) else [devices]))
+        told["devices"] = f"{run.world_size} × {', '.join(names)}" if run.world_size else ", ".join(names)
+    if hosts := start.get("hosts") or start.get("host"):
+        told["hosts"] = ", ".join(map(str, hosts)) if isinstance(hosts, list) else str(hosts)
+    if known := {name: version for name, version in versions.items() if version}:
+        told["versions"] = ", ".join(f"{name} {version}" for name, version in known.items())
+    return told
+
+
+def time_spent(runs: Sequence[Run]) -> Table | None:
+    """Tabulate what the runs' time went to; None where no run has recorded it."""
+    told = [run for run in runs if section(run.summary, "parts_s")]
+    if not told:
+        return None
+    rows = []
+    for run in told:
+        parts, goodput = section(run.summary, "parts_s"), run.summary.get("goodput")
+        cells = [naming.span(parts[key]) if _is_number(parts.get(key)) else "–" for key in _PARTS]
+        wall = run.summary.get("wall_s")
+        rows.append(
+            (
+                run.name,
+                f"{goodput:.1%}" if _is_number(goodput) else "–",
+                naming.span(wall) if _is_number(wall) else "–",
+                *cells,
+            )
+        )
+    return Table(
+        "Where the time went",
+        ("run", "goodput", "in all", *_PARTS.values()),
+        tuple(rows),
+        "time",
+        "Goodput: share of training.",
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def fine_tunings(runs: Sequence[Run]) -> Table | None:
+    """Tabulate the scores of the runs' checkpoints: mean ± deviation (n, failed); None where there are none."""
+    found = [(run, scores) for run in runs for scores in run.scores]
+    if not found:
+        return None
+    tasks = dict.fromkeys(task for _, scores in found for task in scores.tasks)
+    rows = []
+    for run, scores in found:
+        name = run.name if scores.name == run.name else f"{run.name}: {scores.name}"
+        rows.append((name, *(task_score(scores.tasks.get(task)) for task in tasks)))
+    return Table(
+        "Fine-tuning",
+        ("checkpoint", *tasks),
+        tuple(rows),
+        "fine_tuning",
+        "Mean ± standard deviation over fine-tunings (how many; failed ones are in the mean).",
+    )
+
+
+def task_score(task: Mapping[str, Any] | None) -> str:
+    """Write a task's mean score with its deviation, the number of fine-tunings, and how many failed."""
+    if task is None or not _is_number(task.get("mean")):
+        return "–"
+    deviation = task.get("std") if _is_number(task.get("std")) and (task.get("n") or 0) > 1 else None
+    failed = f", {task['failed']} failed" if task.get("failed") else ""
+    return f"{naming.spread(task['mean'], deviation)} ({task.get('n', 1)}{failed})"
