@@ -142,11 +142,13 @@ def sentence(arms: Sequence[Arm]) -> str:
     sign = 1 if naming.is_loss(name) else -1
     ranked = sorted(with_steps, key=lambda arm: sign * float(np.mean(arm.values(name))))
     best, second = ranked[:2]
+    alone = min(len(best.values(name)), len(second.values(name))) < 2
+    doubt = " With one run on a side, this may be chance." if alone else ""
     word = "lowest" if sign == 1 else "highest"
     return (
         f"Of {number}, {best.label} ends with the {word} {naming.in_text(name)}: "
         f"{tables.mean_and_deviation(best.values(name))} (n = {len(best.values(name))}), against "
-        f"{tables.mean_and_deviation(second.values(name))} (n = {len(second.values(name))}) of {second.label}."
+        f"{tables.mean_and_deviation(second.values(name))} (n = {len(second.values(name))}) of {second.label}.{doubt}"
     )
 
 
@@ -161,9 +163,9 @@ def _of_one_arm(arm: Arm) -> str:
     values = ", ".join(f"{naming.in_text(name)} {tables.mean_and_deviation(arm.values(name))}" for name in told)
     done = f"{run.last_step:,} steps" + ("" if run.is_whole else f" of {run.wanted_steps or 0:,}")
     cost = [done]
-    for name, unit in (("tokens", "tokens"), ("train_flops", "FLOPs")):
+    for name, unit, written in (("tokens", "tokens", naming.scaled), ("train_flops", "FLOPs", naming.number)):
         if name in run.columns:
-            cost.append(f"{naming.scaled(float(np.nanmax(run.columns[name])))} {unit}")
+            cost.append(f"{written(float(np.nanmax(run.columns[name])))} {unit}")
     took = f" in {naming.span(float(run.columns['time_s'][-1]))}" if "time_s" in run.columns else ""
     seeds = "" if len(arm.runs) == 1 else f" (mean of {len(runs)} seeds)"
     model = run.config.get("name") or arm.label
@@ -191,9 +193,12 @@ def _cards(run: Run) -> tuple[Card, ...]:
     shown += [name for name in names if name.endswith(("_accuracy", "_auc")) and name == naming.base(name)][:3]
     for name in shown:
         cards.append(Card(naming.title(name), naming.number(run.last(name)), _best(run, name)))
-    for name, label in (("tokens", "Tokens"), ("train_flops", "FLOPs")):
+    for name, label, note, written in (
+        ("tokens", "Tokens", "without padding", naming.scaled),
+        ("train_flops", "FLOPs", "the paper's accounting", naming.number),
+    ):
         if name in run.columns:
-            cards.append(Card(label, naming.scaled(float(np.nanmax(run.columns[name]))), _OF_COUNT[name]))
+            cards.append(Card(label, written(float(np.nanmax(run.columns[name]))), note))
     if "time_s" in run.columns:
         cards.append(Card("Time", naming.span(float(run.columns["time_s"][-1])), "of steps"))
     if "tokens_per_second" in run.columns:
@@ -211,9 +216,6 @@ def _cards(run: Run) -> tuple[Card, ...]:
     if run.restarts or len(run.skipped):
         cards.append(Card("Restarts", str(len(run.restarts)), f"{len(run.skipped)} steps skipped"))
     return tuple(cards[:_MOST_CARDS])
-
-
-_OF_COUNT = {"tokens": "without padding", "train_flops": "the paper's accounting"}
 
 
 def _best(run: Run, name: str) -> str:

@@ -158,7 +158,8 @@ def score_table(experiment: Experiment) -> Table | None:
     note = "Mean ± standard deviation over pre-training seeds."
     if experiment.missing:
         note += f" Not there yet: {', '.join(experiment.missing)}."
-    return Table("Scores", ("", *header), tuple(rows), "scores", note, tuple(arm.colour for arm in experiment.arms))
+    colours = tuple(arm.colour for arm in experiment.arms)
+    return Table("Scores", ("", *header), tuple(rows), "scores", note, colours).turned_if_wide()
 
 
 def _with_group(measure: Measure) -> str:
@@ -190,7 +191,7 @@ def _budget_told(experiment: Experiment) -> str:
         return ""
     accounting = experiment.budget.get("accounting", "paper")
     by = "the paper's accounting" if accounting == "paper" else "what is really done"
-    return f"Each run has {naming.scaled(flops)} FLOPs by {by}. All other settings are the same."
+    return f"Each run has {naming.number(flops)} FLOPs by {by}. All other settings are the same."
 
 
 def cost_table(experiment: Experiment) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -10,7 +11,7 @@ from typing import Any
 
 import jinja2
 import plotly
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 from plotly.utils import PlotlyJSONEncoder
 
@@ -52,6 +53,7 @@ def render(page: Page) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_text_of), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
+    environment.filters["breakable"] = _breakable
     return environment.get_template("report.html").render(
         page=page,
         groups=_grouped(page.figures),
@@ -72,6 +74,11 @@ def render(page: Page) -> str:
 
 def _text_of(name: str) -> str:
     return resources.files(_TEMPLATES).joinpath(name).read_text(encoding="utf-8")
+
+
+def _breakable(text: str) -> Markup:
+    """Let a long name be broken behind its dots and underscores, and not within words."""
+    return Markup(re.sub(r"([._/])(?=\w)", r"\1<wbr>", str(escape(text))))
 
 
 def _grouped(figures: Sequence[Figure]) -> list[tuple[str, list[tuple[int, Figure]]]]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from peer_scale.reporting.runs import Run, section
 
 _OF_RESULT = ("_loss", "_accuracy", "_auc")
 _MOST_COLUMNS = 10
+_MOST_COLUMNS_OF_TURNED = 6
 _PARTS = {
     "start": "starting",
     "load": "loading",
@@ -36,6 +37,14 @@ class Table:
     name: str  # of the file in which it is downloaded
     note: str = ""
     colours: tuple[str, ...] = ()  # of the rows, where these are arms
+    is_turned: bool = False  # rows are columns, and `colours` theirs
+
+    def turned_if_wide(self) -> Table:
+        """Give the table with rows and columns changed, where it has so few rows that it is easier to read then."""
+        if len(self.rows) > _MOST_COLUMNS_OF_TURNED or len(self.rows) >= len(self.header) - 1:
+            return self
+        header, *rows = zip(self.header, *self.rows, strict=True)
+        return replace(self, header=tuple(header), rows=tuple(rows), is_turned=True)
 
 
 def is_result(name: str) -> bool:
@@ -54,7 +63,11 @@ def results(arms: Sequence[Arm]) -> Table:
     for arm in arms:
         row = [arm.label, _runs_told(arm)]
         row += [mean_and_deviation(arm.values(name)) for name in ordered]
-        row += [_mean_count(arm, "tokens"), _mean_count(arm, "train_flops"), _mean_time(arm)]
+        row += [
+            _mean_count(arm, "tokens", naming.scaled),
+            _mean_count(arm, "train_flops", naming.number),
+            _mean_time(arm),
+        ]
         rows.append(tuple(row))
     return Table(
         "Results" if len(arms) > 1 else "Result",
@@ -65,7 +78,7 @@ def results(arms: Sequence[Arm]) -> Table:
         "(2 %, at most 200). Runs that did not reach their last step are counted, and left out of the means "
         "where others did.",
         tuple(arm.colour for arm in arms),
-    )
+    ).turned_if_wide()
 
 
 def mean_and_deviation(values: Any) -> str:
@@ -88,9 +101,9 @@ def _lasts(arm: Arm, name: str) -> list[float]:
     return [float(np.nanmax(column)) for column in columns if column is not None and np.isfinite(column).any()]
 
 
-def _mean_count(arm: Arm, name: str) -> str:
+def _mean_count(arm: Arm, name: str, written: Callable[[float], str]) -> str:
     values = _lasts(arm, name)
-    return naming.scaled(float(np.mean(values))) if values else "–"
+    return written(float(np.mean(values))) if values else "–"
 
 
 def _mean_time(arm: Arm) -> str:
@@ -116,7 +129,7 @@ def provenance(runs: Sequence[Run]) -> Table:
         ("run", *keys),
         tuple((run.name, *(row.get(key, "–") for key in keys)) for run, row in zip(runs, rows, strict=True)),
         "provenance",
-    )
+    ).turned_if_wide()
 
 
 def _provenance_of(run: Run) -> dict[str, str]:

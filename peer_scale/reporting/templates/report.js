@@ -37,6 +37,21 @@
     if (!column) return new Float64Array(trace.meta.at.length).fill(NaN);
     return Float64Array.from(trace.meta.at, (row) => (axis === "time_s" ? column[row] / seconds : column[row]));
   }
+  /* one stretch for all figures, so that what stands below each other is the same step */
+  function range(axis, log) {
+    const columns = tables.map((table) => table[axis]).filter(Boolean);
+    let [low, high] = [Infinity, -Infinity];
+    for (const column of columns) {
+      for (const value of column) {
+        if (value < low && (value > 0 || !log)) low = value;
+        if (value > high) high = value;
+      }
+    }
+    if (axis === "time_s") [low, high] = [low / seconds, high / seconds];
+    if (!(low < high)) return null;
+    if (log) [low, high] = [Math.log10(low), Math.log10(high)];
+    return [low - 0.02 * (high - low), high + 0.02 * (high - low)];
+  }
   const axisTitle = (axis) => axisTitles[axis] + (axis === "time_s" ? `, ${unit}` : "");
 
   function colours() {
@@ -67,6 +82,8 @@
     if (figure.kind === "curve") {
       const { axis, log } = chosen();
       layout.hovermode = touch.matches ? "closest" : "x unified";
+      const fixed = range(axis, log);
+      if (fixed) x.range = fixed;
       Object.assign(x, { title: { text: axisTitle(axis), standoff: 6, font: { size: 11 } }, type: log ? "log" : "linear", showspikes: true, spikemode: "across", spikethickness: 1, spikedash: "dot", spikesnap: "cursor", nticks: 6, tickformat: "~s", hoverformat: ",.4~g" });
     }
     for (const [key, value] of Object.entries(themed())) {
@@ -100,10 +117,14 @@
   }
   function changeAxis() {
     const { axis, log } = chosen();
+    const fixed = range(axis, log);
+    const stretch = fixed ? { "xaxis.range": fixed, "xaxis.autorange": false } : { "xaxis.autorange": true };
+    following = true;
     for (const number of curves) {
       const figure = data.figures[number];
-      Plotly.update(element(number), { x: figure.data.map((trace) => xs(trace, axis)) }, { "xaxis.title.text": axisTitle(axis), "xaxis.type": log ? "log" : "linear", "xaxis.autorange": true });
+      Plotly.update(element(number), { x: figure.data.map((trace) => xs(trace, axis)) }, { "xaxis.title.text": axisTitle(axis), "xaxis.type": log ? "log" : "linear", ...stretch });
     }
+    following = false;
   }
   function changeTraces() {
     data.figures.forEach((figure, number) => {
@@ -159,7 +180,7 @@
   function explain() {
     const roles = new Set(curves.flatMap((number) => data.figures[number].data.map((trace) => trace.meta.role)));
     const told = [];
-    if (roles.has("smooth")) told.push("Faint: single steps, the lowest and highest of each stretch kept. Bold: their mean with as many neighbours on either side.");
+    if (roles.has("smooth")) told.push("Faint: single steps, the lowest and highest of each stretch kept. Bold: the mean of a twentieth of the run around each step.");
     if (roles.has("mean")) told.push("Faint: seeds, smoothed. Bold: their mean, over the steps that all have done.");
     if (roles.has("held out")) told.push("◆ held-out text.");
     if (roles.has("restart")) told.push("▲ started again; no line goes across.");
