@@ -26,12 +26,8 @@ _COSTS = {
     "flops_actual": "FLOPs that were done",
     "wall_s": "hours of training",
 }
-_GROUPS = {
-    "held-out": "Held-out text",
-    "probe": "Linear probe",
-    "finetune-1000": "Fine-tuning, 1,000 examples",
-    "finetune-all": "Fine-tuning, all examples",
-}
+_KINDS = {"held-out": "Held-out text", "probe": "Linear probe", "finetune": "Fine-tuning"}
+_PER_CENT = 100.0
 
 
 @dataclass(frozen=True)
@@ -43,6 +39,11 @@ class Measure:
     group: str
     higher_is_better: bool
     metric: str
+
+    @property
+    def factor(self) -> float:
+        """What its numbers are multiplied with: scores of tasks are written as papers do, times 100."""
+        return 1.0 if self.group == "held-out" else _PER_CENT
 
     @property
     def is_share(self) -> bool:
@@ -111,14 +112,17 @@ def _experiment(folder: Path, content: Mapping[str, Any]) -> Experiment:
             for number, arm in enumerate(arms)
         ),
         names=tuple(arm["name"] for arm in arms),
-        costs=tuple({cost: _numbers(run.get(cost) for run in arm["runs"]) for cost in _COSTS} for arm in arms),
+        costs=tuple({cost: _costs(arm, cost) for cost in _COSTS} for arm in arms),
         changes=tuple(arm.get("changes") or {} for arm in arms),
         measures=measures,
         scores={
-            measure: {arm: _numbers(values) for arm, values in by_arm.items()}
-            for measure, by_arm in content["scores"].items()
+            measure.name: {
+                arm: measure.factor * _numbers(values)
+                for arm, values in content["scores"].get(measure.name, {}).items()
+            }
+            for measure in measures
         },
-        tests=tuple(content.get("tests") or ()),
+        tests=tuple(_scaled(test, measures) for test in content.get("tests") or ()),
         paper=content.get("paper") or {},
         missing=tuple(map(str, content.get("missing") or ())),
     )
@@ -140,6 +144,27 @@ def _numbers(values: Any) -> Floats:
     return np.array([math.nan if value is None else float(value) for value in values], dtype=np.float64)
 
 
+def _costs(arm: Mapping[str, Any], cost: str) -> Floats:
+    """Give a cost for each of the arm's seeds, NaN for runs that are not there."""
+    of_seeds = {run["seed"]: run.get(cost) for run in arm["runs"]}
+    return _numbers(of_seeds.get(seed) for seed in arm["seeds"])
+
+
+def _scaled(test: Mapping[str, Any], measures: Sequence[Measure]) -> Mapping[str, Any]:
+    """Give a test with its difference in what the measure is written in."""
+    factor = next((measure.factor for measure in measures if measure.name == test["measure"]), 1.0)
+    difference = _float(test.get("difference"))
+    return {**test, "difference": None if difference is None else factor * difference}
+
+
+def group_title(group: str) -> str:
+    """Give a group of measures in words: finetune-1000 is fine-tuning with 1,000 examples."""
+    kind, _, size = group.partition("-")
+    if group in _KINDS or kind not in _KINDS:
+        return _KINDS.get(group, group)
+    return f"{_KINDS[kind]}, {f'{int(size):,}' if size.isdigit() else size} examples"
+
+
 def score_table(experiment: Experiment) -> Table | None:
     """Tabulate mean ± deviation over seeds of every measure; None where there is none."""
     if not experiment.measures:
@@ -151,11 +176,11 @@ def score_table(experiment: Experiment) -> Table | None:
             values = experiment.scores.get(measure.name, {}).get(name, np.empty(0))
             known = values[np.isfinite(values)]
             failed = len(values) - len(known)
-            told = f" (n = {len(known)}{f', {failed} missing' if failed else ''})" if len(values) else ""
-            cells.append(mean_and_deviation(known) + told)
+            told = f" ({len(known)}{f', {failed} missing' if failed else ''})" if len(known) else ""
+            cells.append(mean_and_deviation(known, digits=3) + told)
         rows.append((arm.label, *cells))
     header = (_with_group(measure) for measure in experiment.measures)
-    note = "Mean ± standard deviation over pre-training seeds."
+    note = "Mean ± standard deviation over pre-training seeds (how many). Scores of tasks are times 100."
     if experiment.missing:
         note += f" Not there yet: {', '.join(experiment.missing)}."
     colours = tuple(arm.colour for arm in experiment.arms)
@@ -163,7 +188,7 @@ def score_table(experiment: Experiment) -> Table | None:
 
 
 def _with_group(measure: Measure) -> str:
-    group = _GROUPS.get(measure.group, measure.group)
+    group = group_title(measure.group)
     metric = f", {measure.metric}" if measure.metric and measure.metric.lower() not in measure.label.lower() else ""
     return f"{measure.label}{metric} ({group.lower()})" if group else f"{measure.label}{metric}"
 
@@ -282,13 +307,17 @@ def paper_table(experiment: Experiment) -> Table | None:
     published = experiment.paper.get("rows")
     if not isinstance(published, dict) or not published:
         return None
-    labels = {measure.name: _with_group(measure) for measure in experiment.measures}
     rows = []
     for name, numbers in published.items():
-        for measure, number in numbers.items():
-            values = experiment.scores.get(measure, {}).get(name, np.empty(0))
+        for measure in experiment.measures:
+            printed = _float(numbers.get(measure.name))
+            if printed is None:
+                continue
+            values = experiment.scores[measure.name].get(name, np.empty(0))
             ours = mean_and_deviation(values[np.isfinite(values)])
-            rows.append((experiment.label(name), labels.get(measure, measure), ours, naming.number(_float(number))))
+            deviation = _float(numbers.get(f"{measure.name}/std"))
+            theirs = naming.spread(measure.factor * printed, None if deviation is None else measure.factor * deviation)
+            rows.append((experiment.label(name), _with_group(measure), ours, theirs))
     return Table(
         f"Beside the paper: {experiment.paper.get('table', '')}", ("", "measure", "here", "paper"), tuple(rows), "paper"
     )
@@ -303,7 +332,7 @@ def _sets(experiment: Experiment) -> list[tuple[str, list[Measure]]]:
     """Give the measures that stand on one axis: of one group, and each loss alone."""
     sets: dict[str, list[Measure]] = {}
     for measure in experiment.measures:
-        group = _GROUPS.get(measure.group, measure.group) or "Scores"
+        group = group_title(measure.group) or "Scores"
         sets.setdefault(group if measure.is_share else f"{group}: {measure.label}", []).append(measure)
     return list(sets.items())
 
@@ -422,8 +451,11 @@ def _differences(experiment: Experiment) -> list[Figure]:
 
 
 def _short(measure: Measure) -> str:
-    group = {"probe": ", probe", "finetune-1000": ", 1,000", "finetune-all": ", all"}.get(measure.group, "")
-    return f"{measure.label}{group}"
+    kind, _, size = measure.group.partition("-")
+    if kind not in ("probe", "finetune"):
+        return measure.label
+    told = [*(["probe"] if kind == "probe" else []), *([f"{int(size):,}" if size.isdigit() else size] if size else [])]
+    return ", ".join([measure.label, *told])
 
 
 def _against_cost(experiment: Experiment) -> list[Figure]:

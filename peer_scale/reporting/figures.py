@@ -24,6 +24,7 @@ _EXACT = ("lr", "loss_scale")  # no noise to smooth
 _MARKED = ("loss", "grad_norm")  # skipped steps stand here
 _SUM_OF_SHARES = 0.02  # within which of 1
 _LABEL_COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7")
+_SHARES = {"range": [0, 1], "tickformat": ".0%"}
 _UNKNOWN_LABEL, _UNKNOWN_COLOUR = "-1", "#8C8C8C"
 
 
@@ -112,8 +113,8 @@ def curve_figures(arms: Sequence[Arm]) -> tuple[list[Figure], list[dict[str, Any
     figures += [
         Figure(
             f"{naming.title(name)}{f': {arm.label}' if several else ''}",
-            "labels",
-            go.Figure({"data": drawn, "layout": {"yaxis": {"range": [0, 1], "tickformat": ".0%"}}}),
+            "speed" if naming.group(name) == "speed" else "labels",
+            go.Figure({"data": drawn, "layout": {"yaxis": _SHARES if is_stacked else {"tickformat": "~g"}}}),
             note="Each value is the mean of its stretch of steps" + (", and over seeds." if len(arm.runs) > 1 else "."),
             legend=legend,
         )
@@ -252,10 +253,14 @@ class _Pen:
             traces, legend = [], []
             for place, label in enumerate(labels):
                 colour = _UNKNOWN_COLOUR if label == _UNKNOWN_LABEL else _LABEL_COLOURS[place % len(_LABEL_COLOURS)]
-                shown = "level unknown" if label == _UNKNOWN_LABEL else f"level {label}"
+                shown = _label_name(label)
                 means = self._means(name, label, edges)
                 kept = np.isfinite(means)
-                style: dict[str, Any] = {"mode": "lines", "name": naming.plain(shown), "hovertemplate": "%{y:.1%}"}
+                style: dict[str, Any] = {
+                    "mode": "lines",
+                    "name": naming.plain(shown),
+                    "hovertemplate": "%{y:.1%}" if is_stacked else "%{y:.3~g}",
+                }
                 style["line"] = {"width": 0.5 if is_stacked else 2, "color": colour}
                 if is_stacked:
                     style |= {"stackgroup": "one", "fillcolor": colour}
@@ -296,6 +301,12 @@ def _between(grid: Floats, steps: Floats, values: Floats) -> Floats:
     return np.interp(grid, steps[known], values[known], left=math.nan, right=math.nan)
 
 
+def _label_name(label: str) -> str:
+    if label == _UNKNOWN_LABEL:
+        return "level unknown"
+    return f"level {label}" if label.replace(".", "", 1).isdigit() else label
+
+
 def _place(label: str) -> tuple[int, float, str]:
     """Sort labels by their number, the unknown one last."""
     try:
@@ -307,7 +318,7 @@ def _place(label: str) -> tuple[int, float, str]:
 def _names(arms: Sequence[Arm]) -> list[str]:
     """Give the metrics that are worth a figure, in order: not those that are one number all the time."""
     runs = [run for arm in arms for run in arm.runs]
-    names = dict.fromkeys(name for run in runs for name in run.columns if not naming.is_axis(name))
+    names = dict.fromkeys(name for run in runs for name in run.columns if not naming.is_count(name))
     drawn = []
     for name in names:
         if naming.base(name) != name and naming.base(name) in names:

@@ -16,15 +16,20 @@ _NAMES = {
     "tokens_per_second_per_device": "Tokens per second and device",
     "tflops_per_device": "TFLOP/s per device",
     "mfu": "Model FLOPs utilisation",
+    "slowest_rank": "Rank that is busy the longest",
+    "busy_time_s": "Seconds per step in which a rank waits for no other",
+    "rank_data_wait_s": "Seconds per step, each rank's wait for data",
+    "peak_memory_bytes": "Peak memory, bytes",
+    "reserved_memory_bytes": "Memory taken of the GPU, bytes",
     "fill": "Tokens over padded positions",
     "varying_share": "Varying share of the generator's states",
     "rank_label_fractions": "Label shares of the selected positions",
     "level_accuracy": "Accuracy per level",
 }
-_AXIS_KEYS = ("step", "samples", "tokens", "train_flops", "time_s")
+_COUNTS = ("step", "samples", "tokens", "train_flops", "time_s", "skipped_steps")
 _OF_SPEED = (
     *("tokens_per_second_per_device", "tokens_per_second", "mfu", "tflops_per_device", "step_time_s"),
-    *("data_wait_s", "fill"),
+    *("data_wait_s", "fill", "slowest_rank"),
 )
 _OF_OPTIMIZER = ("lr", "grad_norm", "loss_scale")
 _SPEED_ENDINGS = ("_bytes", "_gib", "_per_second", "_s")
@@ -41,9 +46,9 @@ GROUPS = {
 }
 
 
-def is_axis(name: str) -> bool:
+def is_count(name: str) -> bool:
     """Say whether a metric only counts, and is what others are drawn over."""
-    return name in _AXIS_KEYS
+    return name in _COUNTS
 
 
 def title(name: str) -> str:

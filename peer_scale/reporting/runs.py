@@ -96,7 +96,11 @@ class Run:
 
     @property
     def skipped(self) -> Floats:
-        """Steps without an update: their gradients overflowed, and have no norm."""
+        """Steps without an update: where their count rises, or in older files where the gradient has no norm."""
+        count = self.columns.get("skipped_steps")
+        if count is not None:
+            before = count[0] if self.steps[0] > 1 else 0
+            return self.steps[np.diff(count, prepend=before) > 0]
         norms = self.columns.get("grad_norm")
         if norms is None or not np.isfinite(norms).any():
             return np.empty(0)

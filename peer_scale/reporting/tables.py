@@ -81,12 +81,12 @@ def results(arms: Sequence[Arm]) -> Table:
     ).turned_if_wide()
 
 
-def mean_and_deviation(values: Any) -> str:
+def mean_and_deviation(values: Any, digits: int = 4) -> str:
     """Write a mean and the deviation of the sample, the latter where there are several values."""
     if not len(values):
         return "–"
     deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return naming.spread(float(np.mean(values)), deviation)
+    return naming.spread(float(np.mean(values)), deviation, digits)
 
 
 def _runs_told(arm: Arm) -> str:

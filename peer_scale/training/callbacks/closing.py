@@ -10,8 +10,6 @@ from peer_scale.training.callbacks.console import duration
 from peer_scale.training.callbacks.page import write_page
 from peer_scale.training.trainer import Callback, Trainer
 
-_LABEL_WIDTH = len("checkpoint")
-
 
 class ClosingSummary(Callback):
     """Prints steps, time, tokens, FLOPs, the last and best metrics, what was written and what can be done with it.
@@ -41,7 +39,7 @@ class ClosingSummary(Callback):
             print(self.text(trainer.progress.step), flush=True)
             log_dir = self._run.output.log_dir
             if log_dir is not None and (page := write_page(log_dir)) is not None:
-                print(f"{'page':<{_LABEL_WIDTH}}  {page}", flush=True)
+                print(f"{'page':<{len('checkpoint')}}  {page}", flush=True)
 
     def text(self, step: int) -> str:
         """Give the summary as aligned lines."""
@@ -58,7 +56,8 @@ class ClosingSummary(Callback):
             ),
             **self._written(),
         }
-        return "\n".join(f"{name:<{_LABEL_WIDTH}}  {text}" for name, text in lines.items())
+        width = max(map(len, lines))
+        return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
 
     @property
     def _fill(self) -> float:
