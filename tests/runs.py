@@ -14,7 +14,7 @@ from rank_pool import free_port
 
 PROJECT = Path(__file__).resolve().parent.parent
 TIMES = ("step_time_s", "data_wait_s", "tokens_per_second", "tflops_per_device", "mfu")
-SMALL = ("--vocab-size", "2000", "--seq-length", "64", "--log-interval", "1000000")
+SMALL = ("--vocab-size", "2000", "--seq-length", "64", "--log-interval", "1000000", "--no-report")
 
 
 def corpus(text_file: Path) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from peer_scale.reporting.experiments import EXPERIMENT, Experiment, read_experi
 from peer_scale.reporting.figures import curve_figures
 from peer_scale.reporting.page import Card, Page, render
 from peer_scale.reporting.runs import RUN_YAML, Run, find_runs, read_run
+from peer_scale.reporting.score_figures import score_figures
 from peer_scale.storage import write_atomically
 
 _MOST_CARDS = 10
@@ -98,7 +99,7 @@ def page_of_experiment(experiment: Experiment, title: str | None = None) -> str:
             cards=(),
             arms=experiment.arms,
             tables=tuple(table for table in found if table is not None),
-            figures=(*experiments.score_figures(experiment), *curves),
+            figures=(*score_figures(experiment), *curves),
             axis_tables=tuple(axis_tables),
             configurations=configurations(runs),
             sources=tuple(table for table in sources if table is not None),

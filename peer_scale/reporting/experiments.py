@@ -9,19 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
 
 from peer_scale.errors import UserError
 from peer_scale.reporting import naming
 from peer_scale.reporting.arms import Arm, shown
-from peer_scale.reporting.figures import Figure
 from peer_scale.reporting.runs import METRICS, Floats, Run, read_run, run_of_curve
 from peer_scale.reporting.tables import Table, mean_and_deviation
 from peer_scale.storage import read_json_object
 
 EXPERIMENT = "experiment.json"
 _CONFIDENCE = 0.95
-_COSTS = {
+COSTS = {
     "flops_paper": "FLOPs, the paper's accounting",
     "flops_actual": "FLOPs that were done",
     "wall_s": "hours of training",
@@ -62,6 +60,7 @@ class Experiment:
     arms: tuple[Arm, ...]
     names: tuple[str, ...]  # of the arms, as scores have them
     costs: tuple[Mapping[str, Floats], ...]  # of the arms: per kind of cost, one number per seed
+    checkpoints: tuple[tuple[Sequence[Mapping[str, Any]], ...], ...]  # of the arms' runs: their scores on the way
     changes: tuple[Mapping[str, Any], ...]
     measures: tuple[Measure, ...]
     scores: Mapping[str, Mapping[str, Floats]]
@@ -112,7 +111,8 @@ def _experiment(folder: Path, content: Mapping[str, Any]) -> Experiment:
             for number, arm in enumerate(arms)
         ),
         names=tuple(arm["name"] for arm in arms),
-        costs=tuple({cost: _costs(arm, cost) for cost in _COSTS} for arm in arms),
+        costs=tuple({cost: _costs(arm, cost) for cost in COSTS} for arm in arms),
+        checkpoints=tuple(tuple(run.get("checkpoints") or () for run in arm["runs"]) for arm in arms),
         changes=tuple(arm.get("changes") or {} for arm in arms),
         measures=measures,
         scores={
@@ -153,7 +153,7 @@ def _costs(arm: Mapping[str, Any], cost: str) -> Floats:
 def _scaled(test: Mapping[str, Any], measures: Sequence[Measure]) -> Mapping[str, Any]:
     """Give a test with its difference in what the measure is written in."""
     factor = next((measure.factor for measure in measures if measure.name == test["measure"]), 1.0)
-    difference = _float(test.get("difference"))
+    difference = as_float(test.get("difference"))
     return {**test, "difference": None if difference is None else factor * difference}
 
 
@@ -224,7 +224,7 @@ def cost_table(experiment: Experiment) -> Table:
     rows = []
     for arm, costs in zip(experiment.arms, experiment.costs, strict=True):
         cells = [
-            naming.scaled(float(np.nanmean(values))) if np.isfinite(values).any() else "–" for values in costs.values()
+            naming.number(float(np.nanmean(values))) if np.isfinite(values).any() else "–" for values in costs.values()
         ]
         wall = costs["wall_s"]
         cells[-1] = naming.span(float(np.nanmean(wall))) if np.isfinite(wall).any() else "–"
@@ -251,12 +251,12 @@ def test_table(experiment: Experiment) -> Table | None:
             (
                 f"{experiment.label(test['a'])} − {experiment.label(test['b'])}",
                 labels.get(test["measure"], str(test["measure"])),
-                naming.number(_float(test.get("difference"))),
+                naming.number(as_float(test.get("difference"))),
                 "–" if interval is None else f"{naming.number(interval[0], 3)} to {naming.number(interval[1], 3)}",
-                naming.number(_float(test.get("t")), 3),
-                naming.number(_float(test.get("df")), 3),
-                naming.number(_float(test.get("p")), 2),
-                naming.number(_float(test.get("p_holm")), 2),
+                naming.number(as_float(test.get("t")), 3),
+                naming.number(as_float(test.get("df")), 3),
+                naming.number(as_float(test.get("p")), 2),
+                naming.number(as_float(test.get("p_holm")), 2),
                 "yes" if test.get("significant") else "no",
             )
         )
@@ -268,7 +268,8 @@ def test_table(experiment: Experiment) -> Table | None:
     return Table("Differences between arms", header, tuple(rows), "tests", note)
 
 
-def _float(value: Any) -> float | None:
+def as_float(value: Any) -> float | None:
+    """Give a number of a file, None for what is none."""
     return float(value) if isinstance(value, (int, float)) else None
 
 
@@ -310,196 +311,14 @@ def paper_table(experiment: Experiment) -> Table | None:
     rows = []
     for name, numbers in published.items():
         for measure in experiment.measures:
-            printed = _float(numbers.get(measure.name))
+            printed = as_float(numbers.get(measure.name))
             if printed is None:
                 continue
             values = experiment.scores[measure.name].get(name, np.empty(0))
             ours = mean_and_deviation(values[np.isfinite(values)])
-            deviation = _float(numbers.get(f"{measure.name}/std"))
+            deviation = as_float(numbers.get(f"{measure.name}/std"))
             theirs = naming.spread(measure.factor * printed, None if deviation is None else measure.factor * deviation)
             rows.append((experiment.label(name), _with_group(measure), ours, theirs))
     return Table(
         f"Beside the paper: {experiment.paper.get('table', '')}", ("", "measure", "here", "paper"), tuple(rows), "paper"
     )
-
-
-def score_figures(experiment: Experiment) -> list[Figure]:
-    """Draw scores per measure, differences per pair of arms, and scores against what they have cost."""
-    return [*_dots(experiment), *_differences(experiment), *_against_cost(experiment)]
-
-
-def _sets(experiment: Experiment) -> list[tuple[str, list[Measure]]]:
-    """Give the measures that stand on one axis: of one group, and each loss alone."""
-    sets: dict[str, list[Measure]] = {}
-    for measure in experiment.measures:
-        group = group_title(measure.group) or "Scores"
-        sets.setdefault(group if measure.is_share else f"{group}: {measure.label}", []).append(measure)
-    return list(sets.items())
-
-
-def _dots(experiment: Experiment) -> list[Figure]:
-    figures = []
-    for title, measures in _sets(experiment):
-        traces, num_arms = [], len(experiment.arms)
-        for place, (arm, name) in enumerate(zip(experiment.arms, experiment.names, strict=True)):
-            offset = (place - (num_arms - 1) / 2) * 0.7 / max(1, num_arms)
-            seeds_x: list[float] = []
-            seeds_y: list[float] = []
-            means: list[tuple[float, float, float]] = []
-            for row, measure in enumerate(measures):
-                values = experiment.scores.get(measure.name, {}).get(name, np.empty(0))
-                known = values[np.isfinite(values)]
-                if not len(known):
-                    continue
-                seeds_x += known.tolist()
-                seeds_y += [row + offset] * len(known)
-                means.append((float(known.mean()), row + offset, interval_of_mean(known)))
-            if not means:
-                continue
-            meta = {"arm": arm.number, "role": "score"}
-            traces.append(
-                {
-                    **{"type": "scatter", "mode": "markers", "x": seeds_x, "y": seeds_y, "meta": meta},
-                    **{"hoverinfo": "skip", "marker": {"size": 6, "color": arm.colour, "opacity": 0.35}},
-                }
-            )
-            x, y, half = (list(column) for column in zip(*means, strict=True))
-            traces.append(
-                {
-                    **{
-                        "type": "scatter",
-                        "mode": "markers",
-                        "x": x,
-                        "y": y,
-                        "name": naming.plain(arm.label),
-                        "meta": meta,
-                    },
-                    "error_x": {"type": "data", "array": half, "color": arm.colour, "thickness": 1.5, "width": 3},
-                    "marker": {"size": 9, "color": arm.colour, "symbol": _symbol(arm)},
-                    "hovertemplate": "%{x:.4~g}",
-                }
-            )
-        if traces:
-            layout = _rows_layout([measure.label for measure in measures], len(experiment.arms))
-            note = "Faint: seeds. Large: their mean with its 95 % interval."
-            figures.append(Figure(title, "scores", go.Figure({"data": traces, "layout": layout}), "scores", note))
-    return figures
-
-
-def _symbol(arm: Arm) -> str:
-    return ("circle", "square", "diamond", "triangle-up", "cross", "star", "hexagon")[arm.number % 7]
-
-
-def _rows_layout(labels: Sequence[str], lines: int) -> dict[str, Any]:
-    """Give an axis of named rows from top to bottom, and the height that they need."""
-    height = max(170, 70 + len(labels) * max(34, 15 * lines))
-    ticks = [_wrapped(label) for label in labels]
-    return {
-        "height": height,
-        "hovermode": "closest",
-        "yaxis": {
-            **{"tickmode": "array", "tickvals": list(range(len(labels))), "ticktext": ticks},
-            **{"range": [len(labels) - 0.5, -0.5], "fixedrange": True},
-        },
-    }
-
-
-def _wrapped(label: str, width: int = 18) -> str:
-    """Break a label at spaces; plotly reads a little HTML in labels, so its characters are escaped."""
-    lines = [""]
-    for word in label.split():
-        if lines[-1] and len(lines[-1]) + len(word) >= width:
-            lines.append(word)
-        else:
-            lines[-1] = f"{lines[-1]} {word}".strip()
-    return "<br>".join(naming.plain(line) for line in lines)
-
-
-def _differences(experiment: Experiment) -> list[Figure]:
-    pairs: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    measures = {measure.name: measure for measure in experiment.measures}
-    for test in experiment.tests:
-        if test["measure"] in measures and _float(test.get("difference")) is not None:
-            pairs.setdefault((test["a"], test["b"]), []).append(test)
-    figures = []
-    for (a, b), tests in pairs.items():
-        for kind in (True, False):  # losses have an axis of their own
-            chosen = [test for test in tests if measures[test["measure"]].is_share == kind]
-            if not chosen:
-                continue
-            intervals = [confidence_interval(experiment, test) for test in chosen]
-            halves = [0.0 if each is None else (each[1] - each[0]) / 2 for each in intervals]
-            colours = ["#0072B2" if test.get("significant") else "#8C8C8C" for test in chosen]
-            trace = {
-                **{"type": "scatter", "mode": "markers", "x": [float(test["difference"]) for test in chosen]},
-                **{"y": list(range(len(chosen))), "hovertemplate": "%{x:.3~g} ± %{error_x.array:.2~g}<extra></extra>"},
-                "meta": {"arm": None, "role": "difference"},
-                "error_x": {"type": "data", "array": halves, "thickness": 1.5, "width": 4, "color": "#8C8C8C"},
-                "marker": {
-                    **{"size": 10, "color": colours},
-                    "symbol": ["circle" if test.get("significant") else "circle-open" for test in chosen],
-                },
-            }
-            layout = _rows_layout([_short(measures[test["measure"]]) for test in chosen], 1)
-            layout["xaxis"] = {"zeroline": True, "zerolinewidth": 2}
-            better = "higher" if kind else "lower"
-            first, second = experiment.label(a), experiment.label(b)
-            title = f"{first} minus {second}" + ("" if kind else ", losses")
-            note = f"With 95 % intervals; {better} is better for {first}. Filled: significant by Holm's correction."
-            figures.append(Figure(title, "differences", go.Figure({"data": [trace], "layout": layout}), "scores", note))
-    return figures
-
-
-def _short(measure: Measure) -> str:
-    kind, _, size = measure.group.partition("-")
-    if kind not in ("probe", "finetune"):
-        return measure.label
-    told = [*(["probe"] if kind == "probe" else []), *([f"{int(size):,}" if size.isdigit() else size] if size else [])]
-    return ", ".join([measure.label, *told])
-
-
-def _against_cost(experiment: Experiment) -> list[Figure]:
-    """Draw the mean over a set's measures against FLOPs and time, as the paper's Figures 2 and 3 do."""
-    figures = []
-    for title, measures in _sets(experiment):
-        for cost, axis in _COSTS.items():
-            traces = []
-            for arm, name, costs in zip(experiment.arms, experiment.names, experiment.costs, strict=True):
-                rows = [experiment.scores.get(measure.name, {}).get(name, np.empty(0)) for measure in measures]
-                length = min((len(row) for row in rows), default=0)
-                paid = costs[cost][:length] / (3600 if cost == "wall_s" else 1)
-                if not length or len(paid) != length:
-                    continue
-                mean = np.mean([row[:length] for row in rows], axis=0)
-                known = np.isfinite(mean) & np.isfinite(paid)
-                if not known.any():
-                    continue
-                meta = {"arm": arm.number, "role": "cost"}
-                style = {"type": "scatter", "mode": "markers", "meta": meta}
-                faint = {"size": 6, "color": arm.colour, "opacity": 0.35}
-                traces.append({**style, "x": paid[known], "y": mean[known], "marker": faint, "hoverinfo": "skip"})
-                traces.append(
-                    {
-                        **{
-                            **style,
-                            "name": naming.plain(arm.label),
-                            "x": [float(paid[known].mean())],
-                            "y": [float(mean[known].mean())],
-                        },
-                        "error_y": {
-                            "type": "data",
-                            "array": [interval_of_mean(mean[known])],
-                            "color": arm.colour,
-                            "width": 4,
-                        },
-                        "marker": {"size": 10, "color": arm.colour, "symbol": _symbol(arm)},
-                        "hovertemplate": "%{y:.4~g} at %{x:.3~s}",
-                    }
-                )
-            if traces:
-                x = {"title": {"text": axis, "font": {"size": 11}}, "tickformat": "~s", "nticks": 6}
-                layout = {"xaxis": x, "yaxis": {"tickformat": "~g"}, "hovermode": "closest"}
-                told = f"{title}{', mean' if len(measures) > 1 else ''} against {'time' if cost == 'wall_s' else axis}"
-                note = "Faint: seeds. Large: their mean with its 95 % interval."
-                figures.append(Figure(told, "cost", go.Figure({"data": traces, "layout": layout}), "scores", note))
-    return figures

@@ -17,8 +17,8 @@ from peer_scale.reporting.runs import AXES, Floats, Run
 from peer_scale.reporting.thinning import bins, evenly, extremes, half_window, smoothed
 
 _MOST_POINTS, _FEWEST_POINTS = 400, 24  # of a curve
-_BYTES_PER_POINT = 31  # value and place of the raw and of the smoothed point, and four axes
-_BYTES_OF_POINTS = 900_000
+_BYTES_PER_POINT = 42  # value and place of the raw and of the smoothed point, and four axes
+_BYTES_OF_POINTS = 800_000
 _MOST_STRETCHES = 60  # of label shares
 _EXACT = ("lr", "loss_scale")  # no noise to smooth
 _MARKED = ("loss", "grad_norm")  # skipped steps stand here
@@ -329,7 +329,8 @@ def _names(arms: Sequence[Arm]) -> list[str]:
             drawn.append(name)
     if "tokens_per_second_per_device" in drawn and "tokens_per_second" in drawn:
         drawn.remove("tokens_per_second")
-    return sorted(drawn, key=naming.order)
+    parts = list(naming.GROUPS)
+    return sorted(drawn, key=lambda name: (parts.index(naming.group(name)), naming.order(name)))
 
 
 def _with_speed_per_device(arms: Sequence[Arm]) -> list[Arm]:

@@ -37,9 +37,12 @@ class ClosingSummary(Callback):
     def on_train_end(self, trainer: Trainer) -> None:
         if self._last:
             print(self.text(trainer.progress.step), flush=True)
-            log_dir = self._run.output.log_dir
-            if log_dir is not None and (page := write_page(log_dir)) is not None:
-                print(f"{'page':<{len('checkpoint')}}  {page}", flush=True)
+            self._write_page()
+
+    def _write_page(self) -> None:
+        output = self._run.output
+        if output.log_dir is not None and output.report and (page := write_page(output.log_dir)) is not None:
+            print(f"{'report':<{len('checkpoint')}}  {page}", flush=True)
 
     def text(self, step: int) -> str:
         """Give the summary as aligned lines."""

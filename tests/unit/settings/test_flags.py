@@ -35,7 +35,7 @@ ESTABLISHED = (
     "pipeline-model-parallel-size sequence-parallel local_rank local-rank num-threads data-path tokenizer vocab-size "
     "text-key cache-dir num-workers validation-fraction save save-interval keep-last keep-every async-save "
     "no-async-save load log-dir log-interval eval-interval eval-iters exit-duration-in-mins stall-minutes "
-    "exit-signal-handler strict-load verbose "
+    "exit-signal-handler strict-load report no-report verbose "
 )
 
 
