@@ -9,12 +9,12 @@ from report_pages import CONFIG, log_folder, records
 
 pytestmark = pytest.mark.browser
 WIDE_AND_NARROW = (1440, 390)
-# what reaches beyond the page's right edge, but for what can be scrolled within its own box
+# what, outside of drawings, reaches beyond the page's right edge, but for what can be scrolled within its own box
 CUT_OFF = """[...document.querySelectorAll('body *')].filter((each) => {
   const box = each.getBoundingClientRect();
-  return box.width > 0 && (box.right > innerWidth + 1 || box.left < -1) && !each.closest('.scroll, pre, .modebar')
+  return box.width > 0 && (box.right > innerWidth + 1 || box.left < -1) && !each.closest('.scroll, pre, svg')
     && getComputedStyle(each).position !== 'absolute';
-}).map((each) => each.className || each.tagName)"""
+}).map((each) => each.outerHTML.slice(0, 120))"""
 # texts of a figure that lie outside of it
 CUT_LABELS = """[...document.querySelectorAll('.plot')].flatMap((plot) => {
   const outer = plot.getBoundingClientRect();

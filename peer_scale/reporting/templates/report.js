@@ -165,7 +165,7 @@
         const table = tables[trace.meta.table];
         trace.meta.at.forEach((row, place) => {
           if (Number.isNaN(trace.y[place])) return;
-          const at = axes.map((axis) => (table[axis] ? Number(table[axis][row].toPrecision(8)) : ""));
+          const at = axes.map((axis) => (table[axis] ? Number(table[axis][row].toPrecision(7)) : ""));
           rows.push([data.figures[number].title, data.arms[trace.meta.arm], trace.meta.role, trace.name || "", ...at, Number(trace.y[place].toPrecision(7))]);
         });
       }

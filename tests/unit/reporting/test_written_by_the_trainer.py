@@ -15,7 +15,7 @@ def test_a_run_writes_its_page(one_rank, tmp_path, text_file):
     page = Parsed((tmp_path / "log/report.html").read_text(encoding="utf-8"))
     check_figures(page)
     titles = {figure["title"] for figure in page.data["figures"]}
-    assert {"Loss", "MLM loss", "TQR loss", "MLM accuracy", "Label shares of the selected positions"} <= titles
+    assert {"Loss", "MLM loss", "TQR loss", "Label shares of the selected positions"} <= titles
     assert "peer-tiny reached loss" in "".join(page.text)
     assert page.curve("Loss", "only")[0].tolist() == [1, 2, 3]
 
