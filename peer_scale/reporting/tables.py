@@ -14,6 +14,11 @@ from peer_scale.reporting.arms import Arm, differences
 from peer_scale.reporting.runs import Run, section
 
 _OF_RESULT = ("_loss", "_accuracy", "_auc")
+_SEEDS = (
+    "Mean ± standard deviation over seeds. Runs that did not reach their last step are counted, and left out of the "
+    "mean where others did."
+)
+_LAST = "A value is the last validation, or the mean of the last 2 % of the steps (at most 200)."
 _MOST_COLUMNS = 10
 _MOST_COLUMNS_OF_TURNED = 6
 _PARTS = {
@@ -55,30 +60,46 @@ def is_result(name: str) -> bool:
 def results(arms: Sequence[Arm]) -> Table:
     """Tabulate each arm's last values, mean and deviation over its runs."""
     runs = [run for arm in arms for run in arm.runs]
-    names = dict.fromkeys(name for run in runs for name in run.columns if is_result(name))
-    ordered = sorted(names, key=lambda name: (not name.startswith("validation_"), naming.order(naming.base(name))))[
-        :_MOST_COLUMNS
-    ]
-    rows = []
-    for arm in arms:
-        row = [arm.label, _runs_told(arm)]
-        row += [mean_and_deviation(arm.values(name)) for name in ordered]
-        row += [
-            _mean_count(arm, "tokens", naming.scaled),
-            _mean_count(arm, "train_flops", naming.number),
-            _mean_time(arm),
-        ]
-        rows.append(tuple(row))
-    return Table(
-        "Results" if len(arms) > 1 else "Result",
-        ("", "runs", *map(naming.title, ordered), "tokens", "FLOPs (paper's accounting)", "training time"),
-        tuple(rows),
-        "results",
-        "Mean ± standard deviation over seeds. A run's value is its last validation, or the mean of its last steps "
-        "(2 %, at most 200). Runs that did not reach their last step are counted, and left out of the means "
-        "where others did.",
-        tuple(arm.colour for arm in arms),
-    ).turned_if_wide()
+    found = dict.fromkeys(name for run in runs for name in run.columns if is_result(name))
+    names = sorted(found, key=lambda name: naming.order(naming.base(name)))
+    if len(arms) == 1:
+        return _result_of_one(arms[0], names)
+    names = sorted(names, key=lambda name: name == naming.base(name))[:_MOST_COLUMNS]
+    rows = tuple(
+        (
+            *(arm.label, _runs_told(arm)),
+            *(mean_and_deviation(arm.values(name)) for name in names),
+            *(cost for _, cost in _costs(arm)),
+        )
+        for arm in arms
+    )
+    header = ("", "runs", *map(naming.title, names), *(label for label, _ in _costs(arms[0]))) if arms else ("",)
+    colours = tuple(arm.colour for arm in arms)
+    return Table("Results", header, rows, "results", f"{_SEEDS} {_LAST}", colours).turned_if_wide()
+
+
+def _result_of_one(arm: Arm, names: Sequence[str]) -> Table:
+    """Tabulate one arm's last values in training beside those on held-out text."""
+    bases = dict.fromkeys(map(naming.base, names))
+    rows = [(naming.title(base), *(_value(arm, name) for name in (base, f"validation_{base}"))) for base in bases]
+    if len(arm.runs) > 1:
+        rows += [("Runs", _runs_told(arm), ""), *((label, cost, "") for label, cost in _costs(arm))]
+    if all(held_out in ("–", "") for _, _, held_out in rows):
+        return Table("Result", ("", "training"), tuple(row[:2] for row in rows), "results", _LAST)
+    note = _LAST if len(arm.runs) == 1 else f"{_SEEDS} {_LAST}"
+    return Table("Result", ("", "training", "held out"), tuple(rows), "results", note)
+
+
+def _value(arm: Arm, name: str) -> str:
+    return mean_and_deviation(arm.values(name))
+
+
+def _costs(arm: Arm) -> tuple[tuple[str, str], ...]:
+    return (
+        ("tokens", _mean_count(arm, "tokens", naming.scaled)),
+        ("FLOPs (paper's accounting)", _mean_count(arm, "train_flops", naming.number)),
+        ("training time", _mean_count(arm, "time_s", naming.span)),
+    )
 
 
 def mean_and_deviation(values: Any, digits: int = 4) -> str:
@@ -104,11 +125,6 @@ def _lasts(arm: Arm, name: str) -> list[float]:
 def _mean_count(arm: Arm, name: str, written: Callable[[float], str]) -> str:
     values = _lasts(arm, name)
     return written(float(np.mean(values))) if values else "–"
-
-
-def _mean_time(arm: Arm) -> str:
-    values = _lasts(arm, "time_s")
-    return naming.span(float(np.mean(values))) if values else "–"
 
 
 def configuration_differences(arms: Sequence[Arm]) -> Table | None:
