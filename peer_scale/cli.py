@@ -28,6 +28,7 @@ COMMANDS = {
         "peer_scale.commands.convert", "checkpoints: look into, check, reshape, to and from Hugging Face"
     ),
     "report": Command("peer_scale.commands.report", "one HTML page of runs side by side, or of an experiment"),
+    "finetune": Command("peer_scale.commands.finetune", "GLUE or own data: scores over seeds, a model to use"),
     "doctor": Command("peer_scale.commands.doctor", "what works on this machine or cluster, before the first job"),
 }
 

@@ -24,6 +24,10 @@ class UserError(ValueError):
         super().__init__(one_line(message))
 
 
+class FoundAlone(UserError):
+    """What one rank finds before it can talk to the others, so that each node has to say it."""
+
+
 class DamagedError(UserError):
     """A checkpoint is not whole, or not what was written."""
 

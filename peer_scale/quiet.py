@@ -16,6 +16,8 @@ _NOISY_LOGGERS = (
     "megatron.core",
     "datasets",
 )
+HIDDEN = "peer_scale.hidden"
+"""The logger that gets the warnings which are not shown, for a rank's log file."""
 
 
 def silence_libraries() -> None:
@@ -26,8 +28,19 @@ def silence_libraries() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     for name in _NOISY_LOGGERS:
         # a filter stays in force when the library sets its logger's level on import
-        logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)
+        logging.getLogger(name).addFilter(_is_error_or_hidden)
+    hidden = logging.getLogger(HIDDEN)
+    hidden.propagate = False
+    hidden.addHandler(logging.NullHandler())
     threading.excepthook = _told_once(threading.excepthook)
+
+
+def _is_error_or_hidden(record: logging.LogRecord) -> bool:
+    if record.levelno >= logging.ERROR:
+        return True
+    if record.levelno >= logging.WARNING:
+        logging.getLogger(HIDDEN).handle(record)
+    return False
 
 
 def _told_once(report: Any) -> Any:

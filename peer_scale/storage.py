@@ -15,10 +15,11 @@ from peer_scale.errors import UserError
 
 
 @contextlib.contextmanager
-def write_aside(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def write_aside(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[BinaryIO]:
     """Open a file beside `path` that takes its place, synced to disk, when the block ends without an exception.
 
-    Its name cannot be foreseen, so that nobody who may write there can have put a link in its place.
+    Its name cannot be foreseen, so that nobody who may write there can have put a link in its place. Without `sync` the
+    disk is not waited for: for what is soon written anew.
     """
     temporary = f"{os.fspath(path)}.{secrets.token_hex(8)}.tmp"
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
@@ -26,18 +27,20 @@ def write_aside(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         with open(descriptor, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         if os.path.exists(temporary):
             os.unlink(temporary)
         raise
-    fsync_folder(Path(path).absolute().parent)
+    if sync:
+        fsync_folder(Path(path).absolute().parent)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes, *, sync: bool = True) -> None:
     """Write a small file whole, or not at all."""
-    with write_aside(path) as file:
+    with write_aside(path, sync=sync) as file:
         file.write(content)
 
 
@@ -108,4 +111,25 @@ def read_json_object(path: Path) -> dict[str, Any] | None:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError):
+        return None
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Read a file of ours with an object per line, without lines that are none; nothing where it is not there."""
+    found = []
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
+            found.append(dict(json.loads(line)))
+    return found
+
+
+def last_change(path: Path) -> float | None:
+    """Give the unix time at which a file was last written; None where it is not there."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
         return None

@@ -42,7 +42,10 @@ WHOLE = Sections(
     ties=TIES,
     reshaped=Reshaped(2, 4),
 )
-TIMES = ("step_time_s", "data_wait_s", "tokens_per_second", "tflops_per_device", "mfu")
+TIMES = (
+    *("step_time_s", "data_wait_s", "tokens_per_second", "tflops_per_device", "mfu"),
+    *("slowest_rank", "busy_time_s", "rank_data_wait_s", "peak_memory_bytes"),
+)
 
 
 def flags_for(folder: Path, text_file: Path, name: str, *more: object, stage: int = 2, steps: int = 4) -> list[str]:

@@ -5,16 +5,26 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
 from rank_pool import free_port
 
+if TYPE_CHECKING:
+    from peer_scale.training.trainer import Callback
+
 PROJECT = Path(__file__).resolve().parent.parent
-TIMES = ("step_time_s", "data_wait_s", "tokens_per_second", "tflops_per_device", "mfu")
-SMALL = ("--vocab-size", "2000", "--seq-length", "64", "--log-interval", "1000000", "--no-report")
+TIMES = (
+    *("step_time_s", "data_wait_s", "tokens_per_second", "tflops_per_device", "mfu"),
+    *("slowest_rank", "busy_time_s", "rank_data_wait_s", "peak_memory_bytes"),
+)
+SMALL = (
+    *("--model", "peer-tiny", "--vocab-size", "2000", "--seq-length", "64", "--log-interval", "1000000"),
+    "--no-report",
+)
 
 
 def corpus(text_file: Path) -> tuple[str, ...]:
@@ -32,7 +42,7 @@ def ds_config(folder: Path, zero_stage: int = 2, **blocks: object) -> Path:
     return path
 
 
-def train_in_pool(flags: list[str]) -> list[dict]:
+def train_in_pool(flags: list[str], watching: Sequence["Callback"] = ()) -> list[dict]:
     """Run by every rank of a pool: what `pretrain.py` does after it has joined its group; gives the metrics."""
     import torch
 
@@ -44,7 +54,7 @@ def train_in_pool(flags: list[str]) -> list[dict]:
     _number_modules_afresh()
     args = build_parser().parse_args([*SMALL, "--num-workers", "0", *flags])
     run = resolve(args, dist.get_world_size())
-    train(run, arrange_ranks(run, torch.device("cpu")), RankCoordinator())
+    train(run, arrange_ranks(run, torch.device("cpu")), RankCoordinator(), watching)
     dist.barrier()  # the first rank may still be writing its last line
     return read_metrics(args.log_dir)
 
@@ -71,7 +81,7 @@ def _number_modules_afresh() -> None:
     Init.param_id = 0
 
 
-def train_in_fp16(flags: list[str]) -> list[dict] | str:
+def train_in_fp16(flags: list[str], watching: Sequence["Callback"] = ()) -> list[dict] | str:
     """As `train_in_pool`, or why training failed. DeepSpeed refuses fp16 on a CPU: the refusal is lifted here alone."""
     from deepspeed.accelerator import get_accelerator
 
@@ -81,7 +91,7 @@ def train_in_fp16(flags: list[str]) -> list[dict] | str:
     refusal = accelerator.is_fp16_supported
     accelerator.is_fp16_supported = lambda: True
     try:
-        return train_in_pool(flags)
+        return train_in_pool(flags, watching)
     except TrainingError as error:
         return str(error)
     finally:
@@ -98,8 +108,13 @@ def without_times(metrics: list[dict]) -> list[dict]:
 
 
 def pretrain(*flags: object, launcher: tuple[str, ...] = (), timeout: float = 240, **environ: str):
-    """Start the trainer as a user does; gives the finished process with its output as text."""
-    command = [sys.executable, *launcher, str(PROJECT / "peer_scale/pretrain.py"), *SMALL, *map(str, flags)]
+    """Train a small model as a user does; gives the finished process with its output as text."""
+    return run_trainer(*SMALL, *flags, launcher=launcher, timeout=timeout, **environ)
+
+
+def run_trainer(*flags: object, launcher: tuple[str, ...] = (), timeout: float = 240, **environ: str):
+    """Start the trainer with these flags alone; gives the finished process with its output as text."""
+    command = [sys.executable, *launcher, str(PROJECT / "peer_scale/pretrain.py"), *map(str, flags)]
     environment = outside_of_ranks()
     return subprocess.run(
         command, capture_output=True, text=True, timeout=timeout, env=environment | environ, cwd=PROJECT, check=False

@@ -70,6 +70,7 @@ from peer_scale.training.engine import build_engine  # noqa: E402
 from peer_scale.training.metering import Meter  # noqa: E402
 from peer_scale.training.runner import WholeModelRunner  # noqa: E402
 from peer_scale.training.trainer import Trainer  # noqa: E402
+from peer_scale.training.update_guard import UpdateGuard  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ def our_step(setting: Setting) -> Callable[[], object]:
 def our_trainer(setting: Setting) -> tuple[Any, Callable[[], object]]:
     """DeepSpeed's engine, and the trainer's own step with it over the batches in turns."""
     engine = build_engine(our_task(setting), setting.run, setting.topology)
+    UpdateGuard(engine, goes_on=False)
     runner = WholeModelRunner(engine, setting.topology)
     meter = Meter(setting.run, 1, None)
     trainer = Trainer(

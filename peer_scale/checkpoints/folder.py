@@ -11,6 +11,7 @@ The newest checkpoint is the one that was saved last, whatever its step: manifes
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 import shutil
@@ -54,11 +55,17 @@ class CheckpointFolder:
             shutil.rmtree(leftover, ignore_errors=True)
         remove_unfinished_writes(self._path / LATEST)
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether the run has a checkpoint in the folder to go on from."""
+        return self._last is not None
+
     def begin(self, step: int) -> Path:
-        """Make an empty folder to write the checkpoint of `step` into."""
+        """Make an empty folder to write the checkpoint of `step` into; whoever writes finds out where there is none."""
         aside = self._aside(step)
         shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        with contextlib.suppress(OSError):
+            aside.mkdir(parents=True)
         return aside
 
     def abandon(self, step: int) -> None:

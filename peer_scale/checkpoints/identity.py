@@ -75,7 +75,9 @@ def changes(manifest: Manifest, own: Sections) -> str:
     """Say, for the user, what of layout and training differs from the run that saved; empty where nothing does."""
     saved, here = manifest.sections.as_json(), own.as_json()
     names = [name for name in ("layout", "training") if saved.get(name) is not None]
-    found = [difference for name in names for difference in _differences(saved[name], here[name])]
+    # a setting that the version which saved did not know has not changed
+    known = {name: {key: value for key, value in here[name].items() if key in saved[name]} for name in names}
+    found = [difference for name in names for difference in _differences(saved[name], known[name])]
     return ", ".join(f"{where} {saved} -> {here}" for where, saved, here in found)
 
 

@@ -11,6 +11,7 @@ from peer_scale.checkpoints.manifest import KINDS, Manifest, TensorEntry
 from peer_scale.checkpoints.sections import Sections
 
 _NUMBER_BYTES = 4
+_OF_START = ("commit", "dirty", "versions", "hosts", "world_size")
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -30,8 +31,10 @@ def listing(folder: Path, manifest: Manifest) -> str:
 
 
 def _facts(sections: Sections) -> list[tuple[str, str]]:
-    names = ("provenance", "imported", "progress", "layout", "optimizer", "tokenizer", "data", "reshaped")
+    names = ("provenance", "saved by", "imported", "progress", "layout", "optimizer", "tokenizer", "data", "reshaped")
     values = sections.as_json()
+    start = values["provenance"].pop("start") or {}
+    values |= {"saved by": {name: value for name, value in start.items() if name in _OF_START}} if start else {}
     return [(name, _flat(values[name])) for name in names if name in values]
 
 

@@ -62,10 +62,14 @@ class SavedLayout:
 
 @dataclass(frozen=True)
 class Provenance:
-    """The preset's (or own model's) name and where the text came from."""
+    """The preset's (or own model's) name, where the text came from, and what started the process that saved.
+
+    `start` is a line of the run's starts.jsonl without its number; None where a version before it saved, or an import.
+    """
 
     model: str
     data_path: tuple[str, ...]
+    start: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,15 @@ class Saving:
 
 
 @dataclass(frozen=True)
+class RecentSteps:
+    """Losses and gradient norms of the last steps, by which a spike is known; all of one length."""
+
+    steps: tuple[int, ...] = ()
+    losses: tuple[float, ...] = ()
+    grad_norms: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
 class Sections:
     """All that a manifest says of a run; a section that is None is not there.
 
@@ -135,6 +148,7 @@ class Sections:
         imported: from where the weights of a checkpoint of step 0 come, by what they became.
         reshaped: how the files were cut anew.
         saving: the order in which the folder's checkpoints were saved; None where a version did that without a number.
+        recent: of a run that skips spikes.
     """
 
     progress: Progress
@@ -152,6 +166,7 @@ class Sections:
     imported: dict[str, str] | None = None
     reshaped: Reshaped | None = None
     saving: Saving | None = None
+    recent: RecentSteps | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Give the sections that are there, ready for JSON."""
@@ -213,9 +228,13 @@ def parse_sections(content: Mapping[str, Any], where: str) -> Sections:
 
 
 def _parse_section(cls: Any, name: str, content: Mapping[str, Any], where: str) -> Any:
+    values = content.get(name)
     if name == "objective":
-        return _parse_objective(content.get(name), f"{where}: {name}")
-    return _parse(cls, content.get(name), f"{where}: {name}")
+        return _parse_objective(values, f"{where}: {name}")
+    if name == "provenance" and isinstance(values, dict):  # for people: what a version says more or less of it is fine
+        known = {field.name for field in dataclasses.fields(Provenance)}
+        values = {"start": None, **{key: value for key, value in values.items() if key in known}}
+    return _parse(cls, values, f"{where}: {name}")
 
 
 def _parse_objective(values: object, where: str) -> Objective:

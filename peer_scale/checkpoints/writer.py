@@ -4,6 +4,8 @@
     poll    after each later step, while a save is under way, the ranks ask each other whether all have written
     finish  the first rank commits: manifest, rename, `latest`; at the latest before the next save and at the end
 
+A save that fails because a disk is full or does not answer is tried again, from the same copy.
+
 Beside what it trains with, a rank holds one fp32 copy of what it saves, 12 bytes per parameter of its share, from the
 first save on; when not saving in the background, one tensor.
 """
@@ -15,6 +17,7 @@ import os
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,11 +32,13 @@ from peer_scale.checkpoints.folder import CheckpointFolder
 from peer_scale.checkpoints.manifest import WEIGHT, FileEntry, Manifest, Piece, Sharding, TensorEntry
 from peer_scale.checkpoints.pieces import write_tensors, write_tokenizer
 from peer_scale.checkpoints.progress import Progress
-from peer_scale.checkpoints.sections import Sections
+from peer_scale.checkpoints.sections import RecentSteps, Sections
 from peer_scale.checkpoints.state import OwnedPiece, TrainingState
 from peer_scale.corpus.wordpiece import WordPiece
 from peer_scale.errors import UserError
 from peer_scale.parallel.coordination import RankCoordinator
+
+_TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -48,13 +53,23 @@ class _Share:
 class _Pending:
     step: int
     sections: Sections
+    write: Callable[[], _Share]
     written: Future[_Share]
+    tries_left: int
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written, as often as it was tried; older ones stay good."""
 
 
 class CheckpointWriter:
     """Saving of one run's checkpoints; all ranks call the same methods in the same order.
 
-    Every method raises UserError, on all ranks, where any rank could not write; older checkpoints stay good.
+    Every method raises SaveError, on all ranks, where any rank could not write.
+
+    Attributes:
+        failed_in_a_row: saves that have failed since the last one that did not.
+        has_saved: whether there is a checkpoint to go on from.
     """
 
     def __init__(
@@ -67,55 +82,80 @@ class CheckpointWriter:
         tokenizer: WordPiece,
         *,
         in_background: bool,
+        retry_after: float = 30.0,
     ) -> None:
+        """Take over a run's folder; what cannot be written is tried again `retry_after` seconds later, twice."""
         self._path, self._folder, self._state, self._agreement = path, folder, state, coordinator
         self._sections, self._tokenizer = sections, tokenizer
         self._host = _HostCopy() if in_background else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=_yield_to_training)
         self._pending: _Pending | None = None
-        self._rank = dist.get_rank()
+        self._rank, self._retry_after = dist.get_rank(), retry_after
+        self.failed_in_a_row, self.has_saved = 0, folder.goes_on
         coordinator.first_rank(folder.remove_unfinished)
 
-    def save(self, progress: Progress) -> None:
+    def save(self, progress: Progress, recent: RecentSteps | None = None) -> None:
         """Begin to save the state of this moment; waits for an earlier save first."""
         self.finish()
         step = progress.step
-        aside = self._agreement.first_rank(lambda: self._try(lambda: self._folder.begin(step)))
-        sections = dataclasses.replace(self._sections, progress=progress, optimizer=self._state.scalars())
+        aside = self._agreement.first_rank(lambda: self._folder.begin(step))
+        scalars = self._state.scalars()
+        sections = dataclasses.replace(self._sections, progress=progress, optimizer=scalars, recent=recent)
         pieces = self._state.owned()
-        if self._host is not None:
-            written = self._thread.submit(self._write, aside, pieces, self._host.copy(pieces))
-            self._pending = _Pending(step, sections, written)
-        else:
-            written = _run_now(lambda: self._write(aside, pieces, (piece.read() for piece in pieces)))
-            self._pending = _Pending(step, sections, written)
+        copies = None if self._host is None else self._host.copy(pieces)
+
+        def write() -> _Share:
+            return self._write(aside, pieces, copies or (piece.read() for piece in pieces))
+
+        self._pending = _Pending(step, sections, write, self._start(write), tries_left=_TRIES - 1)
+        if self._host is None:
             self.finish()
 
     def poll(self) -> None:
         """Commit a save that all ranks have written; costs nothing where none is under way."""
         if self._pending is not None and self._agreement.all(self._pending.written.done()):
-            self.finish()
+            self._settle(self._pending)
 
     def finish(self) -> None:
         """Wait for a save that is under way and commit it."""
-        if self._pending is None:
-            return
-        pending, self._pending = self._pending, None
+        while self._pending is not None:
+            self._settle(self._pending)
+
+    def close(self) -> None:
+        """Finish, and wait until outdated checkpoints are deleted."""
+        try:
+            self.finish()
+        finally:
+            self._thread.shutdown()
+
+    def _start(self, write: Callable[[], _Share], wait: float = 0.0) -> Future[_Share]:
+        def wait_and_write() -> _Share:
+            time.sleep(wait)
+            return write()
+
+        return _run_now(wait_and_write) if self._host is None else self._thread.submit(wait_and_write)
+
+    def _settle(self, pending: _Pending) -> None:
+        """Commit what has been written, or begin to write it again."""
         try:
             share = self._agreement.everyone(lambda: self._try(pending.written.result))
             shares = self._agreement.gather(share)
             self._agreement.first_rank(lambda: self._try(lambda: self._commit(pending, shares)))
-        except UserError:
+        except UserError as error:
             self._agreement.first_rank(lambda: self._folder.abandon(pending.step))
-            raise
-
-    def close(self) -> None:
-        """Finish, and wait until outdated checkpoints are deleted."""
-        self.finish()
-        self._thread.shutdown()
+            if pending.tries_left:
+                written = self._start(pending.write, self._retry_after)
+                self._pending = dataclasses.replace(pending, written=written, tries_left=pending.tries_left - 1)
+                return
+            self._pending = None
+            self.failed_in_a_row += 1
+            raise SaveError(str(error)) from None
+        self._pending = None
+        self.failed_in_a_row, self.has_saved = 0, True
 
     def _write(self, aside: Path, pieces: list[OwnedPiece], tensors: Iterable[Tensor]) -> _Share:
         """Write this rank's file, and on the first rank the tokenizer."""
+        aside.mkdir(parents=True, exist_ok=True)
         name = f"rank_{self._rank:05d}.safetensors"
         files = {}
         if pieces:
@@ -137,7 +177,8 @@ class CheckpointWriter:
             return action()
         except OSError as error:
             raise UserError(
-                f"--save {self._path}: the checkpoint could not be written ({error}); older ones stay good"
+                f"--save {self._path}: the checkpoint could not be written ({error}; {_TRIES} tries); older ones stay "
+                "good"
             ) from None
 
 

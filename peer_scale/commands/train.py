@@ -14,6 +14,7 @@ from peer_scale.errors import (
     STOPPED_EXIT_CODE,
     TRAINING_ERROR_EXIT_CODE,
     USER_ERROR_EXIT_CODE,
+    FoundAlone,
     StoppedEarly,
     TrainingError,
     UserError,
@@ -32,18 +33,19 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     That is 2 after bad input, 1 where training broke down, 75 where the run was stopped and saved and is to be started
     again, 130 after Ctrl-C.
     """
-    rank = 0
+    rank = local_rank = 0
     try:
         rank = detect_environment(os.environ).rank
         args = build_parser(prog).parse_args(argv)
         environment = detect_environment(os.environ, args.local_rank)
+        local_rank = environment.local_rank
         if not args.verbose:
             silence_libraries()
         from peer_scale.training.job import run_job
 
         run_job(args, environment)
     except (UserError, TrainingError) as error:
-        if rank == 0:
+        if rank == 0 or (local_rank == 0 and isinstance(error, FoundAlone)):
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(_SECONDS_FOR_RANK_0_TO_SPEAK)

@@ -24,6 +24,8 @@ import peer_scale
 from peer_scale.doctor.outcome import Failed, NotTried, Outcome, attempt
 from peer_scale.errors import UserError
 from peer_scale.parallel.environment import detect_environment
+from peer_scale.parallel.meeting import no_address, port_taken
+from peer_scale.training.start_checks import SHARED_MEMORY, shared_memory_shortage, size
 
 DISTRIBUTION = "peer-scale"
 NO_GPU = "no GPU"
@@ -54,7 +56,7 @@ def check_setup(
     num_ranks: int,
     num_gpus: int,
     folder: Path = Path("."),
-    shared_memory: Path = Path("/dev/shm"),
+    shared_memory: Path = SHARED_MEMORY,
 ) -> list[Outcome]:
     """Run all checks of this node.
 
@@ -199,19 +201,13 @@ def check_nccl(num_gpus: int) -> str:
 
 def check_shared_memory(folder: Path, *, num_ranks: int, has_gpus: bool) -> str:
     """Find out whether loader workers, and NCCL within a node, have the memory that they share."""
-    needed = num_ranks * (512 * _MIB if has_gpus else 64 * _MIB)
-    if not folder.is_dir():
-        raise Failed(f"{folder} is not there; loader workers share memory through it: mount a tmpfs there")
+    shortage = shared_memory_shortage(folder, num_ranks=num_ranks, has_gpus=has_gpus)
+    if shortage is not None:
+        raise Failed(shortage)
     disk = shutil.disk_usage(folder)
-    if disk.free < needed:
-        raise Failed(
-            f"{folder} has {_size(disk.free)} free of {_size(disk.total)}, {num_ranks} ranks want {_size(needed)}: "
-            "remount it with a greater size, docker run --shm-size=8g (or --ipc=host), a memory-backed volume in "
-            "Kubernetes"
-        )
     with _named_if_it_fails(folder), tempfile.TemporaryFile(dir=folder) as file:
         os.posix_fallocate(file.fileno(), 0, _MIB)
-    return f"{folder}: {_size(disk.free)} free of {_size(disk.total)}"
+    return f"{folder}: {size(disk.free)} free of {size(disk.total)}"
 
 
 def check_disk(folder: Path) -> str:
@@ -231,8 +227,8 @@ def check_disk(folder: Path) -> str:
         seconds = time.perf_counter() - begin
         free = shutil.disk_usage(folder).free
     if free < _GIB:
-        raise Failed(f"{folder} has {_size(free)} free, a checkpoint takes 12 bytes per parameter: give --folder DIR")
-    return f"{folder}: {_size(free)} free, 1 MiB written, synced and renamed in {seconds * 1e3:.0f} ms"
+        raise Failed(f"{folder} has {size(free)} free, a checkpoint takes 12 bytes per parameter: give --folder DIR")
+    return f"{folder}: {size(free)} free, 1 MiB written, synced and renamed in {seconds * 1e3:.0f} ms"
 
 
 def check_temporary_files(folder: Path, mounted: Mapping[Path, str]) -> str:
@@ -248,7 +244,7 @@ def check_temporary_files(folder: Path, mounted: Mapping[Path, str]) -> str:
         raise Failed(f"{folder} is on a network disk ({kind}): set TMPDIR to a folder of the node's own")
     with _named_if_it_fails(folder), tempfile.TemporaryFile(dir=folder) as file:
         file.write(b"x")
-    return f"{folder} ({kind}), {_size(shutil.disk_usage(folder).free)} free"
+    return f"{folder} ({kind}), {size(shutil.disk_usage(folder).free)} free"
 
 
 def file_systems() -> dict[Path, str]:
@@ -268,9 +264,7 @@ def check_address(host: str, master: str | None) -> str:
             try:
                 found.append(f"{name} is {socket.getaddrinfo(name, None)[0][4][0]}")
             except OSError as error:
-                raise Failed(
-                    f"{what} {name} has no address ({error.strerror}): add it to /etc/hosts, or set MASTER_ADDR"
-                ) from None
+                raise Failed(no_address(what, name, error)) from None
     return ", ".join(found)
 
 
@@ -290,10 +284,7 @@ def check_port(environ: Mapping[str, str]) -> str:
         try:
             probe.bind(("", port))
         except OSError as error:
-            raise Failed(
-                f"{name} {port} cannot be had ({error.strerror}): end what listens there (ss -ltnp), or set "
-                "MASTER_PORT (torchrun, deepspeed: --master_port) to another"
-            ) from None
+            raise Failed(port_taken(name, port, str(error.strerror))) from None
     return f"{name} {port} is free"
 
 
@@ -323,10 +314,6 @@ def _named_if_it_fails(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise Failed(f"{folder}: cannot be written: {error.strerror}") from None
-
-
-def _size(number: int) -> str:
-    return f"{number / _GIB:.1f} GiB" if number >= _GIB else f"{number / _MIB:.1f} MiB"
 
 
 def _limit(value: int) -> str:

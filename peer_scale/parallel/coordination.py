@@ -18,6 +18,11 @@ class RankCoordinator:
     def __init__(self) -> None:
         self._group = dist.new_group(backend="gloo", timeout=timedelta(days=2))
 
+    @property
+    def is_first_rank(self) -> bool:
+        """True on global rank 0."""
+        return dist.get_rank(self._group) == 0
+
     def first_rank(self, action: Callable[[], T]) -> T:
         """Run `action` on global rank 0 only; all ranks get its (picklable) result or its UserError."""
         outcome: list = [None, None]

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from peer_scale.errors import UserError
 from peer_scale.parallel.devices import take_device
 from peer_scale.parallel.environment import ANY_PORT, ProcessEnvironment
+from peer_scale.parallel.meeting import open_store
 from peer_scale.parallel.tensor_parallel import TensorParallel
 
 Dimension: TypeAlias = Literal["pp", "dp", "tp", "model"]
@@ -88,15 +89,12 @@ def check_parallel_sizes(world_size: int, tensor_parallel: int, pipeline_paralle
 def init_process_group(environment: ProcessEnvironment, timeout_minutes: float = 30.0) -> torch.device:
     """Join the job's default group (NCCL where there are GPUs, else gloo) and choose this rank's device.
 
-    UserError, on all ranks alike, where a rank has no GPU of its own while others have.
+    Raises:
+        UserError: on all ranks alike: a rank has no GPU of its own while others have.
+        FoundAlone: the ranks' meeting point has no address here, or is taken.
     """
     timeout = timedelta(minutes=timeout_minutes)
-    store: dist.Store
-    if environment.master_port == ANY_PORT:
-        store = dist.HashStore()  # of this process alone, where a TCPStore would listen on every interface
-    else:
-        address = f"tcp://{environment.master_addr}:{environment.master_port}"
-        store, *_ = next(dist.rendezvous(address, environment.rank, environment.world_size, timeout=timeout))
+    store = open_store(environment, timeout)
     store.set_timeout(timeout)
     device = take_device(environment, store if environment.world_size > 1 else None)
     _export(environment, device)

@@ -4,7 +4,7 @@ import functools
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -104,7 +104,7 @@ def _as_it_is(item: Any) -> Any:
 
 def micro_batches(
     dataset: ExampleDataset, plan: BatchPlan, *, first_step: int, last_step: int, num_workers: int
-) -> Iterator[StepBatches]:
+) -> Generator[StepBatches]:
     """Give this rank's micro-batches of each step in [first_step, last_step), counted from 0.
 
     A worker process makes a step at a time, and each is two steps ahead: the training process takes in all of a step's

@@ -127,12 +127,12 @@ def read_config_file(path: Path | None) -> ConfigFile:
     return ConfigFile(path, _with_masking_apart(content, path))
 
 
-def run_yaml(run: RunConfig) -> str:
-    """Write the whole run so that `read_config_file` gives the same one."""
+def run_yaml(run: RunConfig, comment: str = "") -> str:
+    """Write the whole run so that `read_config_file` gives the same one; `comment` is lines that begin with #."""
     content = dataclasses.asdict(run)
     content["objective"] = run.objective.section()
     content["deepspeed"] = with_autos(run.deepspeed, TrainingConfig)
-    return _HEADER + yaml_text.dump(json.loads(json.dumps(content, default=str)))
+    return _HEADER + comment + yaml_text.dump(json.loads(json.dumps(content, default=str)))
 
 
 def _require_known(key: Any, known: Iterable[str], complaint: str) -> None:

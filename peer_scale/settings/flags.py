@@ -51,34 +51,34 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     add_model_flags(parser.add_argument_group("model"))
     add_objective_flags(parser.add_argument_group("objective"))
     training = parser.add_argument_group("training")
-    _add(training, LaunchConfig, ("deepspeed_config", "deepspeed"))
-    _add(training, TrainingConfig)
-    _add(training, RunConfig, ("seed",))
+    add_flags(training, LaunchConfig, ("deepspeed_config", "deepspeed"))
+    add_flags(training, TrainingConfig)
+    add_flags(training, RunConfig, ("seed",))
     parallel = parser.add_argument_group("parallelism")
-    _add(parallel, RunConfig, ("tensor_parallel", "pipeline_parallel", "sequence_parallel", "num_threads"))
-    _add(parallel, LaunchConfig, ("local_rank",))
+    add_flags(parallel, RunConfig, ("tensor_parallel", "pipeline_parallel", "sequence_parallel", "num_threads"))
+    add_flags(parallel, LaunchConfig, ("local_rank",))
     data = parser.add_argument_group("data")
-    _add(data, DataConfig)
-    _add(data, ModelConfig, ("vocab_size",))
+    add_flags(data, DataConfig)
+    add_flags(data, ModelConfig, ("vocab_size",))
     output = parser.add_argument_group("output")
-    _add(output, OutputConfig)
-    _add(output, LaunchConfig, ("verbose",))
+    add_flags(output, OutputConfig)
+    add_flags(output, LaunchConfig, ("verbose",))
     return parser
 
 
 def add_model_flags(group: argparse._ArgumentGroup) -> None:
     """Add the flags that say what is trained, but for the vocabulary's size, which a tokenizer may have."""
-    _add(group, RunConfig, ("name",))
-    _add(group, LaunchConfig, ("config",))
+    add_flags(group, RunConfig, ("name",))
+    add_flags(group, LaunchConfig, ("config",))
     for setting in settings(EncoderShape).values():
         for prefix in _NETWORKS:
             _add_flag(group, setting, [EncoderShape], prefix)
-    _add(group, ModelConfig, settings(ModelConfig).keys() - {"vocab_size"})
+    add_flags(group, ModelConfig, settings(ModelConfig).keys() - {"vocab_size"})
 
 
 def add_objective_flags(group: argparse._ArgumentGroup) -> None:
     """Add the flags that say what is learned: the fields of all objectives, and the masking."""
-    _add(group, MaskingConfig)
+    add_flags(group, MaskingConfig)
     added: set[str] = set()
     for objective in OBJECTIVES.values():
         for setting in settings(objective).values():
@@ -114,13 +114,14 @@ def given_to_objective(args: argparse.Namespace, objective: Objective, model: st
     return given(args, type(objective))
 
 
-def _add(group: argparse._ArgumentGroup, cls: type, names: Collection[str] | None = None) -> None:
+def add_flags(group: argparse._ActionsContainer, cls: type, names: Collection[str] | None = None) -> None:
+    """Add the flags of a configuration's fields, or of those in `names`."""
     for name, setting in settings(cls).items():
         if names is None or name in names:
             _add_flag(group, setting, [cls])
 
 
-def _add_flag(group: argparse._ArgumentGroup, setting: Setting, classes: Sequence[type], prefix: str = "") -> None:
+def _add_flag(group: argparse._ActionsContainer, setting: Setting, classes: Sequence[type], prefix: str = "") -> None:
     """Add the flag of a field that `classes` have."""
     told = setting.option
     if told.no_flag is not None:

@@ -20,7 +20,7 @@ from peer_scale.settings.config_file import ConfigFile, read_config_file
 from peer_scale.settings.ds_config import given_by, look_up, precision_of, read_ds_config, resolved_ds_config
 from peer_scale.settings.flags import GENERATOR, given, given_to_objective
 from peer_scale.settings.notices import notices
-from peer_scale.settings.presets import Preset, find_preset
+from peer_scale.settings.presets import FIRST_RUN, Preset, find_preset, first_run
 from peer_scale.settings.run import DataConfig, OutputConfig, RunConfig, TrainingConfig
 
 T = TypeVar("T")
@@ -62,6 +62,10 @@ def resolve(
         ),
     )
     if notify is not None:
+        if _named(args, file) is None:
+            notify(
+                f"no --model is named: {FIRST_RUN} as it learns within minutes; --model {FIRST_RUN} has BERT's blocks"
+            )
         for line in notices(run, ds_config):
             notify(line)
     return run
@@ -95,19 +99,19 @@ def _changed_by_file(preset: Preset, file: ConfigFile) -> Preset:
 
 
 def _preset(args: argparse.Namespace, file: ConfigFile) -> Preset:
-    name = _name(args, file)
-    preset = _changed_by_file(find_preset(name), file)
+    name = _named(args, file)
+    preset = _changed_by_file(first_run() if name is None else find_preset(name), file)
     return replace(
         preset,
         model=_model(preset.model, args),
-        objective=preset.objective.changed(values(given_to_objective(args, preset.objective, name))),
+        objective=preset.objective.changed(values(given_to_objective(args, preset.objective, name or FIRST_RUN))),
         masking=replace(preset.masking, **values(given(args, MaskingConfig))),
     )
 
 
-def _name(args: argparse.Namespace, file: ConfigFile) -> str:
-    named = {**file.given_to_run(), **given(args, RunConfig)}.get("name")
-    return settings(RunConfig)["name"].default if named is None else named.value
+def _named(args: argparse.Namespace, file: ConfigFile) -> str | None:
+    name = {**file.given_to_run(), **given(args, RunConfig)}.get("name")
+    return None if name is None else name.value
 
 
 def _flat(config: T, section: str, args: argparse.Namespace, file: ConfigFile) -> T:

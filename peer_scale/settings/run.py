@@ -107,9 +107,32 @@ class TrainingConfig:
         default=False,
         help="Let torch.compile fuse what surrounds the attention in each layer, and the statistics.",
     )
-    max_skipped_steps: PositiveInt = option(
-        default=100, help="Steps in a row that may overflow in fp16 before the run gives up.", metavar="N"
+    on_nan: Literal["stop", "skip", "rollback"] = option(
+        default="stop",
+        help="What a loss or gradient that is not finite leads to: stop, the run ends; skip, the step has no update; "
+        "rollback, back to the newest checkpoint, and around the step's update. fp16 skips such steps by itself.",
+        metavar="ACTION",
     )
+    on_spike: Literal["ignore", "warn", "skip"] = option(
+        default="warn",
+        help="What a loss or gradient norm far above that of the last 128 steps leads to: skip, the step has no update "
+        "if it is the norm.",
+        metavar="ACTION",
+    )
+    spike_sigmas: PositiveFloat = option(
+        default=6.0, help="Standard deviations above the mean of the last 128 steps that make a spike.", metavar="X"
+    )
+    max_skipped_steps: PositiveInt = option(
+        default=100,
+        help="Steps in a row that may overflow in fp16, or be skipped by --on-nan or --on-spike, before the run gives "
+        "up.",
+        metavar="N",
+    )
+
+    @property
+    def may_skip_updates(self) -> bool:
+        """Whether steps may have no update of which the host learns late."""
+        return self.precision != "fp16" and (self.on_nan != "stop" or self.on_spike == "skip")
 
 
 @configuration
@@ -173,6 +196,18 @@ class OutputConfig:
         help="Write checkpoints while training goes on, from a copy in host memory: 12 bytes per parameter of the "
         "rank's share.",
     )
+    save_retry_seconds: NonNegativeFloat = option(
+        default=30.0,
+        help="A checkpoint that cannot be written, on a full disk or one that does not answer, is tried again so much "
+        "later, and a second time.",
+        metavar="SECONDS",
+    )
+    max_failed_saves: PositiveInt = option(
+        default=3,
+        help="Training goes on without a checkpoint that could not be written; after so many in a row it ends, with "
+        "exit code 75 where there is one to go on from, else 1.",
+        metavar="N",
+    )
     load: Path | None = option(
         default=None,
         help="Go on from the checkpoint in DIR that was saved last, or from the one that DIR is, where --save holds "
@@ -228,6 +263,15 @@ class OutputConfig:
         metavar="MINUTES",
         default_text="ten times the slowest of the last fifty steps, at least 1; 30 between steps",
     )
+    profile_steps: str | None = option(
+        default=None,
+        help="Steps FIRST:LAST, both included, whose trace torch.profiler writes into the log folder.",
+        metavar="FIRST:LAST",
+        default_text="none",
+    )
+    profile_ranks: tuple[NonNegativeInt, ...] = option(
+        default=(0,), help="Ranks that --profile-steps is about.", metavar="N", default_text="0"
+    )
     exit_signal_handler: bool = option(
         default=True, help="With --save: save and stop on SIGTERM or SIGUSR1, with exit code 75."
     )
@@ -236,6 +280,18 @@ class OutputConfig:
         for name in ("save_interval", "keep_every"):
             if getattr(self, name) is not None and self.save is None:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} needs --save DIR")
+        if self.profiled_steps is not None and self.log_dir is None:
+            raise UserError(f"--profile-steps {self.profile_steps} needs --log-dir DIR")
+
+    @property
+    def profiled_steps(self) -> tuple[int, int] | None:
+        """Give the first and the last step to profile; UserError where `profile_steps` is not two such numbers."""
+        if self.profile_steps is None:
+            return None
+        first, _, last = self.profile_steps.partition(":")
+        if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+            raise UserError(f"--profile-steps {self.profile_steps}: it must be FIRST:LAST, such as 20:25, from 1 on")
+        return int(first), int(last)
 
 
 @configuration
@@ -331,6 +387,7 @@ class RunConfig:
             )
         self.objective.check_model(self.model)
         self._check_tensor_parallel()
+        self._check_bad_steps()
 
     def _check_tensor_parallel(self) -> None:
         size = self.tensor_parallel
@@ -341,6 +398,17 @@ class RunConfig:
                     raise UserError(f"--tensor-model-parallel-size {size} does not divide the {role}'s {name} {value}")
         if self.sequence_parallel and size == 1:
             raise UserError("--sequence-parallel needs --tensor-model-parallel-size of 2 or more")
+
+    def _check_bad_steps(self) -> None:
+        action = self.training.on_nan
+        if action == "rollback" and self.output.save is None:
+            raise UserError("--on-nan rollback needs --save DIR: it goes back to the newest checkpoint")
+        if action == "rollback" and self.training.precision == "fp16":
+            raise UserError("--on-nan rollback does not go with --fp16, which overflows now and then by its nature")
+        if self.training.on_spike == "skip" and self.training.precision == "fp16":
+            raise UserError("--on-spike skip does not go with --fp16, whose overflows are skipped anyway: use bf16")
+        if self.training.may_skip_updates and not self.deepspeed["zero_optimization"].get("compute_grad_norm", True):
+            raise UserError("--on-nan and --on-spike skip by the gradient norm, which compute_grad_norm switches off")
 
     @property
     def compute_dtype(self) -> torch.dtype:

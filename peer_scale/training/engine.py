@@ -50,7 +50,10 @@ def build_engine(task: PretrainingTask, run: RunConfig, topology: Topology) -> E
     except (AssertionError, ImportError, NotImplementedError, ValueError) as error:  # how it refuses a ds_config
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"DeepSpeed refuses the ds_config: {reason}") from error
-    if run.training.precision != "fp16" and engine.zero_optimization_stage() < 3:
+    if run.training.precision == "fp16":
+        # at the least scale DeepSpeed would end the run by a bare Exception, whatever --max-skipped-steps allows
+        engine.optimizer.loss_scaler.raise_error_at_min_scale = False
+    else:
         leave_norms_unread(engine.optimizer)
     return engine
 

@@ -1,4 +1,4 @@
-"""From a step's sums to the metrics that are reported: losses, throughput, FLOPs, and whether all is well."""
+"""From a step's sums to the metrics that are reported: losses, throughput, FLOPs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any, SupportsFloat
 import torch
 
 from peer_scale.checkpoints.progress import Progress
-from peer_scale.errors import TrainingError
 from peer_scale.flops import actual_train_flops, measure_peak_flops, paper_train_flops, peak_flops
 from peer_scale.objectives.graph import SampleSize
 from peer_scale.objectives.objective import SumsLayout
@@ -23,7 +22,8 @@ from peer_scale.training.late_numbers import LateNumbers
 class StepRecord:
     """What is known of a step when it has been launched; `sums` and `grad_norm` may still be under way on the device.
 
-    `fault` is what this rank found wrong with its own samples of the step; `sums` end with the count of such ranks.
+    `own_time` is what `StepClock` knows of the step, in seconds, to be read after the sums. `fault` is what this rank
+    found wrong with its own samples of the step; `sums` end with the count of such ranks.
     """
 
     step: int
@@ -34,6 +34,7 @@ class StepRecord:
     skipped_steps: int
     step_time: float = 0.0
     data_wait: float = 0.0
+    own_time: SupportsFloat = 0.0
     fault: Fault | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -41,14 +42,12 @@ class StepRecord:
 class Meter:
     """Knows the costs of a step and the device's peak; `peak` in FLOP/s per device, None where it is not known."""
 
-    def __init__(self, run: RunConfig, num_devices: int, peak: float | None, *, skipped_steps: int = 0) -> None:
+    def __init__(self, run: RunConfig, num_devices: int, peak: float | None) -> None:
         self._run, self._num_devices, self._peak = run, num_devices, peak
         self._layout = SumsLayout(run.objective)
         seq_length, samples = run.training.seq_length, run.training.global_batch_size
         self._positions = samples * seq_length
         self._paper_flops = paper_train_flops(run.model, run.objective, seq_length=seq_length, samples=1)
-        self._skipped_in_a_row = 0
-        self._skipped_before = skipped_steps
 
     def advance(self, progress: Progress, sums: list[float], record: StepRecord) -> Progress:
         """Give the progress after one more step."""
@@ -59,15 +58,10 @@ class Meter:
         )
 
     def metrics(self, sums: list[float], record: StepRecord, progress: Progress) -> dict[str, Any]:
-        """Make the line of metrics.jsonl for one step, after which `progress` is reached.
-
-        Raises:
-            TrainingError: a loss or gradient is not finite, or too many fp16 overflows came in a row.
-        """
+        """Make the line of metrics.jsonl for one step, after which `progress` is reached."""
         metrics = self._layout.metrics(sums)
         losses = {loss.name: metrics.pop(loss.name) for loss in self._run.objective.losses}
         grad_norm = None if record.grad_norm is None else float(record.grad_norm)
-        self._check_finite(record, losses, grad_norm)
         size = self._size(sums)
         flops_per_second = self._flops(size) / record.step_time / self._num_devices
         return {
@@ -79,6 +73,7 @@ class Meter:
             "lr": record.lr,
             "grad_norm": grad_norm if grad_norm is not None and math.isfinite(grad_norm) else None,
             "loss_scale": record.loss_scale,
+            "skipped_steps": record.skipped_steps,
             "step_time_s": record.step_time,
             "data_wait_s": record.data_wait,
             "tokens_per_second": size.tokens / record.step_time,
@@ -103,26 +98,6 @@ class Meter:
         return actual_train_flops(
             run.model, run.objective, size, samples=1, activation_checkpointing=run.training.activation_checkpointing
         )
-
-    def _check_finite(self, record: StepRecord, losses: dict[str, Any], grad_norm: float | None) -> None:
-        if self._run.training.precision == "fp16":
-            self._check_skips(record)
-            return
-        for name, value in losses.items():
-            if not math.isfinite(value):
-                raise TrainingError(f"step {record.step}: {name} is {value}; a lower --lr may help")
-        if grad_norm is not None and not math.isfinite(grad_norm):
-            raise TrainingError(f"step {record.step}: the gradient norm is {grad_norm}; a lower --lr may help")
-
-    def _check_skips(self, record: StepRecord) -> None:
-        skipped = record.skipped_steps > self._skipped_before
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
-        self._skipped_before = record.skipped_steps
-        if self._skipped_in_a_row >= self._run.training.max_skipped_steps:
-            raise TrainingError(
-                f"step {record.step}: fp16 gradients overflowed {self._skipped_in_a_row} steps in a row "
-                f"(loss scale {record.loss_scale:g}); use bf16, or a lower --lr"
-            )
 
 
 def device_peak(device: torch.device, dtype: torch.dtype) -> float | None:

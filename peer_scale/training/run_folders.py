@@ -18,13 +18,19 @@ from peer_scale.storage import (
     require_writable_folder,
     write_atomically,
 )
+from peer_scale.training.provenance import RunStart, append_start
 
 METRICS, DROPPED = "metrics.jsonl", "metrics.dropped.jsonl"
 RUN_YAML, TENSORBOARD, PAGE = "run.yaml", "tensorboard", "report.html"
 SET_ASIDE = "give another folder, or --set-aside to move what is there into a folder beside it"
 _RUN = "run.json"
-BEATS, STACKS = "heartbeats", "stacks"
-_OF_LOGS = (METRICS, DROPPED, RUN_YAML, TENSORBOARD, PAGE, BEATS, STACKS, _RUN)
+BEATS, STACKS, BAD_STEPS = "heartbeats", "stacks", "bad_steps"
+STARTS, SUMMARY, PROMETHEUS = "starts.jsonl", "summary.json", "metrics.prom"
+RANK_LOGS, PROFILES = "ranks", "profiles"
+_OF_LOGS = (
+    *(METRICS, DROPPED, RUN_YAML, TENSORBOARD, PAGE, BEATS, STACKS, BAD_STEPS),
+    *(STARTS, SUMMARY, PROMETHEUS, RANK_LOGS, PROFILES, _RUN),
+)
 _OF_CHECKPOINTS = ("step_*", "latest", ".writing_*", ".removing_*", ".damaged_*")
 
 
@@ -73,10 +79,17 @@ class RunFolders:
             return
         with named_if_unwritable(folder, "--log-dir"):
             self._check_logs(folder, run, step, own, say)
-            remove_unfinished_writes(folder / _RUN, folder / RUN_YAML)
+            remove_unfinished_writes(*(folder / name for name in (_RUN, RUN_YAML, SUMMARY, PROMETHEUS)))
             record = {"run": run, "model": own.provenance.model, "identity": identity_of(own)}
             write_atomically(folder / _RUN, json.dumps(record).encode())
             write_atomically(folder / RUN_YAML, run_yaml.encode())
+
+    def note_start(self, origin: RunStart, step: int) -> None:
+        """Write into the --log-dir folder what started the run, to go on after `step`; UserError as above."""
+        folder = self._output.log_dir
+        if folder is not None:
+            with named_if_unwritable(folder, "--log-dir"):
+                append_start(folder / STARTS, origin, step)
 
     def _check_logs(self, folder: Path, run: str, step: int, own: Sections, say: Callable[[str], None]) -> None:
         metrics = folder / METRICS

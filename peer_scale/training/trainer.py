@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from peer_scale.checkpoints.progress import Progress
-from peer_scale.errors import UserError
+from peer_scale.errors import TrainingError, UserError
 from peer_scale.objectives.engine import Engine
 from peer_scale.objectives.works import GlobalCounts, StepInfo
 from peer_scale.parallel.coordination import RankCoordinator
@@ -26,22 +28,46 @@ from peer_scale.training.late_numbers import LateNumbers
 from peer_scale.training.metering import Meter, StepRecord
 from peer_scale.training.optimizer import set_hyperparameters
 from peer_scale.training.runner import Runner
+from peer_scale.training.step_clock import StepClock
+from peer_scale.training.time_spent import Part, TimeSpent
 
 
 class Callback:
-    """Does nothing; subclasses override what they need. All ranks call the same methods in the same order."""
+    """Does nothing; subclasses override what they need. All ranks call the same methods in the same order.
+
+    `part` is what the time is spent on that a callback takes at the end of a step and of the run.
+    """
+
+    part: Part = "train"
+
+    def on_step_begin(self, trainer: Trainer, step: int) -> None:
+        """A step is about to be launched."""
 
     def on_step_end(self, trainer: Trainer, record: StepRecord) -> None:
         """A step has been launched; `record.extra` takes further metrics for its line of metrics.jsonl."""
 
-    def on_metrics(self, metrics: dict[str, Any]) -> None:
-        """A step's metrics have been read back (at most one step late)."""
+    def on_step_known(self, trainer: Trainer, record: StepRecord, metrics: dict[str, Any]) -> None:
+        """A step's numbers have been read back (at most one step late); TrainingError or WentBack keep them back."""
 
-    def on_bad_data(self) -> None:
-        """Training is about to end, on all ranks alike, because a step's samples cannot be made."""
+    def on_metrics(self, metrics: dict[str, Any]) -> None:
+        """All know the step: its metrics are to be passed on."""
+
+    def on_went_back(self, step: int) -> None:
+        """The state is again that after an earlier step, from which training goes on."""
+
+    def on_failure(self) -> None:
+        """Training is about to end, on all ranks alike, by a UserError or TrainingError."""
 
     def on_train_end(self, trainer: Trainer) -> None:
         """The last step is done and reported."""
+
+
+class WentBack(Exception):
+    """An earlier state has been put in place, on all ranks alike; `progress` is what had been done then."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__()
+        self.progress = progress
 
 
 class Trainer:
@@ -64,6 +90,7 @@ class Trainer:
         *,
         progress: Progress,
         warmup_steps: int,
+        spent: TimeSpent | None = None,
     ) -> None:
         self.run, self.topology, self.engine, self.runner, self.meter = run, topology, engine, runner, meter
         self._coordinator = coordinator
@@ -72,12 +99,51 @@ class Trainer:
         self.warmup_steps = warmup_steps
         self.wants_stop = False
         self.stopping = False
+        self.spent = spent or TimeSpent()
+        self._own_time = StepClock(topology.device)
         self._pending: deque[StepRecord] = deque()
+        # where Adam does not correct for its beginning it is told before each step how many updates there have been
+        counts_updates = run.training.may_skip_updates and not run.training.adam_bias_correction
+        self._unread = 0 if counts_updates else 1
 
-    def fit(self, steps: Iterator[StepBatches]) -> None:
-        """Train from the step after `progress.step` to the last; `steps` gives this rank's micro-batches of each."""
+    def fit(self, steps_after: Callable[[int], Generator[StepBatches]]) -> None:
+        """Train from the step after `progress.step` to the last.
+
+        `steps_after(n)` gives this rank's micro-batches of the steps after step n.
+        """
+        self._own_time.watch_forward(self.engine.module)
+        self.spent.switch("train")
+        try:
+            while not self._reaches_the_end(steps_after):
+                pass
+        except (UserError, TrainingError):
+            for callback in self.callbacks:
+                callback.on_failure()
+            raise
+        for callback in self.callbacks:
+            with self._time_of(callback):
+                callback.on_train_end(self)
+
+    def _reaches_the_end(self, steps_after: Callable[[int], Generator[StepBatches]]) -> bool:
+        """Train on from `progress.step`; False where that has been set back on the way."""
+        try:
+            with closing(steps_after(self.progress.step)) as steps:
+                self._train(steps)
+        except WentBack as back:
+            self._pending.clear()
+            self.progress = back.progress
+            for callback in self.callbacks:
+                callback.on_went_back(self.progress.step)
+            return False
+        return True
+
+    def _train(self, steps: Iterator[StepBatches]) -> None:
         clock = time.perf_counter()
+        self._own_time.start()
         for step in range(self.progress.step + 1, self.run.training.train_iters + 1):
+            for callback in self.callbacks:
+                with self._time_of(callback):
+                    callback.on_step_begin(self, step)
             asked = time.perf_counter()
             micro_batches, fault = next(steps)
             data_wait = time.perf_counter() - asked
@@ -86,24 +152,30 @@ class Trainer:
             clock = time.perf_counter()
             self._pending.append(record)
             for callback in self.callbacks:
-                callback.on_step_end(self, record)
-            self.report(keep=1)
+                with self._time_of(callback):
+                    callback.on_step_end(self, record)
+            self.report(keep=self._unread)
             if self.stopping:
                 break
         self.report(keep=0)
-        for callback in self.callbacks:
-            callback.on_train_end(self)
 
     def train_step(self, step: int, micro_batches: Sequence[Batch], fault: Fault | None = None) -> StepRecord:
         """Do one optimizer step: forward and backward of each micro-batch, then the update."""
-        engine, device = self.engine, self.topology.device
+        engine = self.engine
         lr = set_hyperparameters(engine.optimizer, self.run.training, step, num_updates=step - engine.skipped_steps)
-        batches = [batch.to(device) for batch in micro_batches]
-        seed_dropout = partial(self._seed_dropout, step)
-        sums = self.runner.train(batches, self.step_info(step, batches), seed_dropout)
+        sums = self.run_step(step, micro_batches)
         sums = self.global_sums(sums, float(self.wants_stop), float(fault is not None))
+        own_time = self._own_time.take()
+        self._own_time.start()
         norm, scale = gradient_norm(engine), loss_scale(engine)
-        return StepRecord(step, LateNumbers(sums), lr, norm, scale, engine.skipped_steps, fault=fault)
+        return StepRecord(
+            step, LateNumbers(sums), lr, norm, scale, engine.skipped_steps, own_time=own_time, fault=fault
+        )
+
+    def run_step(self, step: int, micro_batches: Sequence[Batch]) -> torch.Tensor:
+        """Launch forward and backward of each micro-batch and the update; give this rank's sums."""
+        batches = [batch.to(self.topology.device) for batch in micro_batches]
+        return self.runner.train(batches, self.step_info(step, batches), partial(self._seed_dropout, step))
 
     def step_info(self, step: int, batches: Sequence[Batch]) -> StepInfo:
         """Give what all micro-batches of a step have in common, on all ranks."""
@@ -115,6 +187,7 @@ class Trainer:
         tokens = sum(batch.sequences.num_tokens for batch in batches)
         device = self.topology.device
         counts = torch.stack([torch.full((), float(count), device=device) for count in (selected, tokens)])
+        self._own_time.stop()  # this is where ranks first wait for each other
         dist.all_reduce(counts, group=self.topology.group("dp"))
         return GlobalCounts(counts[0], counts[1])
 
@@ -136,8 +209,6 @@ class Trainer:
         """
         if num_faults:
             found = [fault for fault in self._coordinator.exchange(own) if fault is not None]
-            for callback in self.callbacks:
-                callback.on_bad_data()
             raise UserError(min(found).message)
 
     def report(self, keep: int) -> None:
@@ -147,10 +218,26 @@ class Trainer:
             *sums, stop_votes, num_faults = record.sums.tolist()
             self.end_at_fault(num_faults, record.fault)
             self.stopping |= stop_votes > 0
-            self.progress = self.meter.advance(self.progress, sums, record)
-            metrics = self.meter.metrics(sums, record, self.progress)
+            progress = self.meter.advance(self.progress, sums, record)
+            metrics = self.meter.metrics(sums, record, progress)
+            for callback in self.callbacks:
+                callback.on_step_known(self, record, metrics)
+            self.progress = progress
             for callback in self.callbacks:
                 callback.on_metrics(metrics)
+
+    @contextlib.contextmanager
+    def _time_of(self, callback: Callback) -> Iterator[None]:
+        """Count what a callback does as what it is; ranks wait for each other in what is not training."""
+        if callback.part == "train":
+            yield
+            return
+        self._own_time.stop()
+        try:
+            with self.spent.on(callback.part):
+                yield
+        finally:
+            self._own_time.start()
 
     def _seed_dropout(self, step: int, micro: int, *where: str | int) -> None:
         """Begin a dropout stream for each micro-batch, so that a resumed run draws what an uninterrupted one would."""

@@ -1,9 +1,9 @@
-"""What in the update of ZeRO-1 and ZeRO-2 makes the host wait for the device: replaced here and nowhere else.
+"""What in ZeRO's update makes the host wait for the device: replaced here and nowhere else.
 
 To see whether the gradients' norm is finite, DeepSpeed reads it on the host before it updates, and once more for each
 group of parameters before it clips. There the host waits until the whole step is computed, and the device idles until
-the next one is launched. Where the loss is not scaled, a norm that is not finite ends the run anyway, one step later
-(`Meter`), before anything is saved.
+the next one is launched. Where the loss is not scaled, the device itself leaves the update out (`UpdateGuard`), and the
+host finds out one step later (`BadSteps`), before anything is saved.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 from deepspeed.runtime import bf16_optimizer, utils
-from deepspeed.runtime.zero import stage_1_and_2
+from deepspeed.runtime.zero import stage3, stage_1_and_2
 from torch import Tensor
 
 
 def leave_norms_unread(optimizer: Any) -> None:
-    """Have `optimizer`, of ZeRO-1 or 2, clip and update without asking the host about the norm.
+    """Have `optimizer`, of any ZeRO stage, clip and update without asking the host about the norm.
 
-    The numbers are the same where the norm is finite. ZeRO-3 stays as it is: its backward waits for the device too.
+    The numbers are the same where the norm is finite.
     """
     step = optimizer.step
 
@@ -39,8 +39,10 @@ def _replaced() -> Iterator[None]:
     """Put our functions in the place of DeepSpeed's, as far as its version has them."""
     ours = [
         (stage_1_and_2, "is_invalid_grad_norm", _no),
+        (stage3, "is_invalid_grad_norm", _no),
         (bf16_optimizer, "is_invalid_grad_norm", _no),
         (bf16_optimizer, "clip_tensors_by_global_norm", _clip),
+        (stage3, "mask_nan_or_inf_with_val_inplace", _mark_invalid),
         (stage_1_and_2, "mask_nan_or_inf_with_val_inplace", _mark_invalid),
         (utils, "mask_nan_or_inf_with_val_inplace", _mark_invalid),
     ]

@@ -1,4 +1,4 @@
-"""The objective learns what it claims: minutes of training on real text, then a look at ranks and labels."""
+"""What the README's first command trains learns: minutes on the built-in text, then a look at its ranks and labels."""
 
 import numpy as np
 import pytest
@@ -15,18 +15,13 @@ from peer_scale.samples.loader import ExampleDataset
 from peer_scale.samples.masking import MaskingConfig
 from peer_scale.samples.split import Part
 from peer_scale.samples.windows import Windows
-from runs import pretrain, read_metrics
+from runs import read_metrics, run_trainer
 
-VOCAB_SIZE, SEQ_LENGTH, STEPS = 1000, 64, 2500
+SEQ_LENGTH, SHOWN = 64, 0.15
 
 
-def scores_and_labels(save, cache, text_file, num_samples=3072):
+def scores_and_labels(checkpoint, store, tokenizer, num_samples=3072):
     """Score and rank label at each selected position of freshly masked samples."""
-    checkpoint = read_checkpoint(save)
-    store, tokenizer = open_corpus(
-        [str(text_file)], None, vocab_size=VOCAB_SIZE, text_key="text", cache_dir=cache, workers=1
-    )
-    assert tokenizer.digest == checkpoint.tokenizer.digest
     task = PretrainingTask(checkpoint.model, checkpoint.objective, single_process_topology().tensor_parallel).eval()
     task.model.load_state_dict({name: our_weights(checkpoint, name) for name in checkpoint.weights})
     windows = Windows(store, Part(0, store.num_documents), width=SEQ_LENGTH - NUM_SPECIAL_TOKENS)
@@ -52,27 +47,44 @@ def share_in_order(scores, labels, low, high):
     return float((better[:, None] > worse[None, :]).mean())
 
 
+def unigram_entropy(store, num_documents=2000):
+    """In nats per token, of the store's own frequencies."""
+    lengths = store.document_lengths(0, min(num_documents, store.num_documents))
+    tokens = np.concatenate([store.read(number, 0, int(length)) for number, length in enumerate(lengths)])
+    shares = np.bincount(tokens) / len(tokens)
+    return float(-(shares[shares > 0] * np.log(shares[shares > 0])).sum())
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
-def test_ranks_are_learned_and_unknown_labels_get_fewer(tmp_path, text_file):
-    config = tmp_path / "small.yaml"
-    config.write_text("model:\n  init_std: 0.05\n")  # a narrow model starts faster from larger weights
-    done = pretrain(
-        *("--config", config, "--data-path", text_file, "--cache-dir", tmp_path / "cache", "--vocab-size", VOCAB_SIZE),
-        *("--seq-length", SEQ_LENGTH),
-        *("--train-iters", STEPS, "--warmup-epochs", 2, "--lr", 1e-3, "--lr-warmup-iters", 100, "--num-workers", 0),
-        *("--log-dir", tmp_path / "log", "--save", tmp_path / "save"),
-        timeout=1400,
-    )
+@pytest.mark.timeout(900)
+def test_the_first_run_learns(tmp_path):
+    """No flag but where things go: words from their neighbours, replaced from original tokens, and their ranks."""
+    cache = tmp_path / "cache"
+    flags = ("--cache-dir", cache, "--log-dir", tmp_path / "log", "--save", tmp_path / "save")
+    done = run_trainer(*flags, timeout=800)
     assert done.returncode == 0, done.stderr
     metrics = read_metrics(tmp_path / "log")
+    checkpoint = read_checkpoint(tmp_path / "save")
+    store, tokenizer = open_corpus(
+        ["builtin"], None, vocab_size=checkpoint.model.vocab_size, text_key="text", cache_dir=cache, workers=1
+    )
+    assert tokenizer.digest == checkpoint.tokenizer.digest
+
+    last = metrics[-200:]
+    # what is shown costs something too: the loss of the masked tokens alone is at most this
+    masked = float(np.mean([line["mlm_loss"] for line in last])) / (1 - SHOWN)
+    auc = float(np.mean([line["rtd_auc"] for line in last]))
+    entropy = unigram_entropy(store)
+    print(f"masked tokens: {masked:.2f} nats at most, word frequencies: {entropy:.2f}; RTD AUC {auc:.3f}")
+    assert masked < entropy - 0.5
+    assert auc > 0.70
+
     unknown = [line["rank_label_fractions"]["-1"] for line in metrics]
-    tenths = [float(np.mean(unknown[start : start + STEPS // 10])) for start in range(0, STEPS, STEPS // 10)]
+    tenths = [float(np.mean(part)) for part in np.array_split(unknown, 10)]
     print("share of label -1, tenth by tenth:", [round(share, 3) for share in tenths])
     assert tenths[-1] < tenths[4] < tenths[1] < tenths[0]
-    assert tenths[-1] < tenths[0] - 0.03
 
-    scores, labels = scores_and_labels(tmp_path / "save", tmp_path / "cache", text_file)
+    scores, labels = scores_and_labels(checkpoint, store, tokenizer)
     in_order = share_in_order(scores, labels, low=1, high=2)
     print(f"labels 1 and K-1 in order: {in_order:.3f} of the pairs")
-    assert in_order > 0.65
+    assert in_order > 0.6

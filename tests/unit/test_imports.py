@@ -34,9 +34,10 @@ LAYERS = (
         "checkpoints",
         "conversion",
         "training",
+        "finetuning",
         "doctor",
     ),
-    *("commands", "pretrain", "cli"),
+    *("commands", "pretrain", "finetune", "cli"),
 )
 
 

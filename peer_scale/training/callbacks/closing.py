@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
 from peer_scale.settings.run import RunConfig
 from peer_scale.training.callbacks.console import duration
 from peer_scale.training.callbacks.page import write_page
+from peer_scale.training.goodput import Goodput
 from peer_scale.training.trainer import Callback, Trainer
 
 
@@ -17,8 +19,8 @@ class ClosingSummary(Callback):
     For the first rank; the last of the callbacks, so that all is written when it speaks.
     """
 
-    def __init__(self, run: RunConfig, first_step: int) -> None:
-        self._run, self._first_step = run, first_step
+    def __init__(self, run: RunConfig, first_step: int, goodput: Goodput | None = None) -> None:
+        self._run, self._first_step, self._goodput = run, first_step, goodput
         self._begin = time.perf_counter()
         self._last: dict[str, Any] = {}
         self._best: dict[str, tuple[float, int]] = {}
@@ -28,7 +30,7 @@ class ClosingSummary(Callback):
         losses = ("loss", "validation_loss")
         for name in (*losses, *self._run.objective.progress_metrics):
             value = metrics.get(name)
-            if value is None:
+            if value is None or not math.isfinite(value):
                 continue
             sign = 1 if name in losses else -1
             if name not in self._best or sign * value < sign * self._best[name][0]:
@@ -57,6 +59,7 @@ class ClosingSummary(Callback):
             "best": ", ".join(
                 f"{self._label(name)} {value:.4f} (step {at:,})" for name, (value, at) in self._best.items()
             ),
+            **({} if self._goodput is None else {"time": self._goodput.describe()}),
             **self._written(),
         }
         width = max(map(len, lines))
@@ -84,6 +87,6 @@ class ClosingSummary(Callback):
         else:
             lines["checkpoint"] = "none: give --save DIR to keep the weights"
         if log_dir is not None:
-            lines["logs"] = f"{log_dir}: metrics.jsonl, run.yaml, TensorBoard events"
+            lines["logs"] = f"{log_dir}: metrics.jsonl, summary.json, run.yaml, TensorBoard events"
             lines["look"] = f"tensorboard --logdir {log_dir}"
         return lines

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
-import sys
 import time
 from collections import deque
+from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
 from peer_scale.errors import UserError
+from peer_scale.storage import write_atomically
+from peer_scale.training.complaints import RareComplaint
 from peer_scale.training.run_folders import DROPPED, TENSORBOARD
 from peer_scale.training.trainer import Callback, Trainer
 
-_SECONDS_BETWEEN_WARNINGS = 60.0
 _MAX_EVENTS_KEPT = 10_000  # steps
 
 
@@ -32,15 +34,23 @@ class MetricsFile(Callback):
         self._path = path
         _keep_steps_up_to(path, resume_step)
         self._file = _Appender(path)
-        self._warning = _Warning()
+        self._warning = RareComplaint()
 
     def on_metrics(self, metrics: dict[str, Any]) -> None:
-        line = json.dumps(_without_nan(metrics), allow_nan=False) + "\n"
+        line = json.dumps(without_nan(metrics), allow_nan=False) + "\n"
         try:
             self._file.append(line.encode())
         except OSError as error:
             waiting = f"{self._file.num_waiting} lines are kept until it can be"
             self._warning.say(f"{self._path}: cannot be written ({error.strerror}); training goes on, {waiting}")
+
+    def on_went_back(self, step: int) -> None:
+        try:
+            self._file.append(b"")
+            _keep_steps_up_to(self._path, step)
+            self._file = _Appender(self._path)
+        except OSError as error:
+            self._warning.say(f"{self._path}: steps after {step} stand there twice ({error.strerror})", at_once=True)
 
     def on_train_end(self, trainer: Trainer) -> None:
         try:
@@ -99,20 +109,6 @@ class _Appender:
             raise
 
 
-class _Warning:
-    """A line on stderr, at most once a minute."""
-
-    def __init__(self) -> None:
-        self._next = -math.inf
-
-    def say(self, text: str, *, at_once: bool = False) -> None:
-        now = time.monotonic()
-        if now >= self._next or at_once:
-            self._next = now + _SECONDS_BETWEEN_WARNINGS
-            with contextlib.suppress(OSError):  # stderr may be on the same disk
-                print(f"warning: {text}", file=sys.stderr, flush=True)
-
-
 def _keep_steps_up_to(path: Path, step: int) -> None:
     """Move what a stopped run wrote after the checkpoint that is resumed from, and a line it did not finish, aside."""
     if not path.exists():
@@ -141,9 +137,10 @@ def _is_of_step_up_to(line: bytes, step: int) -> bool:
         return False
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """Put None in place of numbers that JSON has no word for."""
     if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -153,20 +150,30 @@ class MonitorEvents(Callback):
     Where a monitor fails, a new one is started `retry_after` seconds later and gets what the failed one did not take.
     """
 
-    def __init__(self, log_dir: Path | None, ds_config: dict[str, Any], retry_after: float = 30.0) -> None:
-        """Start the monitors; UserError where one cannot be started."""
+    def __init__(
+        self,
+        log_dir: Path | None,
+        ds_config: dict[str, Any],
+        *,
+        run: str = "",
+        step: int = 0,
+        retry_after: float = 30.0,
+    ) -> None:
+        """Start the monitors of the run of that name, which goes on after `step`; UserError where one cannot be."""
         self._retry_after = retry_after
-        self._blocks = dict(ds_config)
+        self._blocks = going_on_with(run, ds_config, os.environ)
         if log_dir is not None:
             here = {"enabled": True, "output_path": str(log_dir), "job_name": TENSORBOARD}
             self._blocks.setdefault("tensorboard", here)
         try:
             self._monitor: Any = self._start()
+            if step:
+                forget_after(self._monitor, step)
         except (ImportError, ValueError, OSError) as error:
             raise UserError(f"the ds_config's monitor cannot be started: {error}") from error
         self._enabled = self._monitor.enabled
         self._waiting: deque[list[tuple[str, float, int]]] = deque(maxlen=_MAX_EVENTS_KEPT)
-        self._warning, self._next_start = _Warning(), 0.0
+        self._warning, self._next_start = RareComplaint(), 0.0
 
     def on_metrics(self, metrics: dict[str, Any]) -> None:
         if not self._enabled:
@@ -185,11 +192,55 @@ class MonitorEvents(Callback):
             why = f"{type(error).__name__}: {error}".splitlines()[0]
             self._warning.say(f"the monitor cannot be written to ({why}); training goes on")
 
+    def on_went_back(self, step: int) -> None:
+        self._waiting = deque((events for events in self._waiting if events[0][2] <= step), self._waiting.maxlen)
+        if self._monitor is not None:
+            try:
+                forget_after(self._monitor, step)
+            except OSError as error:
+                self._warning.say(f"the monitor has steps after {step} twice ({error.strerror})", at_once=True)
+
     def _start(self) -> Any:
         from deepspeed.monitor.config import get_monitor_config
         from deepspeed.monitor.monitor import MonitorMaster
 
         return MonitorMaster(get_monitor_config(self._blocks))
+
+
+def going_on_with(run: str, ds_config: dict[str, Any], environ: MutableMapping[str, str]) -> dict[str, Any]:
+    """Give the ds_config with what has the services on the net go on with a run that they know.
+
+    Weights & Biases reads the name from the environment, where one that the user has set stays.
+    """
+    blocks = dict(ds_config)
+    if run and blocks.get("wandb", {}).get("enabled"):
+        environ.setdefault("WANDB_RUN_ID", run)
+        environ.setdefault("WANDB_RESUME", "allow")
+    if run and blocks.get("comet", {}).get("enabled"):
+        blocks["comet"] = {"experiment_key": hashlib.sha256(run.encode()).hexdigest()[:40]} | blocks["comet"]
+    return blocks
+
+
+def forget_after(monitor: Any, step: int) -> None:
+    """Take back what an earlier start told TensorBoard and CSV files of steps after `step`; OSError for the disk's."""
+    writer = getattr(monitor.tb_monitor, "summary_writer", None)
+    if writer is not None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+        # what readers take for a restart: all later steps of older files are void
+        writer.file_writer.add_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+    tables = monitor.csv_monitor
+    if tables is not None and tables.enabled:
+        for path in sorted(Path(tables.log_dir).glob("train_*.csv")):
+            header, *rows = path.read_text().splitlines() or [""]
+            kept = [row for row in rows if _step_of_row(row) <= step]
+            write_atomically(path, "".join(f"{line}\n" for line in (header, *kept)).encode())
+            tables.filenames.append(path.stem)  # has its header
+
+
+def _step_of_row(row: str) -> float:
+    step = row.partition(",")[0]
+    return int(step) if step.isdecimal() else math.inf
 
 
 def _flat(metrics: dict[str, Any]) -> list[tuple[str, float]]:

@@ -14,6 +14,8 @@ from peer_scale.training.trainer import Callback, Trainer
 class Validation(Callback):
     """Every `interval` steps the same `iters` global batches of held-out text, without dropout."""
 
+    part = "validation"
+
     def __init__(self, dataset: ExampleDataset, plan: BatchPlan, interval: int, iters: int) -> None:
         self._dataset, self._plan, self._interval, self._iters = dataset, plan, interval, iters
 

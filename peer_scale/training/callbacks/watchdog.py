@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
+import logging
 import os
 import sys
 import threading
@@ -145,8 +146,9 @@ class Watchdog:
             named = ", ".join(map(str, silent))
             who = f"no sign of life from rank {named}" if silent else "all ranks show signs of life"
             limit = self.limit(section.is_step)
-            line = f"error: {section.doing} has taken more than {limit:.0f} s on rank {self._rank}; {who}"
-            print(f"{line}; stacks are {where}", file=sys.stderr, flush=True)
+            line = f"{section.doing} has taken more than {limit:.0f} s on rank {self._rank}; {who}; stacks are {where}"
+            print(f"error: {line}", file=sys.stderr, flush=True)
+            logging.getLogger("peer_scale").error(line)
 
     def _silent_ranks(self) -> list[int]:
         """List the ranks whose last sign of life is much older than this one's, as the disk's clock has it."""
@@ -194,3 +196,6 @@ class _StepBegins(Callback):
 
     def on_step_end(self, trainer: Trainer, record: StepRecord) -> None:
         self._watchdog.begin_step(record.step + 1)
+
+    def on_went_back(self, step: int) -> None:
+        self._watchdog.begin_step(step + 1)

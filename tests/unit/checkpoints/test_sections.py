@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from checkpoint_runs import SHAPE, WHOLE
-from peer_scale.checkpoints.sections import parse_sections
+from peer_scale.checkpoints.sections import RecentSteps, parse_sections
 from peer_scale.checkpoints.upgrade import from_format_2, with_blocks, with_split
 from peer_scale.errors import UserError
 from peer_scale.models.config import ModelConfig
@@ -36,7 +36,10 @@ def read_back(sections, **changes):
     return parse_sections({**content, **changes}, "peer_scale.json")
 
 
-@pytest.mark.parametrize("sections", [WHOLE, IMPORTED])
+SKIPS_SPIKES = replace(WHOLE, recent=RecentSteps((1, 2), (0.5, 1 / 3), (1.0, 2e-5)))
+
+
+@pytest.mark.parametrize("sections", [WHOLE, IMPORTED, SKIPS_SPIKES])
 def test_what_is_written_is_what_is_read(sections):
     assert read_back(sections) == sections
 

@@ -5,6 +5,7 @@ import dataclasses
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -35,7 +36,8 @@ ESTABLISHED = (
     "pipeline-model-parallel-size sequence-parallel local_rank local-rank num-threads data-path tokenizer vocab-size "
     "text-key cache-dir num-workers validation-fraction save save-interval keep-last keep-every async-save "
     "no-async-save load log-dir log-interval eval-interval eval-iters exit-duration-in-mins stall-minutes "
-    "exit-signal-handler strict-load report no-report verbose "
+    "profile-steps profile-ranks report no-report "
+    "exit-signal-handler strict-load verbose on-nan on-spike spike-sigmas max-failed-saves save-retry-seconds "
 )
 
 
@@ -217,6 +219,7 @@ def test_the_parser_waits_for_no_library():
     heavy = ("torch", "megatron", "deepspeed", "transformers", "numpy")
     program = f"""
 import sys
+from pathlib import Path
 from peer_scale.pretrain import main
 main(["--lr", "fast"])
 print([name for name in {heavy} if name in sys.modules])
@@ -224,3 +227,12 @@ print([name for name in {heavy} if name in sys.modules])
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
     assert done.stderr == "error: --lr is fast; it must be a number above 0\n"
+
+
+@pytest.mark.parametrize("steps", ["5:2", "0:3", "7", "a:b", "1:2:3", ""])
+def test_steps_to_profile_are_two_numbers(steps):
+    with pytest.raises(UserError, match=rf"--profile-steps {steps}: it must be FIRST:LAST, such as 20:25"):
+        OutputConfig(profile_steps=steps, log_dir=Path("logs"))
+    assert OutputConfig(profile_steps="5:5", log_dir=Path("logs")).profiled_steps == (5, 5)
+    with pytest.raises(UserError, match="--profile-steps 5:5 needs --log-dir DIR"):
+        OutputConfig(profile_steps="5:5")

@@ -367,10 +367,15 @@ def test_notices(resolved, tmp_path):
 
     def said(content, *flags):
         lines: list[str] = []
-        resolved(content, *flags, notify=lines.append)
+        resolved(content, "--model", "peer-tiny", *flags, notify=lines.append)
         return lines
 
     assert said(zero()) == []
+    lines: list[str] = []
+    resolved(zero(), notify=lines.append)
+    assert lines == [
+        "no --model is named: peer-tiny as it learns within minutes; --model peer-tiny has BERT's blocks",
+    ]
     assert said(zero(), "--exit-duration-in-mins", 0) == [
         "--exit-duration-in-mins ends the run without saving it: --save is not given"
     ]
@@ -399,5 +404,5 @@ def test_notices(resolved, tmp_path):
 @pytest.mark.parametrize("name", sorted(path.stem for path in Path("ds_configs").glob("*.json")))
 def test_the_shipped_files_need_no_notice(name):
     lines: list[str] = []
-    resolve(build_parser().parse_args(["--deepspeed_config", name]), 1, notify=lines.append)
+    resolve(build_parser().parse_args(["--deepspeed_config", name, "--model", "peer-tiny"]), 1, notify=lines.append)
     assert lines == []

@@ -42,15 +42,18 @@ def test_a_preset_alone_is_taken_as_it_is(name):
     assert run.data.cache_dir == Path("/caches/peer_scale")
 
 
-def test_without_any_flag_peer_tiny_is_trained():
+def test_without_any_flag_peer_tiny_is_trained_as_it_learns():
     run = resolved()
     assert (run.name, run.seed, run.zero_stage, run.data.data_path) == ("peer-tiny", 1234, 2, ("builtin",))
+    assert (run.model.position_embedding, run.model.norm_position, run.training.lr) == ("rotary", "pre", 3e-3)
+    named = resolved("--model", "peer-tiny")
+    assert (named.model.position_embedding, named.model.norm_position, named.training.lr) == ("absolute", "post", 1e-3)
     assert run.data.cache_dir == Path.home() / ".cache/peer_scale"
 
 
 # where a value stands in the run; its value in the preset; in a file; given by flags
 PRECEDENCE = [
-    ("training.lr", 1e-3, "training: {lr: 2e-3}", 2e-3, ("--lr", 3e-3), 3e-3),
+    ("training.lr", 3e-3, "training: {lr: 2e-3}", 2e-3, ("--lr", 4e-3), 4e-3),
     ("training.weight_decay", 0.01, "training: {weight_decay: 0.5}", 0.5, ("--weight-decay", 0), 0.0),
     ("training.precision", "fp32", "training: {precision: fp16}", "fp16", ("--bf16",), "bf16"),
     ("training.adam_bias_correction", True, "", True, ("--no-adam-bias-correction",), False),
@@ -59,7 +62,7 @@ PRECEDENCE = [
     ("model.hidden_dropout", 0.0, "model: {hidden_dropout: 0.2}", 0.2, ("--hidden-dropout", 0), 0.0),
     ("model.main_network.num_layers", 4, "model: {ranker: {num_layers: 5}}", 5, ("--num-layers", 6), 6),
     ("objective.delta", 3.0, "objective: {delta: 2}", 2.0, ("--delta", 0), 0.0),
-    ("masking.mask_fraction", 0.15, "masking: {mask_fraction: 0.2}", 0.2, ("--mask-fraction", 0.3), 0.3),
+    ("masking.mask_fraction", 0.3, "masking: {mask_fraction: 0.2}", 0.2, ("--mask-fraction", 0.4), 0.4),
     ("data.num_workers", None, "data: {num_workers: 2}", 2, ("--num-workers", 0), 0),
     ("data.validation_fraction", 0.01, "data: {validation_fraction: 0.5}", 0.5, ("--validation-fraction", 0), 0.0),
     ("output.keep_last", 3, "output: {keep_last: 5}", 5, ("--keep-last", 7), 7),
@@ -91,7 +94,7 @@ def test_auto_stands_for_the_flag_the_file_or_the_preset(tmp_path):
         optimizer={"type": "AdamW", "params": {"lr": "auto", "betas": "auto"}},
     )
     path = yaml_file(tmp_path, "training: {lr: 2e-3, clip_grad: 2}")
-    assert resolved("--deepspeed_config", auto).training == find_preset("peer-tiny").training
+    assert resolved("--deepspeed_config", auto, "--model", "peer-tiny").training == find_preset("peer-tiny").training
     training = resolved("--deepspeed_config", auto, "--config", path, "--lr", "3e-3", "--bf16").training
     assert (training.lr, training.clip_grad, training.precision) == (3e-3, 2.0, "bf16")
 
@@ -189,7 +192,7 @@ def test_a_budget_of_tokens_takes_the_place_of_a_number_of_sequences(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "world_size", "said"),
     [
-        (("--micro-batch-tokens", 127), 1, ("--micro-batch-tokens 127", "--seq-length 128")),
+        (("--model", "peer-tiny", "--micro-batch-tokens", 127), 1, ("--micro-batch-tokens 127", "--seq-length 128")),
         (("--micro-batch-tokens", 512, "--global-batch-size", 6), 4, ("batch size 6", "data-parallel size 4")),
         (("--global-batch-size", 10, "--micro-batch-size", 4), 1, ("10", "4", "micro-batch", "--global-batch-size")),
         (("--global-batch-size", 2), 4, ("2", "data-parallel size 4")),
@@ -219,7 +222,7 @@ def test_what_does_not_go_together_is_one_line(flags, world_size, said):
 
 def test_the_main_networks_flags():
     """PEER's networks share layers, so the generator follows in all but its number; ELECTRA's stands alone."""
-    run = resolved("--hidden-size", 256, "--num-layers", 6, "--num-attention-heads", 4)
+    run = resolved("--model", "peer-tiny", "--hidden-size", 256, "--num-layers", 6, "--num-attention-heads", 4)
     assert run.model.ranker == EncoderShape(6, 256, 512, 4)
     assert run.model.generator == EncoderShape(2, 256, 512, 4)
     assert run.model.embedding_size == 256
@@ -242,11 +245,14 @@ def test_two_levels_need_no_taus(tmp_path):
 
 
 def test_a_run_cut_short_warms_up_in_the_same_share(tmp_path):
-    assert resolved("--train-iters", 100).training.lr_warmup_iters == 10
-    assert resolved("--train-iters", 6000).training.lr_warmup_iters == 60
-    assert resolved("--train-iters", 100, "--lr-warmup-iters", 0).training.lr_warmup_iters == 0
+    assert resolved("--model", "peer-tiny", "--train-iters", 100).training.lr_warmup_iters == 10
+    assert resolved("--model", "peer-tiny", "--train-iters", 6000).training.lr_warmup_iters == 60
+    assert resolved("--model", "peer-tiny", "--train-iters", 100, "--lr-warmup-iters", 0).training.lr_warmup_iters == 0
     warmup = ds_config(tmp_path, scheduler={"params": {"warmup_num_steps": 5}})
-    assert resolved("--train-iters", 100, "--deepspeed_config", warmup).training.lr_warmup_iters == 5
+    assert (
+        resolved("--model", "peer-tiny", "--train-iters", 100, "--deepspeed_config", warmup).training.lr_warmup_iters
+        == 5
+    )
 
 
 def test_the_launchers_own_flags_change_nothing():

@@ -19,7 +19,7 @@ from peer_scale.parallel.topology import single_process_topology
 from peer_scale.settings.run import OutputConfig
 from peer_scale.training.callbacks.closing import ClosingSummary
 from peer_scale.training.callbacks.console import ProgressLine, describe, duration
-from peer_scale.training.callbacks.reporting import MetricsFile, MonitorEvents
+from peer_scale.training.callbacks.reporting import MetricsFile, MonitorEvents, going_on_with
 from peer_scale.training.callbacks.stopping import StopAfter, StopOnInterrupt, StopOnSignal, StopSignals
 from peer_scale.training.metering import Meter, StepRecord
 from peer_scale.training.trainer import Trainer
@@ -279,6 +279,23 @@ def test_a_monitor_on_a_full_disk_gets_later_what_it_could_not_take(small_disk, 
     one_rank.run(write_events, folder, {}, lines, {3: True, 6: False})
     accumulator = EventAccumulator(str(folder / "tensorboard")).Reload()
     assert {event.step for event in accumulator.Scalars("train/number_7")} == set(range(1, 9))
+
+
+def test_services_on_the_net_go_on_with_the_run_they_know():
+    blocks = {"wandb": {"enabled": True}, "comet": {"enabled": True, "project": "p"}, "csv_monitor": {"enabled": True}}
+    environ = {}
+    found = going_on_with("20260101-000000-abcd", blocks, environ)
+    assert environ == {"WANDB_RUN_ID": "20260101-000000-abcd", "WANDB_RESUME": "allow"}
+    key = found["comet"].pop("experiment_key")
+    assert re.fullmatch("[0-9a-f]{40}", key) and found == {**blocks, "comet": {"enabled": True, "project": "p"}}
+    again = going_on_with("20260101-000000-abcd", blocks, environ)
+    assert again["comet"]["experiment_key"] == key
+    assert going_on_with("another", blocks, {})["comet"]["experiment_key"] != key
+    chosen = {"WANDB_RUN_ID": "mine"}
+    own = going_on_with("run", {**blocks, "comet": {"enabled": True, "experiment_key": "mine"}}, chosen)
+    assert chosen["WANDB_RUN_ID"] == "mine" and own["comet"]["experiment_key"] == "mine"
+    plain: dict[str, str] = {}
+    assert going_on_with("run", {"wandb": {"enabled": False}}, plain) == {"wandb": {"enabled": False}} and not plain
 
 
 def test_no_monitor_writes_nothing(tmp_path, one_rank):
