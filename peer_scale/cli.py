@@ -27,6 +27,7 @@ COMMANDS = {
     "convert": Command(
         "peer_scale.commands.convert", "checkpoints: look into, check, reshape, to and from Hugging Face"
     ),
+    "report": Command("peer_scale.commands.report", "one HTML page of runs side by side, or of an experiment"),
     "finetune": Command("peer_scale.commands.finetune", "GLUE or own data: scores over seeds, a model to use"),
     "experiment": Command("peer_scale.commands.experiment", "pre-train, fine-tune and compare arms at equal FLOPs"),
     "doctor": Command("peer_scale.commands.doctor", "what works on this machine or cluster, before the first job"),

@@ -25,7 +25,10 @@ TIMES = (
     *("step_time_s", "data_wait_s", "tokens_per_second", "tflops_per_device", "mfu"),
     *("slowest_rank", "busy_time_s", "rank_data_wait_s", "peak_memory_bytes"),
 )
-SMALL = ("--model", "peer-tiny", "--vocab-size", "2000", "--seq-length", "64", "--log-interval", "1000000")
+SMALL = (
+    *("--model", "peer-tiny", "--vocab-size", "2000", "--seq-length", "64", "--log-interval", "1000000"),
+    "--no-report",
+)
 
 
 def corpus(text_file: Path) -> tuple[str, ...]:

@@ -238,6 +238,10 @@ class OutputConfig:
         metavar="DIR",
         default_text="none are written",
     )
+    report: bool = option(
+        default=True,
+        help="Write report.html into --log-dir at the end: one page of about 5 MB with the run's curves.",
+    )
     log_interval: PositiveInt = option(default=10, help="Steps between printed lines.", metavar="N")
     eval_interval: PositiveInt | None = option(
         default=None,

@@ -21,14 +21,14 @@ from peer_scale.storage import (
 from peer_scale.training.provenance import RunStart, append_start
 
 METRICS, DROPPED = "metrics.jsonl", "metrics.dropped.jsonl"
-RUN_YAML, TENSORBOARD = "run.yaml", "tensorboard"
+RUN_YAML, TENSORBOARD, PAGE = "run.yaml", "tensorboard", "report.html"
 SET_ASIDE = "give another folder, or --set-aside to move what is there into a folder beside it"
 _RUN = "run.json"
 BEATS, STACKS, BAD_STEPS = "heartbeats", "stacks", "bad_steps"
 STARTS, SUMMARY, PROMETHEUS = "starts.jsonl", "summary.json", "metrics.prom"
 RANK_LOGS, PROFILES = "ranks", "profiles"
 _OF_LOGS = (
-    *(METRICS, DROPPED, RUN_YAML, TENSORBOARD, BEATS, STACKS, BAD_STEPS),
+    *(METRICS, DROPPED, RUN_YAML, TENSORBOARD, PAGE, BEATS, STACKS, BAD_STEPS),
     *(STARTS, SUMMARY, PROMETHEUS, RANK_LOGS, PROFILES, _RUN),
 )
 _OF_CHECKPOINTS = ("step_*", "latest", ".writing_*", ".removing_*", ".damaged_*")

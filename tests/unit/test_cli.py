@@ -21,6 +21,7 @@ DOORS = {
     "tools/plan.py": "plan",
     "tools/convert_checkpoint.py": "convert",
     "tools/doctor.py": "doctor",
+    "tools/report.py": "report",
 }
 
 

@@ -28,6 +28,7 @@ LAYERS = (
         "objectives",
         "flops",
         "settings",
+        "reporting",
         "pipeline",
         "planning",
         "checkpoints",

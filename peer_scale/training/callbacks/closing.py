@@ -8,6 +8,7 @@ from typing import Any
 
 from peer_scale.settings.run import RunConfig
 from peer_scale.training.callbacks.console import duration
+from peer_scale.training.callbacks.page import write_page
 from peer_scale.training.goodput import Goodput
 from peer_scale.training.trainer import Callback, Trainer
 
@@ -38,6 +39,12 @@ class ClosingSummary(Callback):
     def on_train_end(self, trainer: Trainer) -> None:
         if self._last:
             print(self.text(trainer.progress.step), flush=True)
+            self._write_page()
+
+    def _write_page(self) -> None:
+        output = self._run.output
+        if output.log_dir is not None and output.report and (page := write_page(output.log_dir)) is not None:
+            print(f"{'report':<{len('checkpoint')}}  {page}", flush=True)
 
     def text(self, step: int) -> str:
         """Give the summary as aligned lines."""

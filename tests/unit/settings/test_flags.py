@@ -36,7 +36,7 @@ ESTABLISHED = (
     "pipeline-model-parallel-size sequence-parallel local_rank local-rank num-threads data-path tokenizer vocab-size "
     "text-key cache-dir num-workers validation-fraction save save-interval keep-last keep-every async-save "
     "no-async-save load log-dir log-interval eval-interval eval-iters exit-duration-in-mins stall-minutes "
-    "profile-steps profile-ranks "
+    "profile-steps profile-ranks report no-report "
     "exit-signal-handler strict-load verbose on-nan on-spike spike-sigmas max-failed-saves save-retry-seconds "
 )
 

@@ -66,7 +66,7 @@ FLAGS = {
     "tensor-model-parallel-size": st.sampled_from([1, 2]),
     "pipeline-model-parallel-size": st.sampled_from([1, 2]),
     **dict.fromkeys(("async-save", "exit-signal-handler", "activation-checkpointing", "sequence-parallel"), st.none()),
-    **dict.fromkeys(("no-async-save", "no-adam-bias-correction", "bf16", "fp16", "fp32"), st.none()),
+    **dict.fromkeys(("no-async-save", "no-report", "no-adam-bias-correction", "bf16", "fp16", "fp32"), st.none()),
 }
 
 

@@ -1,0 +1,1 @@
+"""The page's frame, its style and its script."""
