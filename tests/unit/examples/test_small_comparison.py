@@ -9,8 +9,12 @@ import sys
 from collections import Counter
 
 import pytest
+import yaml
 
 from peer_scale.errors import UserError
+from peer_scale.objectives.exports import family_of
+from peer_scale.settings.flags import build_parser
+from peer_scale.settings.resolve import resolve
 from runs import PROJECT
 from small_packages import write_packages
 
@@ -101,6 +105,33 @@ def test_the_same_seed_gives_the_same_bytes_and_another_one_others(example, pack
     prepare.write(tmp_path, *prepare.make(packages, 8, SIZES), 8)
     before, after = (json.loads((folder / "manifest.json").read_text())["sha256"] for folder in (data, tmp_path))
     assert all(before[name] != after[name] for name in before)
+
+
+@pytest.mark.parametrize("name", ["comparison", "ablations"])
+def test_each_arm_is_a_run_whose_model_transformers_has(name, tmp_path):
+    file = yaml.safe_load((PROJECT / f"examples/small_comparison/{name}.yaml").read_text())
+    base = {arm["name"]: arm for arm in file["arms"]}
+    variants = [(base[group["of"]], arm) for group in file.get("ablations", ()) for arm in group["arms"]]
+    runs = [(arm["model"], [arm]) for arm in file["arms"] if "model" in arm] + [
+        (of["model"], [of, arm]) for of, arm in variants
+    ]
+    assert len(runs) >= 5
+    for number, (model, arms) in enumerate(runs):
+        settings = file["common"]
+        for arm in arms:
+            settings = over(settings, arm.get("changes", {}))
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(yaml.safe_dump(settings))
+        run = resolve(build_parser().parse_args(["--model", model, "--config", str(path)]), 1)
+        assert family_of(run.model) == "modernbert"
+        assert {shape.ffn_hidden_size for shape in run.model.networks.values()} == {344}
+        assert (run.masking.mask_probability, run.training.lr) == (0.85, 0.003)
+
+
+def over(below, above):
+    """Put nested settings over others."""
+    nested = {key: over(below[key], value) for key, value in above.items() if isinstance(below.get(key), dict)}
+    return {**below, **above, **nested}
 
 
 def test_a_package_with_other_bytes_is_refused(example, packages):
