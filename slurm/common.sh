@@ -6,6 +6,7 @@
 #   PEER_VENV                 virtual environment to run in; otherwise the environment is the one sbatch was called in
 #   PEER_HOME                 checkout to run; otherwise the one the script lies in
 #   PEER_MAX_RESTARTS         how often the job requeues itself (50); 0: never
+#   PEER_SRUN_OPTIONS         more options for srun, such as --container-image; words between spaces
 #   PEER_GPU                  kind of GPU, as peer-scale plan names it, for the layout that large.sh asks for
 #   MASTER_ADDR, MASTER_PORT  where the ranks meet; otherwise the job's first node and a port made from the job's number
 
@@ -16,10 +17,33 @@ fail() {
     exit 2
 }
 
+[[ -n ${SLURM_JOB_ID:-} ]] || fail "this script runs inside a Slurm job: sbatch [options] slurm/${0##*/} [flags]"
+# of an array's task; its SLURM_JOB_ID may be the number of the whole array
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
+
 # The warning (USR1) comes to the script alone; SIGTERM (scancel, preemption, the time limit) to the ranks as well.
-is_warned=no is_terminated=no step=
+is_warned=no is_terminated=no is_requeued=no step=
 trap 'is_warned=yes; [[ -z $step ]] || kill -USR1 "$step" 2>/dev/null || true' USR1
-trap 'is_terminated=yes' TERM
+trap on_term TERM
+
+# scancel, or preemption, after which Slurm requeues by itself; but the time limit is left to the script. At once: it may
+# be killed before the ranks have saved, and the job starts again when this one is over.
+on_term() {
+    is_terminated=yes
+    if [[ $is_requeued == no ]] && scontrol show job "$job" | grep -q 'Reason=TimeLimit'; then requeue "time limit"; fi
+}
+
+# Puts the job back into the queue, for the reason that it is told.
+requeue() {
+    local restarts=${SLURM_RESTART_COUNT:-0}
+    if ((restarts >= ${PEER_MAX_RESTARTS:-50})); then
+        echo "note: $1; not requeued after $restarts restarts (PEER_MAX_RESTARTS)" >&2
+    elif scontrol requeue "$job"; then
+        is_requeued=yes
+        echo "note: $1; requeued, restart $((restarts + 1))" >&2
+    fi
+}
 
 # Gives the value of a flag, the last one if it stands there more than once: value_of --save "$@"
 value_of() {
@@ -42,7 +66,7 @@ folder_of() {
     value=$(value_of "--$name" "$@")
     file=$(value_of --config "$@")
     if [[ -z $value && -f $file ]]; then
-        value=$(python "$checkout/slurm/job.py" setting "$file" "${name//-/_}")
+        value=$(python "$checkout/slurm/job.py" setting "$file" "${name//-/_}" || true)
     fi
     echo "$value"
 }
@@ -70,6 +94,13 @@ rendezvous_address() {
     fi
 }
 
+check_python() {
+    command -v python >/dev/null ||
+        fail "there is no python here; call sbatch in an environment that has one, or set PEER_VENV to such a one"
+    python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' ||
+        fail "$(command -v python) has no torch; call sbatch in peer-scale's environment, or set PEER_VENV to it"
+}
+
 prepare_environment() {
     if [[ -n ${PEER_VENV:-} ]]; then
         [[ -f $PEER_VENV/bin/activate ]] || fail "PEER_VENV is '$PEER_VENV', which has no bin/activate"
@@ -78,10 +109,7 @@ prepare_environment() {
         source "$PEER_VENV/bin/activate"
         set -u
     fi
-    command -v python >/dev/null ||
-        fail "there is no python here; call sbatch in an environment that has one, or set PEER_VENV to such a one"
-    python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' ||
-        fail "$(command -v python) has no torch; call sbatch in peer-scale's environment, or set PEER_VENV to it"
+    if [[ ${PEER_SRUN_OPTIONS:-} != *--container* ]]; then check_python; fi # in a container the ranks have another one
     MASTER_ADDR=${MASTER_ADDR:-$(rendezvous_address)}
     [[ -n $MASTER_ADDR ]] || fail "found no address of the job's first node; set MASTER_ADDR to one that all nodes reach"
     export MASTER_ADDR
@@ -122,7 +150,7 @@ if [[ $sets_rank == yes ]]; then
     counts=${SLURM_STEP_TASKS_PER_NODE:-1}
     export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_STEP_NUM_TASKS LOCAL_WORLD_SIZE=${counts%%[(,]*}
 fi
-if ((SLURM_PROCID)) && : >>"$file"; then exec >>"$file" 2>&1; fi
+if ((SLURM_PROCID)) && { : >>"$file"; } 2>/dev/null; then exec >>"$file" 2>&1; fi
 exec "$@"'
 
 # Runs a command in every rank until all have ended; sets status, and failure to srun's line about the first that failed.
@@ -131,13 +159,15 @@ run_ranks() {
     local sets_rank=$1 messages copied_stderr tee_pid
     shift
     status=0 failure=
+    local more=()
+    read -ra more <<<"${PEER_SRUN_OPTIONS:-}"
     if [[ $is_warned == yes ]]; then status=75; return; fi
     messages=$(mktemp)
     exec {copied_stderr}> >(exec tee "$messages" >&2)
     tee_pid=$!
     # --kill-on-bad-exit: a rank that fails ends the others, which would wait for it for ever.
     # --export: the ranks get this environment, also where sbatch was told --export=NONE.
-    srun "${tasks[@]}" --kill-on-bad-exit=1 --export=ALL \
+    srun "${tasks[@]}" "${more[@]}" --kill-on-bad-exit=1 --export=ALL \
         bash -c "$as_rank" rank "$rank_logs" "$sets_rank" "$@" 2>&"$copied_stderr" {copied_stderr}>&- &
     step=$!
     while true; do # a trap ends `wait`, so it is asked again until srun is gone
@@ -161,10 +191,7 @@ newest_checkpoint() {
 
 # Sets why the job is to be put back into the queue; fails where it is not.
 is_to_go_on() {
-    # scancel has ended it, or preemption, after which Slurm requeues by itself; the time limit is left to the script
-    if [[ $is_terminated == yes ]]; then
-        scontrol show job "$job" | grep -q 'Reason=TimeLimit' || return 1
-    fi
+    [[ $is_terminated == no ]] || return 1
     if ((status == 75)); then
         why="stopped and saved"
     elif [[ $failure =~ (Terminated|User defined signal 1) ]]; then
@@ -190,17 +217,10 @@ show_failure() {
 
 # Requeues the job where it is to go on, or sums it up; ends the script with the run's exit code.
 finish() {
-    local restarts=${SLURM_RESTART_COUNT:-0} why=
+    local why=
     if ((status)) && [[ $status != 75 ]]; then show_failure; fi
-    if is_to_go_on; then
-        if ((restarts >= ${PEER_MAX_RESTARTS:-50})); then
-            echo "note: $why; not requeued after $restarts restarts (PEER_MAX_RESTARTS)" >&2
-        elif scontrol requeue "$job"; then
-            echo "note: $why; requeued, restart $((restarts + 1))" >&2
-            exit "$status"
-        fi
-    fi
-    if [[ -n $log_dir && -f $log_dir/summary.json ]]; then
+    if is_to_go_on; then requeue "$why"; fi
+    if [[ $is_requeued == no && -n $log_dir && -f $log_dir/summary.json ]]; then
         python "$checkout/slurm/job.py" summary "$log_dir/summary.json" || true
     fi
     exit "$status"
@@ -224,13 +244,9 @@ train() {
     finish
 }
 
-[[ -n ${SLURM_JOB_ID:-} ]] || fail "this script runs inside a Slurm job: sbatch [options] slurm/${0##*/} [flags]"
 if [[ -n ${PEER_HOME:-} && ! -f $PEER_HOME/peer_scale/pretrain.py ]]; then
     fail "PEER_HOME is '$PEER_HOME'; it has no peer_scale/pretrain.py"
 fi
-# of an array's task; its SLURM_JOB_ID may be the number of the whole array
-job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
-job=${job:-$SLURM_JOB_ID}
 save='' log_dir='' checkpoint_before=''
 prepare_environment
 choose_tasks

@@ -135,7 +135,7 @@ def _write_configuration(
         "GresTypes=gpu",
         "SlurmdParameters=config_overrides",  # more CPUs a node than this machine has
         "ReturnToService=2",
-        "KillWait=15",
+        "KillWait=30",
         "SlurmdTimeout=20",
         "PreemptType=preempt/partition_prio",
         "PreemptMode=REQUEUE",

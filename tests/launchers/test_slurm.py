@@ -143,8 +143,9 @@ def test_the_checkout_is_named_where_the_script_lies_elsewhere(submitter: Submit
     assert lost.exit_code == "2:0"
     assert lost.output.startswith("error: found no checkout")
     assert "PEER_HOME" in lost.output
-    named = submitter.submit([], ["a", "b"], script=copy, PEER_HOME=str(submitter.checkout))
-    assert named.ranks[0]["arguments"][-2:] == ["a", "b"]
+    variables = {"PEER_HOME": str(submitter.checkout), "PEER_SRUN_OPTIONS": "--chdir=/ --quiet"}
+    named = submitter.submit([], ["a", "b"], script=copy, **variables)
+    assert (named.ranks[0]["arguments"][-2:], named.ranks[0]["folder"]) == (["a", "b"], "/")
     assert submitter.submit([], [], PEER_HOME="/nowhere").output == (
         "error: PEER_HOME is '/nowhere'; it has no peer_scale/pretrain.py\n"
     )
@@ -218,6 +219,22 @@ def test_a_run_is_summed_up_at_its_end(submitter: Submitter, tmp_path: Path) -> 
         "throughput  1,365 tokens/s, 1.1 TFLOP/s per device",
         "goodput     83.3% of the time; lost 5.8%, save 5.3%, down 2.8%, start 2.5%, load 0.3%",
     ]
+
+
+def test_deepspeeds_own_launcher_starts_ranks_by_srun(submitter: Submitter) -> None:
+    (submitter.folder / "hostfile").write_text("n0 slots=1\nn1 slots=1\n")
+    trainer = submitter.checkout / "peer_scale" / "pretrain.py"
+    launcher = "deepspeed --hostfile hostfile --no_ssh_check --launcher slurm --master_addr 127.0.0.1"
+    command = f"MASTER_ADDR=127.0.0.1 {launcher} '{trainer}' --all-reduce"
+    options = ["--nodes=2", "--ntasks-per-node=1", "--output=peer-%j.out", f"--wrap={command}"]
+    slurm = submitter.cluster
+    number = slurm.run("sbatch", "--parsable", *options, cwd=submitter.folder).stdout.strip()
+    job = submitter.end(number)
+    assert [(rank["rank"], rank["node"], rank["launcher"]) for rank in job.ranks] == [
+        (0, "n0", "srun"),
+        (1, "n1", "srun"),
+    ]
+    assert {rank["sum"] for rank in job.ranks} == {3}
 
 
 def test_outside_a_job_it_says_how_to_run_it() -> None:
