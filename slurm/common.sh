@@ -31,7 +31,7 @@ trap on_term TERM
 # be killed before the ranks have saved, and the job starts again when this one is over.
 on_term() {
     is_terminated=yes
-    if [[ $is_requeued == no ]] && scontrol show job "$job" | grep -q 'Reason=TimeLimit'; then requeue "time limit"; fi
+    if [[ $is_requeued == no && $(scontrol show job "$job") == *Reason=TimeLimit* ]]; then requeue "time limit"; fi
 }
 
 # Puts the job back into the queue, for the reason that it is told.

