@@ -11,9 +11,9 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "sinfo")
@@ -34,12 +34,23 @@ def missing_requirement() -> str | None:
 
 
 @dataclass(frozen=True)
+class Partition:
+    """A partition of the nodes from `first` to before `end`, with options as slurm.conf writes them."""
+
+    name: str
+    first: int
+    end: int
+    options: str = ""
+
+
+@dataclass(frozen=True)
 class SlurmCluster:
-    """A running cluster: `environ` makes Slurm's commands talk to it."""
+    """A running cluster: `environ` makes Slurm's commands talk to it; `daemons` are those of its nodes."""
 
     folder: Path
     nodes: tuple[str, ...]
     environ: Mapping[str, str]
+    daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def run(self, *command: str, **kwargs: object) -> subprocess.CompletedProcess[str]:
         """One of Slurm's commands, output captured."""
@@ -52,8 +63,12 @@ class SlurmCluster:
 
 
 @contextmanager
-def slurm_cluster(num_nodes: int = 2, gpus_per_node: int = 0, cpus_per_node: int = 4) -> Iterator[SlurmCluster]:
+def slurm_cluster(
+    num_nodes: int = 2, gpus_per_node: int = 0, cpus_per_node: int = 4, partitions: Sequence[Partition] = ()
+) -> Iterator[SlurmCluster]:
     """A cluster of nodes n0, n1, ..., up when entered; every process it started is gone when left.
+
+    The first partition is the default one; without any there is one of all nodes.
 
     The node names do not resolve, as on a cluster without DNS. GPUs are counted only: there is no device behind them.
     """
@@ -67,12 +82,15 @@ def slurm_cluster(num_nodes: int = 2, gpus_per_node: int = 0, cpus_per_node: int
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         stack.callback(_end_processes_of, folder)
-        _write_configuration(folder, nodes, gpus_per_node, cpus_per_node)
+        _write_configuration(
+            folder, nodes, gpus_per_node, cpus_per_node, partitions or (Partition("test", 0, num_nodes),)
+        )
         try:
             _start_munged(folder, stack)
             _start(["slurmctld", "-D", "-i"], environ, folder / "slurmctld.out.log", stack)
             for node in nodes:
-                _start(["slurmd", "-D", "-N", node], environ, folder / f"slurmd-{node}.out.log", stack)
+                log = folder / f"slurmd-{node}.out.log"
+                cluster.daemons[node] = _start(["slurmd", "-D", "-N", node], environ, log, stack)
             _wait_until_idle(cluster)
             _run_once_on_every_node(cluster)
         except BaseException as error:
@@ -94,7 +112,9 @@ def _free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
-def _write_configuration(folder: Path, nodes: tuple[str, ...], gpus_per_node: int, cpus_per_node: int) -> None:
+def _write_configuration(
+    folder: Path, nodes: tuple[str, ...], gpus_per_node: int, cpus_per_node: int, partitions: Sequence[Partition]
+) -> None:
     controller_port, *node_ports = _free_ports(1 + len(nodes))
     host, address = socket.gethostname(), "127.0.0.1"
     gpus = f" Gres=gpu:{gpus_per_node}" if gpus_per_node else ""
@@ -115,7 +135,10 @@ def _write_configuration(folder: Path, nodes: tuple[str, ...], gpus_per_node: in
         "GresTypes=gpu",
         "SlurmdParameters=config_overrides",  # more CPUs a node than this machine has
         "ReturnToService=2",
-        "KillWait=2",
+        "KillWait=30",
+        "SlurmdTimeout=20",
+        "PreemptType=preempt/partition_prio",
+        "PreemptMode=REQUEUE",
         "SchedulerParameters=batch_sched_delay=0,sched_interval=1",
         f"StateSaveLocation={folder}/state",
         f"SlurmdSpoolDir={folder}/spool-%n",
@@ -127,7 +150,11 @@ def _write_configuration(folder: Path, nodes: tuple[str, ...], gpus_per_node: in
             f"NodeName={node} NodeHostname={host} NodeAddr={address} Port={port} CPUs={cpus_per_node}{gpus}"
             for node, port in zip(nodes, node_ports, strict=True)
         ),
-        f"PartitionName=test Nodes={','.join(nodes)} Default=YES MaxTime=INFINITE State=UP",
+        *(
+            f"PartitionName={one.name} Nodes={','.join(nodes[one.first : one.end])} State=UP "
+            f"Default={'YES' if one is partitions[0] else 'NO'} {one.options}"
+            for one in partitions
+        ),
     ]
     (folder / "slurm.conf").write_text("\n".join(lines) + "\n")
     devices = [folder / f"gpu{index}" for index in range(gpus_per_node)]
@@ -141,12 +168,13 @@ def _write_configuration(folder: Path, nodes: tuple[str, ...], gpus_per_node: in
 
 def _start(
     command: list[str], environ: Mapping[str, str], log: Path, stack: ExitStack, user: str | None = None
-) -> None:
+) -> subprocess.Popen[bytes]:
     with log.open("w") as output:
         process = subprocess.Popen(
             command, env=environ, stdin=subprocess.DEVNULL, stdout=output, stderr=output, user=user, group=user
         )
     stack.callback(_end, process)
+    return process
 
 
 def _start_munged(folder: Path, stack: ExitStack) -> None:
@@ -176,19 +204,21 @@ def _start_munged(folder: Path, stack: ExitStack) -> None:
 def _wait_until_idle(cluster: SlurmCluster) -> None:
     deadline = time.monotonic() + 60
     while True:
-        states = cluster.run("sinfo", "--noheader", "--Node", "--format=%T").stdout.split()
-        if states == ["idle"] * len(cluster.nodes):
+        states = set(cluster.run("sinfo", "--noheader", "--Node", "--format=%N %T").stdout.splitlines())
+        if states == {f"{node} idle" for node in cluster.nodes}:
             return
         if time.monotonic() > deadline:
-            raise TimeoutError(f"nodes are {states}, not idle")
+            raise TimeoutError(f"nodes are {sorted(states)}, not idle")
         time.sleep(0.1)
 
 
 def _run_once_on_every_node(cluster: SlurmCluster) -> None:
     """A cluster that says idle may still schedule its first job late."""
-    done = cluster.run("srun", f"--nodes={len(cluster.nodes)}", "--ntasks-per-node=1", "true")
-    if done.returncode:
-        raise RuntimeError(f"srun ended with {done.returncode}: {done.stderr}")
+    partitions = cluster.run("sinfo", "--noheader", "--format=%R %D").stdout.splitlines()
+    for name, num_nodes in map(str.split, partitions):
+        done = cluster.run("srun", f"--partition={name}", f"--nodes={num_nodes}", "--ntasks-per-node=1", "true")
+        if done.returncode:
+            raise RuntimeError(f"srun ended with {done.returncode}: {done.stderr}")
 
 
 def _cancel_all_jobs(cluster: SlurmCluster) -> None:

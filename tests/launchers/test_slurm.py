@@ -3,17 +3,16 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import time
 import venv
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from runs import PROJECT
 from slurm_cluster import SlurmCluster, missing_requirement, slurm_cluster
+from slurm_jobs import Submitter, python_cluster, without
 
 REASON = missing_requirement()
 
@@ -40,68 +39,24 @@ print("RANK " + json.dumps(answer), flush=True)
 if "--fail-rank" in sys.argv:
     if str(found.rank) == sys.argv[sys.argv.index("--fail-rank") + 1]:
         time.sleep(1)  # the others have started
+        if "--say" in sys.argv:
+            print(sys.argv[-1], flush=True)
         sys.exit("--signal" in sys.argv and os.kill(os.getpid(), 9) or 2)
     time.sleep(60)
 """
 
 
-@dataclass(frozen=True)
-class Job:
-    """A finished job: Slurm's exit code ("code:signal"), its output and what its ranks said, by rank."""
-
-    exit_code: str
-    output: str
-    ranks: list[dict]
-
-
-@dataclass(frozen=True)
-class Submitter:
-    """Submits a checkout's `slurm/base.sh` to a cluster."""
-
-    cluster: SlurmCluster
-    checkout: Path
-    folder: Path  # where sbatch is called
-
-    def submit(self, options: list[str], flags: list[str], script: Path | None = None, **variables: str) -> Job:
-        command = ["sbatch", "--parsable", *options, str(script or self.checkout / "slurm" / "base.sh"), *flags]
-        submitted = self.cluster.run(*command, cwd=self.folder, env=self.cluster.environ | variables)
-        assert submitted.returncode == 0, submitted.stderr
-        number = submitted.stdout.strip()
-        exit_code = self.wait(number)
-        return self.job(self.folder / f"peer-{number}.out", exit_code)
-
-    def wait(self, number: str) -> str:
-        deadline = time.monotonic() + 90
-        while time.monotonic() < deadline:
-            text = self.cluster.run("scontrol", "show", "job", number).stdout
-            if re.search(r"JobState=(COMPLETED|FAILED|CANCELLED|NODE_FAIL)", text):
-                return re.search(r" ExitCode=(\S+)", text)[1]
-            time.sleep(0.1)
-        raise TimeoutError(f"job {number} goes on\n{self.cluster.logs()}")
-
-    @staticmethod
-    def job(output_file: Path, exit_code: str) -> Job:
-        output = output_file.read_text()
-        ranks = [json.loads(line[len("RANK ") :]) for line in output.splitlines() if line.startswith("RANK ")]
-        return Job(exit_code, output, sorted(ranks, key=lambda answer: answer["rank"]))
-
-
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[SlurmCluster]:
-    with slurm_cluster(num_nodes=2, gpus_per_node=2) as running:
-        path = os.pathsep.join([str(Path(sys.executable).parent), running.environ["PATH"]])
-        variables = without(running.environ, "PEER_HOME", "PEER_VENV", "MASTER_ADDR", "MASTER_PORT")
-        yield SlurmCluster(running.folder, running.nodes, variables | {"PATH": path})
-
-
-def without(environ: Mapping[str, str], *names: str) -> dict[str, str]:
-    return {name: value for name, value in environ.items() if name not in names}
+    with python_cluster(num_nodes=2, gpus_per_node=2) as running:
+        yield running
 
 
 @pytest.fixture
 def submitter(cluster: SlurmCluster, tmp_path: Path) -> Submitter:
     checkout = tmp_path / "a checkout"
-    for name in ("slurm/base.sh", "peer_scale/errors.py", "peer_scale/parallel/environment.py"):
+    shutil.copytree(PROJECT / "slurm", checkout / "slurm")
+    for name in ("peer_scale/errors.py", "peer_scale/parallel/environment.py"):
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(PROJECT / name, checkout / name)
     for folder in ("peer_scale", "peer_scale/parallel"):
@@ -127,13 +82,19 @@ def test_two_nodes_meet_and_trainer_flags_follow_the_templates(submitter: Submit
 
 
 def test_master_variables_win_and_the_virtual_environment_is_used(submitter: Submitter, tmp_path: Path) -> None:
-    venv.create(tmp_path / "own environment")
-    variables = {"MASTER_ADDR": "some-host", "MASTER_PORT": "4321", "PEER_VENV": str(tmp_path / "own environment")}
+    own = tmp_path / "own environment"
+    venv.create(own)
+    lacking = submitter.submit([], [], PEER_VENV=str(own))
+    assert lacking.exit_code == "2:0"
+    assert re.fullmatch("error: .*/own environment/bin/python has no torch; .* PEER_VENV.*\\n", lacking.output)
+    (site_packages,) = own.glob("lib/python*/site-packages")
+    (site_packages / "torch.py").touch()
+    variables = {"MASTER_ADDR": "some-host", "MASTER_PORT": "4321", "PEER_VENV": str(own)}
     job = submitter.submit(["-N", "2"], [], **variables)
     assert job.exit_code == "0:0", job.output
     for rank in job.ranks:
         assert (rank["master_addr"], rank["master_port"]) == ("some-host", 4321)
-        assert rank["prefix"] == str(tmp_path / "own environment")
+        assert rank["prefix"] == str(own)
     assert len(job.ranks) == 2  # one task a node where there is no GPU
 
 
@@ -182,70 +143,98 @@ def test_the_checkout_is_named_where_the_script_lies_elsewhere(submitter: Submit
     assert lost.exit_code == "2:0"
     assert lost.output.startswith("error: found no checkout")
     assert "PEER_HOME" in lost.output
-    named = submitter.submit([], ["a", "b"], script=copy, PEER_HOME=str(submitter.checkout))
-    assert named.ranks[0]["arguments"][-2:] == ["a", "b"]
+    variables = {"PEER_HOME": str(submitter.checkout), "PEER_SRUN_OPTIONS": "--chdir=/ --quiet"}
+    named = submitter.submit([], ["a", "b"], script=copy, **variables)
+    assert (named.ranks[0]["arguments"][-2:], named.ranks[0]["folder"]) == (["a", "b"], "/")
     assert submitter.submit([], [], PEER_HOME="/nowhere").output == (
         "error: PEER_HOME is '/nowhere'; it has no peer_scale/pretrain.py\n"
     )
     assert "PEER_VENV is '/nowhere'" in submitter.submit([], [], PEER_VENV="/nowhere").output
 
 
-def small_training(text_file: Path, tmp_path: Path, steps: int) -> list[str]:
-    sizes = "--num-layers 2 --generator-num-layers 1 --hidden-size 64 --ffn-hidden-size 128"
-    data = f"--vocab-size 400 --seq-length 32 --train-iters {steps} --micro-batch-size 4 --fp32"
-    where = ["--data-path", str(text_file), "--cache-dir", str(tmp_path / "cache")]
-    return ["--model", "peer-tiny", *sizes.split(), *data.split(), *where]
+def test_the_other_ranks_say_what_they_say_in_files_of_their_own(submitter: Submitter) -> None:
+    number = submitter.start(["-N", "2"], ["--fail-rank", "1", "--say", "all is lost"])
+    job = submitter.end(number)
+    assert job.output.startswith('RANK {"rank": 0')
+    (log,) = submitter.output_of(number).with_suffix(".ranks").iterdir()
+    assert log.name == "rank_1.n1.log"
+    assert f"note: rank 1 failed first; the end of {log}:\n" in job.output
+    assert job.output.endswith("all is lost\n"), job.output
 
 
-def train_here(flags: list[str], log_dir: Path) -> list[float]:
-    """Train with torchrun on this machine; gives the losses."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, str(PROJECT / "peer_scale" / "pretrain.py"), *flags, "--log-dir", str(log_dir)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    return losses_of(log_dir)
+def test_the_tasks_of_an_array_are_seeds_with_folders_of_their_own(submitter: Submitter) -> None:
+    flags = ["--save", "runs/a", "--log-dir=runs/a/logs"]
+    array = submitter.start(["--array", "2-3", "--output", "peer-%A_%a.out"], flags)
+    for seed in ("2", "3"):
+        job = submitter.end(f"{array}_{seed}")
+        own = ["--seed", seed, "--save", f"runs/a/seed_{seed}", "--log-dir", f"runs/a/logs/seed_{seed}"]
+        assert job.ranks[0]["arguments"][2:] == [*flags, *own]
+    refused = submitter.start(["--array", "1", "--output", "peer-%A_%a.out"], ["--seed", "5"])
+    assert submitter.end(f"{refused}_1").output.startswith(
+        "error: --seed 5: the tasks of a job array take their numbers"
+    )
 
 
-def test_the_trainer_learns_the_same_on_two_nodes_as_on_one_machine(
-    submitter: Submitter, text_file: Path, tmp_path: Path
-) -> None:
-    flags = small_training(text_file, tmp_path, 20)
-    here = train_here(flags, tmp_path / "here")
-    real = Submitter(submitter.cluster, PROJECT, submitter.folder)
-    job = real.submit(["-N", "2", "--ntasks-per-node", "1"], [*flags, "--log-dir", str(tmp_path / "there")])
-    assert job.exit_code == "0:0", job.output
-    assert len(here) == 20
-    assert losses_of(tmp_path / "there") == pytest.approx(here, rel=1e-6)
-    refused = real.submit(["-N", "2"], ["--model", "peer-tinny"])
-    assert refused.exit_code == "2:0"
-    assert re.search("^error: .*peer-tinny.*peer-tiny", refused.output, re.MULTILINE), refused.output
+def test_scripts_say_what_is_missing(submitter: Submitter) -> None:
+    needs = {"small": ["--save", "runs/a"], "finetune": ["--model", "runs/a", "--output-dir", "glue"]}
+    jobs = {name: submitter.start(["--cpus-per-gpu", "1"], flags, f"{name}.sh") for name, flags in needs.items()}
+    told = {name: submitter.end(number) for name, number in jobs.items()}
+    assert {job.exit_code for job in told.values()} == {"2:0"}
+    assert told["small"].output.startswith("error: give --data-path after the script's name")
+    assert told["finetune"].output.startswith("error: give --task NAME, or --train-file FILE")
 
 
-def test_a_warned_job_saves_requeues_itself_and_ends_as_if_nothing_had_been(
-    submitter: Submitter, text_file: Path, tmp_path: Path
-) -> None:
-    flags = [*small_training(text_file, tmp_path, 200), "--num-workers", "1"]
-    real, there = Submitter(submitter.cluster, PROJECT, submitter.folder), tmp_path / "there"
-    flags_there = [*flags, "--log-dir", str(there), "--save", str(tmp_path / "save")]
-    script = str(PROJECT / "slurm" / "base.sh")
-    command = ["sbatch", "--parsable", "-N", "2", "--ntasks-per-node", "1", script, *flags_there]
-    number = real.cluster.run(*command, cwd=real.folder).stdout.strip()
-    deadline = time.monotonic() + 90
-    while not (there / "metrics.jsonl").exists() or len(losses_of(there)) < 20:
-        assert time.monotonic() < deadline, real.cluster.logs()
-        time.sleep(0.05)
-    real.cluster.run("scancel", "--signal=USR1", "--batch", number)  # what --signal=B:USR1@300 sends
-    job = real.job(real.folder / f"peer-{number}.out", real.wait(number))
-    assert job.exit_code == "0:0", job.output
-    assert job.output.count("requeued, restart 1") == 1, job.output
-    steps = [json.loads(line)["step"] for line in (there / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 201))
-    assert losses_of(there) == train_here(flags, tmp_path / "here")
+def test_large_keeps_the_layout_that_a_run_has_begun_with(submitter: Submitter, tmp_path: Path) -> None:
+    nodes = ["--nodes", "2", "--gpus-per-node", "2", "--cpus-per-gpu", "1"]
+    flags = ["--data-path", "text", "--save", str(tmp_path / "save")]
+    (tmp_path / "save").mkdir()
+    (tmp_path / "save" / "layout_2x2").write_text("--deepspeed_config zero1 --micro-batch-size 8\n")
+    kept = submitter.submit(nodes, flags, "large.sh")
+    assert len(kept.ranks) == 4
+    own = ["--model", "peer-large", "--save-interval", "1000", *flags]
+    assert kept.ranks[3]["arguments"][2:] == ["--deepspeed_config", "zero1", "--micro-batch-size", "8", *own]
+    told = submitter.submit(nodes, [*flags, "--micro-batch-size", "4"], "large.sh")
+    assert told.ranks[0]["arguments"][2:] == [*own, "--micro-batch-size", "4"]
 
 
-def losses_of(log_dir: Path) -> list[float]:
-    lines = (log_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
-    return [json.loads(line)["loss"] for line in lines if line.endswith("\n")]  # the last one may be half written
+def test_a_run_is_summed_up_at_its_end(submitter: Submitter, tmp_path: Path) -> None:
+    parts = {
+        "start": 90.0,
+        "load": 10.0,
+        "train": 3000.0,
+        "validation": 0.0,
+        "save": 190.0,
+        "lost": 210.0,
+        "down": 100.0,
+    }
+    figures = {"steps": 1000, "tokens": 4096000, "train_flops": 3.4e15, "wall_s": 3600.0, "parts_s": parts}
+    speed = {"goodput": 3000 / 3600, "restarts": 2, "tokens_per_second": 1365.3, "tflops_per_device": 1.1, "mfu": None}
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "summary.json").write_text(json.dumps(figures | speed))
+    (tmp_path / "run.yaml").write_text(f"output: {{log_dir: '{tmp_path}/logs'}}\n")
+    job = submitter.submit([], ["--config", str(tmp_path / "run.yaml")])
+    assert job.output.splitlines()[-4:] == [
+        "run         1,000 steps, 4,096,000 tokens, 3.4e+15 FLOPs in 1.00 h",
+        "starts      2 restarts",
+        "throughput  1,365 tokens/s, 1.1 TFLOP/s per device",
+        "goodput     83.3% of the time; lost 5.8%, save 5.3%, down 2.8%, start 2.5%, load 0.3%",
+    ]
+
+
+def test_deepspeeds_own_launcher_starts_ranks_by_srun(submitter: Submitter) -> None:
+    (submitter.folder / "hostfile").write_text("n0 slots=1\nn1 slots=1\n")
+    trainer = submitter.checkout / "peer_scale" / "pretrain.py"
+    launcher = "deepspeed --hostfile hostfile --no_ssh_check --launcher slurm --master_addr 127.0.0.1"
+    command = f"MASTER_ADDR=127.0.0.1 {launcher} '{trainer}' --all-reduce"
+    options = ["--nodes=2", "--ntasks-per-node=1", "--output=peer-%j.out", f"--wrap={command}"]
+    slurm = submitter.cluster
+    number = slurm.run("sbatch", "--parsable", *options, cwd=submitter.folder).stdout.strip()
+    job = submitter.end(number)
+    assert [(rank["rank"], rank["node"], rank["launcher"]) for rank in job.ranks] == [
+        (0, "n0", "srun"),
+        (1, "n1", "srun"),
+    ]
+    assert {rank["sum"] for rank in job.ranks} == {3}
 
 
 def test_outside_a_job_it_says_how_to_run_it() -> None:
@@ -298,7 +287,7 @@ def test_the_examples_jobs_run_one_after_the_other(submitter: Submitter) -> None
         assert "Reason=Dependency" in slurm.run("scontrol", "show", "job", number).stdout
     slurm.run("scancel", before.stdout.strip())
     for number in numbers:
-        job = submitter.job(submitter.folder / f"runs/base/{number}.out", submitter.wait(number))
+        job = submitter.end(number)
         assert job.exit_code == "0:0", job.output
         assert len(job.ranks) == 2
         assert job.ranks[0]["arguments"][-2:] == ["--lr", "1e-4"]
