@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from peer_scale.corpus.wordpiece import train_wordpiece
 from rank_pool import become_rank, fork_server, free_port
 from runs import PROJECT
+from tiny_encoders import sentences, write_task
 
 PAGES = [
     PROJECT / "README.md",
@@ -27,7 +29,11 @@ RUN_ELSEWHERE = {
     "python3 -m venv": ".ci/run runs the README's two commands, and installs what CONTRIBUTING.md does",
     "pip install": ".ci/run",
     "pre-commit install": "it changes a checkout's hooks; its checks are those of `make lint`",
+    "python examples/small_comparison/prepare.py": "it downloads packages; tests/unit/examples",
+    "export PEER_SRUN_OPTIONS": "containers, which have not been tried",
+    "scontrol show hostnames": "Slurm's own",
 }
+COMPARISON = "examples/small_comparison/comparison.yaml"
 LEAST = ("--train-iters", "2", "--global-batch-size", "8", "--seq-length", "32", "--log-interval", "1")
 LEAST_MODEL = (
     *("--num-layers", "4", "--hidden-size", "32", "--ffn-hidden-size", "64", "--num-attention-heads", "2"),
@@ -54,12 +60,18 @@ class Place:
         documents = [text[:4000] for text in documents]
         (folder / "wiki.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
         train_wordpiece(documents, 300).save(folder / "bert-vocab")
+        labelled = [{"text": text, "label": label} for text, label in sentences(40, seed=1)]
+        (folder / "reviews.jsonl").write_text("".join(json.dumps(line) + "\n" for line in labelled))
+        (folder / "data/small/pretraining").mkdir(parents=True)
+        (folder / "data/small/pretraining/text.jsonl").symlink_to(folder / "wiki.jsonl")
+        for path in re.findall(r"data/small/tasks/\w+", (PROJECT / COMPARISON).read_text(encoding="utf-8")):
+            write_task(folder / path, name=Path(path).name)
 
     def run(self, line: str) -> None:
         """Run a page's command in small; fails with what it said."""
         if any(line.startswith(beginning) for beginning in RUN_ELSEWHERE):
             return
-        words = [word for word in shlex.split(line) if word != "..."]
+        words = [word for word in shlex.split(line) if word != "..." and not re.match(r"[A-Z_]+=", word)]
         program = words[0]
         assert program in PROGRAMS, f"{line}: say in PROGRAMS how {program} is run"
         PROGRAMS[program](self, words[1:])
@@ -118,26 +130,44 @@ def _convert(place: Place, flags: list[str]) -> None:
     place.fork(["convert", *flags, *(LEAST_MODEL if flags[0] == "from-hf" else ())])
 
 
+def _finetune(place: Place, flags: list[str]) -> None:
+    """GLUE is a few lines of each task, in place of the hub's."""
+    own = () if "--train-file" in flags else ("--data-dir", "GLUE")
+    place.fork(["finetune", *flags, *own, "--epochs", "1", "--seeds", "1", "--lr", "1e-3", "--batch-size", "8"])
+
+
+def _experiment(place: Place, flags: list[str]) -> None:
+    """Only planned: tests/test_experiment.py runs one."""
+    less = () if "--dry-run" in flags else ("--plan", "--tokens-per-second", "1000")
+    place.fork(["experiment", *(flag for flag in flags if flag not in ("--measure-speed", "20")), *less])
+
+
 def _launched(place: Place, words: list[str]) -> None:
     """What a launcher is asked for stands before the script or module: other tests start real launchers."""
     for index, word in enumerate(words):
-        if word.endswith("pretrain.py") or word == "peer_scale.pretrain" or word.endswith("base.sh"):
-            _train(place, words[index + 1 :])
+        rest = words[index + 1 :]
+        if word.endswith(("pretrain.py", "base.sh", "small.sh", "large.sh")):
+            _train(place, rest)
+            return
+        if word == "peer_scale.finetune" or word.endswith("finetune.sh"):
+            _finetune(place, rest)
             return
         if word in ("peer-scale", "peer_scale.cli"):
-            _peer_scale(place, words[index + 1 :])
+            _peer_scale(place, rest)
             return
     raise AssertionError(f"{words}: nothing of the project's is launched")
 
 
 PROGRAMS: dict[str, Callable[[Place, list[str]], None]] = {
     "peer-scale": _peer_scale,
-    **dict.fromkeys(("deepspeed", "torchrun", "sbatch", "srun"), _launched),
+    **dict.fromkeys(("deepspeed", "torchrun", "mpirun", "sbatch", "srun"), _launched),
 }
 COMMANDS: dict[str, Callable[[Place, list[str]], None]] = {
     "train": _train,
     "plan": _plan,
     "convert": _convert,
+    "finetune": _finetune,
+    "experiment": _experiment,
     # the trainings of the whole examination: tests/unit/doctor
     "doctor": lambda place, flags: place.fork(["doctor", "--only", "setup"]),
     "data": lambda place, flags: place.fork(["data", *flags, "--workers", "1"]),
@@ -149,6 +179,10 @@ def place(tmp_path_factory, text_file) -> Iterator[Place]:
     """What the README's reader has after its first steps."""
     place = Place(tmp_path_factory.mktemp("reader"), text_file)
     place.run("peer-scale train --model peer-small --data-path wiki.jsonl --save runs/small --log-dir runs/small/logs")
+    for copy in ("logs/peer-s1", "logs/peer-s2", "logs/electra-s1", "experiments/peer-s1"):
+        shutil.copytree(place.folder / "runs/small/logs", place.folder / copy)
+    place.run("peer-scale train --model peer-base --data-path wiki.jsonl --save runs/base")
+    place.run("peer-scale convert to-hf --load runs/small --output hf/peer-base")
     return place
 
 

@@ -157,7 +157,8 @@ def test_a_flag_over_the_file_settles_it_with_the_ds_config(tmp_path):
 )
 def test_batch_sizes(tmp_path, flags, blocks, world_size, sizes):
     """Global batch, micro-batch and micro-batches per step; DeepSpeed is told the same."""
-    run = resolved(*flags, "--deepspeed_config", ds_config(tmp_path, **blocks), world_size=world_size)
+    config = ds_config(tmp_path, **blocks)
+    run = resolved("--model", "peer-tiny", *flags, "--deepspeed_config", config, world_size=world_size)
     total, micro, number = sizes
     assert (run.training.global_batch_size, run.training.micro_batch_size, run.num_micro_batches) == sizes
     keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -167,14 +168,14 @@ def test_batch_sizes(tmp_path, flags, blocks, world_size, sizes):
 
 
 def test_a_budget_of_tokens_takes_the_place_of_a_number_of_sequences(tmp_path):
-    budget = ("--micro-batch-tokens", 4096)
+    budget = ("--model", "peer-tiny", "--micro-batch-tokens", 4096)
     run = resolved(*budget, "--global-batch-size", 24, world_size=2)
     assert (run.training.micro_batch_tokens, run.training.micro_batch_size, run.num_micro_batches) == (4096, 12, None)
     keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     assert tuple(run.deepspeed[key] for key in keys) == (24, 12, 1)
     in_file = yaml_file(tmp_path, "training: {micro_batch_tokens: 512, micro_batch_size: 8}")
     assert resolved("--config", in_file).training.micro_batch_tokens == 512
-    by_flag = resolved("--config", in_file, "--micro-batch-size", 4)
+    by_flag = resolved("--model", "peer-tiny", "--config", in_file, "--micro-batch-size", 4)
     assert (by_flag.training.micro_batch_tokens, by_flag.num_micro_batches) == (None, 4)
     in_file = yaml_file(tmp_path, "training: {micro_batch_tokens: 512}")
     ours = f"{in_file}: training.micro_batch_tokens 512"
@@ -201,7 +202,7 @@ def test_a_budget_of_tokens_takes_the_place_of_a_number_of_sequences(tmp_path):
         (("--num-levels", 4, "--taus", 1, 2), 1, ("tau_1", "delta")),
         (("--num-levels", 4, "--taus", 1), 1, ("taus [1.0]", "take 2 values")),
         (("--gammas", 1, 2), 1, ("gammas [1.0, 2.0]", "one weight, or 1")),
-        (("--num-shared-layers", 3), 1, ("num_shared_layers is 3", "2")),
+        (("--num-shared-layers", 3), 1, ("num_shared_layers is 3", "1")),
         (("--model", "bert-tiny", "--num-shared-layers", 1), 1, ("num_shared_layers", "no ranker")),
         (("--generator-hidden-size", 64), 1, ("shared layers need one hidden_size", "64", "128")),
         (("--model", "peer-smal"), 1, ("--model peer-smal", "did you mean peer-small")),
