@@ -173,7 +173,9 @@ class _Work:
         deepspeed = None
         if config.deepspeed_config is not None:
             from peer_scale.finetuning.deepspeed_settings import deepspeed_settings
+            from peer_scale.training.engine import leave_out_shared_memory_op
 
+            leave_out_shared_memory_op()
             deepspeed = deepspeed_settings(config.deepspeed_config)
         return Execution(config.micro_batch_size, config.group_by_length, config.bf16, deepspeed)
 
@@ -190,7 +192,7 @@ class _Work:
             test=None if test is None else test[task.metric],
             dev_metrics=dev,
             test_metrics=test,
-            failed=any(failed(task, fitted.dev[name], part.examples.labels) for name, part in self.dev.items()),
+            failed=any(failed(task, fitted.dev[name], part.examples.known_labels) for name, part in self.dev.items()),
             wall_s=round(seconds, 3),
             train_losses=fitted.train_losses,
         )
