@@ -11,6 +11,7 @@ import pytest
 from transformers import pipeline
 
 from checkpoint_runs import WHOLE, write_random
+from forked_ranks import ForkedRanks
 from peer_scale.commands.finetune import main
 from peer_scale.finetuning.config import FinetuneConfig
 from peer_scale.finetuning.predictions import write_predictions
@@ -200,27 +201,33 @@ def test_predictions_are_in_the_servers_format(tmp_path):
 def test_two_ranks_do_what_one_does(tmp_path):
     model, task = write_encoder(tmp_path / "model"), write_task(tmp_path / "task")
     common = ["--model", model, "--task", task, "--seeds", "1", *QUICK, "--dropout", "0", "--attention-dropout", "0"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
-    found = {}
-    for name, recipe, more in (
-        ("one", "paper", None),
-        ("ddp", "paper", ()),
-        ("zero2", "paper", ("--deepspeed_config", "zero2")),
-        ("one-electra", "electra", None),
-        ("zero2-electra", "electra", ("--deepspeed_config", "zero2")),
-    ):
-        flags = [*common, "--recipe", recipe, "--output-dir", tmp_path / f"out-{name}", *(more or ())]
-        if more is None:
-            assert main(list(map(str, flags))) == 0
-        else:
-            done = subprocess.run(
-                [*command, "-m", "peer_scale.finetune", *map(str, flags)],
-                env=environment, capture_output=True, text=True, check=False, timeout=200, cwd=tmp_path,
-            )  # fmt: skip
-            assert done.returncode == 0, done.stderr
-            assert done.stdout.count("praise  seed 1") == 1, "one rank speaks"
-        found[name] = json.loads((tmp_path / f"out-{name}" / "results.json").read_text())["tasks"]["praise"]["runs"][0]
-    for name, other in (("ddp", "one"), ("zero2", "one"), ("zero2-electra", "one-electra")):
-        np.testing.assert_allclose(found[name]["train_losses"], found[other]["train_losses"], rtol=1e-4)
-        assert found[name]["dev"] == found[other]["dev"]
+
+    def flags(name, *more):
+        return list(map(str, [*common, *more, "--output-dir", tmp_path / name]))
+
+    zero2 = ("--deepspeed_config", "zero2")
+    for name, more in (("one", ()), ("one-electra", ("--recipe", "electra"))):
+        assert main(flags(name, *more)) == 0
+    launched = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    extensions = tmp_path / "extensions"
+    done = subprocess.run(
+        [*launched, "-m", "peer_scale.finetune", *flags("two-zero2", *zero2)],
+        env=os.environ | {"PYTHONPATH": str(PROJECT), "TORCH_EXTENSIONS_DIR": str(extensions)},
+        capture_output=True, text=True, check=False, timeout=120, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("praise  seed 1") == 1, "one rank speaks"
+    assert not extensions.exists(), "nothing was compiled"
+    for name, more in (("two", ()), ("two-electra-zero2", ("--recipe", "electra", *zero2))):
+        ranks = ForkedRanks(flags(name, *more), 2, tmp_path, script="peer_scale/finetune.py")
+        assert ranks.end() == [0, 0], ranks.said
+        assert [said.count("praise  seed 1") for said in ranks.said] == [1, 0]
+
+    def run_of_results(name):
+        return json.loads((tmp_path / name / "results.json").read_text())["tasks"]["praise"]["runs"][0]
+
+    for name, other in (("two", "one"), ("two-zero2", "one"), ("two-electra-zero2", "one-electra")):
+        found, wanted = run_of_results(name), run_of_results(other)
+        np.testing.assert_allclose(found["train_losses"], wanted["train_losses"], rtol=1e-4)
+        for scores in ("dev_metrics", "test_metrics", "best_epoch"):
+            assert found[scores] == wanted[scores]
