@@ -1,19 +1,25 @@
 """The command as users call it: own data and a checkpoint of ours, going on, predictions, several ranks."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 from transformers import pipeline
 
 from checkpoint_runs import WHOLE, write_random
 from forked_ranks import ForkedRanks
 from peer_scale.commands.finetune import main
+from peer_scale.errors import UserError
 from peer_scale.finetuning.config import FinetuneConfig
+from peer_scale.finetuning.disk_errors import naming_the_file
 from peer_scale.finetuning.predictions import write_predictions
 from peer_scale.finetuning.probe import probe
 from peer_scale.finetuning.recipes import recipe_for
@@ -115,6 +121,25 @@ def test_what_is_refused_in_one_line(flags, said, capfd, tmp_path, checkpoint):
     error = capfd.readouterr().err
     assert error.startswith(f"error: {said.format(**places)}")
     assert error.count("\n") == 1
+
+
+def test_a_file_that_cannot_be_written_is_named(done, capfd, tmp_path):
+    settings = tmp_path / "reviews" / "settings.json"
+    settings.mkdir(parents=True)
+    assert main([*done[1], "--output-dir", str(tmp_path)]) == 2
+    assert capfd.readouterr().err == f"error: {settings}: Is a directory\n"
+
+
+def test_full_disks_and_other_files_are_told_apart(tmp_path):
+    full = OSError(errno.ENOSPC, "No space left on device")  # of a write, which knows no name
+    with pytest.raises(UserError, match=r"^x/model: No space left on device$"), naming_the_file(Path("x/model")):
+        raise full
+    with pytest.raises(OSError, match="No space left"), naming_the_file():
+        raise full
+    with pytest.raises(UserError, match=r"none: No such file or directory$"), naming_the_file(Path("x/model")):
+        (tmp_path / "none").read_bytes()
+    with pytest.raises(UserError, match=r"^x/model: .*No such file"), naming_the_file(Path("x/model")):
+        save_file({"a": torch.zeros(1)}, tmp_path / "no" / "model.safetensors")
 
 
 def test_several_tasks_subsets_and_random_weights(tmp_path):
