@@ -19,6 +19,7 @@ from forked_ranks import ForkedRanks
 from peer_scale.commands.finetune import main
 from peer_scale.errors import UserError
 from peer_scale.finetuning.config import FinetuneConfig
+from peer_scale.finetuning.deepspeed_settings import deepspeed_settings
 from peer_scale.finetuning.disk_errors import naming_the_file
 from peer_scale.finetuning.predictions import write_predictions
 from peer_scale.finetuning.probe import probe
@@ -220,6 +221,19 @@ def test_predictions_are_in_the_servers_format(tmp_path):
     outputs = np.array([[0.5], [1.3], [-0.2]], np.float32)
     write_predictions(tmp_path, GLUE["stsb"].task, {"test": outputs}, (0.0, 5.0))
     assert (tmp_path / "STS-B.tsv").read_text() == "index\tprediction\n0\t2.500\n1\t5.000\n2\t0.000\n"
+
+
+def test_deepspeed_is_told_the_sharding_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "zero2").mkdir()  # a run's output, maybe
+    own = {"zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}, "optimizer": {"type": "Adam"}}
+    (tmp_path / "own.json").write_text(json.dumps(own))
+    assert deepspeed_settings("zero2")["zero_optimization"]["stage"] == 2
+    told = deepspeed_settings("own.json")
+    assert told["zero_optimization"] == {"stage": 1}
+    assert "optimizer" not in told
+    with pytest.raises(UserError, match="zero3: ZeRO stage 3; fine-tuning has stages 0, 1 and 2"):
+        deepspeed_settings("zero3")
 
 
 @pytest.mark.slow
