@@ -24,6 +24,7 @@ def silence_libraries() -> None:
     """Let only errors through from the libraries' loggers, and none of their warnings."""
     warnings.filterwarnings("ignore", module=_NOISY_MODULES)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     for name in _NOISY_LOGGERS:

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 _EXAMPLE = """\
 examples:
-  peer-scale finetune --model runs/small --task cola mrpc rte --output-dir glue/small
-  peer-scale finetune --model hf/peer-base --task glue --data-dir GLUE --recipe electra --output-dir glue/base
+  peer-scale finetune --model runs/small --task cola mrpc rte --data-dir GLUE --output-dir glue/small
+  peer-scale finetune --model hf/ranker --task glue --data-dir GLUE --recipe electra --output-dir glue/ranker
   peer-scale finetune --model runs/small --train-file reviews.jsonl --output-dir reviews
-  torchrun --nproc-per-node 8 -m peer_scale.finetune --model runs/base --task mnli --output-dir glue/mnli
+  torchrun --nproc-per-node 8 -m peer_scale.finetune --model runs/small --task mnli --data-dir GLUE --output-dir mnli
 
 Run it again to go on: runs that are done are kept. DIR/results.json holds all scores, DIR/TASK/model the best run's
 model, DIR/TASK/predictions the files for GLUE's test server.

@@ -76,7 +76,7 @@ def fit(
     """
     args = training_arguments(recipe, lr, seed, scratch, execution)
     trainer = RecipeTrainer(model, args, recipe=recipe, task=task, train_dataset=train, data_collator=Padded(pad_id))
-    best = _BestEpoch(trainer, task, dev) if recipe.best_epoch else None
+    best = _BestEpoch(trainer, model, task, dev) if recipe.best_epoch else None
     if best is not None:
         trainer.add_callback(best)
     trainer.train()
@@ -159,8 +159,8 @@ def scores_of(task: Task, parts: dict[str, Part], logits: Logits) -> dict[str, f
 class _BestEpoch(TrainerCallback):
     """Keeps the weights of the epoch with the best dev score in memory; of equal ones the first."""
 
-    def __init__(self, trainer: RecipeTrainer, task: Task, dev: dict[str, Part]) -> None:
-        self._trainer, self._task, self._dev = trainer, task, dev
+    def __init__(self, trainer: RecipeTrainer, model: nn.Module, task: Task, dev: dict[str, Part]) -> None:
+        self._trainer, self._model, self._task, self._dev = trainer, model, task, dev
         self._score = float("-inf")
         self._weights: dict[str, Tensor] = {}
         self.epoch = 0
@@ -171,8 +171,8 @@ class _BestEpoch(TrainerCallback):
         found = scores_of(self._task, self._dev, logits)[self._task.metric]
         if found > self._score:
             self._score, self.epoch, self.logits = found, round(state.epoch), logits
-            weights = self._trainer.model.state_dict()
+            weights = self._model.state_dict()
             self._weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}
 
     def restore(self) -> None:
-        self._trainer.model.load_state_dict(self._weights)
+        self._model.load_state_dict(self._weights)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +24,7 @@ class LinearHead(nn.Module):
 
 
 @torch.no_grad()
-def write_into_transformers_head(linear: LinearHead, theirs: nn.Module) -> None:
+def write_into_transformers_head(linear: LinearHead, theirs: Any) -> None:
     """Have transformers' head (dense [H, H], GELU, out_proj) compute what the linear one computes, exactly.
 
     GELU(x) - GELU(-x) = x: the dense layer gives each output and its negative, and `out_proj` takes their difference.

@@ -8,6 +8,7 @@ and the head lr: between the head and the top layer one power is left out, a lef
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from torch import nn
 
@@ -43,13 +44,14 @@ def is_of_encoder(name: str, prefix: str) -> bool:
 
 def parameter_groups(model: nn.Module, recipe: Recipe, lr: float, decayed: set[str]) -> list[dict]:
     """Group the parameters for an optimizer by rate, and by whether their name is in `decayed`: of weight decay."""
-    prefix, config = model.base_model_prefix, model.config
+    taken: Any = model
+    prefix, num_layers = str(taken.base_model_prefix), int(taken.config.num_hidden_layers)
     groups: dict[tuple[float, bool], list] = {}
     for name, parameter in model.named_parameters():
         power = 0
         if recipe.layerwise != "none":
             is_fixed = recipe.layerwise == "fixed"
-            power = exponent(name, prefix=str(prefix), num_layers=config.num_hidden_layers, is_fixed=is_fixed)
+            power = exponent(name, prefix=prefix, num_layers=num_layers, is_fixed=is_fixed)
         rate = lr * recipe.layerwise_decay**power
         groups.setdefault((rate, name in decayed), []).append(parameter)
     return [

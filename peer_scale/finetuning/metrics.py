@@ -36,7 +36,9 @@ def score(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[str, float
         "f1": _f1(labels, predictions, task.num_outputs),
     }
     if task.metric == "mcc":
-        found["mcc"] = float(sklearn_metrics.matthews_corrcoef(labels, predictions))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "A single label was found")  # then it is 0
+            found["mcc"] = float(sklearn_metrics.matthews_corrcoef(labels, predictions))
     return {task.metric: found[task.metric], **found}
 
 

@@ -71,17 +71,12 @@ def probe(
         return mean_states(encoder, encoded, pretrained.tokenizer.pad_token_id or 0, layers=layers)
 
     train = data.train.take(subset(len(data.train), max_train_examples, seed))
-    dev = {name: (features(part), _labels(part)) for name, part in data.dev.items()}
+    dev = {name: (features(part), part.known_labels) for name, part in data.dev.items()}
     test = {name: (features(part), part.labels) for name, part in data.test.items() if part.labels is not None}
-    fitted = _fitted(data.task, features(train), _labels(train))
+    fitted = _fitted(data.task, features(train), train.known_labels)
     on_dev = [_mean_score(data.task, model, dev) for model in fitted]
     best = fitted[int(np.argmax(on_dev))]
     return _mean_score(data.task, best, test) if test else max(on_dev)
-
-
-def _labels(examples: Examples) -> np.ndarray:
-    assert examples.labels is not None
-    return examples.labels
 
 
 def _encoder(pretrained: Pretrained, seed: int) -> Any:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from peer_scale.finetuning.disk_errors import naming_the_file
 from peer_scale.storage import read_json_object, write_atomically
 
 RESULTS = "results.json"
@@ -137,6 +138,11 @@ def read_run(path: Path) -> Run | None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a small JSON file whole, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+    """Write a small JSON file whole, or not at all.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    with naming_the_file(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())

@@ -25,6 +25,7 @@ from peer_scale.errors import UserError
 from peer_scale.finetuning.card import task_card
 from peer_scale.finetuning.config import FinetuneConfig
 from peer_scale.finetuning.data import digest_of, for_training, load_tasks, subset
+from peer_scale.finetuning.disk_errors import naming_the_file
 from peer_scale.finetuning.encoding import EncodedExamples, encode, inputs_of
 from peer_scale.finetuning.fit import Execution, Fitted, Part, fit, scores_of
 from peer_scale.finetuning.loading import Pretrained, build_classifier, classifier_config, find_model, open_pretrained
@@ -35,7 +36,7 @@ from peer_scale.finetuning.recipes import Recipe, recipe_for
 from peer_scale.finetuning.results import Results, Run, TaskResult, read_run, run_key, write_json
 from peer_scale.finetuning.saving import for_transformers, save_model
 from peer_scale.finetuning.tasks import GLUE, Examples, TaskData
-from peer_scale.storage import named_if_unwritable, read_json_object, require_writable_folder, write_atomically
+from peer_scale.storage import read_json_object, require_writable_folder, write_atomically
 
 __all__ = ["FinetuneConfig", "Results", "finetune"]
 
@@ -73,7 +74,7 @@ def finetune(config: FinetuneConfig, tell: Tell = lambda line: None) -> Results:
             if is_first:
                 Results(config.model, config.recipe, results).write(config.output_dir)
 
-        with named_if_unwritable(config.output_dir, "--output-dir"):
+        with naming_the_file():
             _Work.of(config, pretrained, data).run(tell if is_first else lambda line: None, keep)
     return Results(config.model, config.recipe, results)
 
@@ -143,7 +144,9 @@ class _Work:
                 tell(self._line(run, is_old=is_old))
                 keep(self._result(runs))
         if is_first_rank() and self.config.save_model and (self.folder / "model").is_dir():
-            write_atomically(self.folder / "model" / "README.md", self._card(runs).encode())
+            path = self.folder / "model" / "README.md"
+            with naming_the_file(path):
+                write_atomically(path, self._card(runs).encode())
 
     def _fine_tune(self, lr: float, seed: int, best: float) -> Run:
         begin = time.monotonic()
@@ -173,7 +176,9 @@ class _Work:
         deepspeed = None
         if config.deepspeed_config is not None:
             from peer_scale.finetuning.deepspeed_settings import deepspeed_settings
+            from peer_scale.training.engine import leave_out_shared_memory_op
 
+            leave_out_shared_memory_op()
             deepspeed = deepspeed_settings(config.deepspeed_config)
         return Execution(config.micro_batch_size, config.group_by_length, config.bf16, deepspeed)
 
@@ -190,16 +195,19 @@ class _Work:
             test=None if test is None else test[task.metric],
             dev_metrics=dev,
             test_metrics=test,
-            failed=any(failed(task, fitted.dev[name], part.examples.labels) for name, part in self.dev.items()),
+            failed=any(failed(task, fitted.dev[name], part.examples.known_labels) for name, part in self.dev.items()),
             wall_s=round(seconds, 3),
             train_losses=fitted.train_losses,
         )
 
     def _save(self, model: Any, fitted: Fitted, run: Run) -> None:
-        write_predictions(self.folder / "predictions", self.data.task, fitted.test, self.label_range)
+        predictions, folder = self.folder / "predictions", self.folder / "model"
+        with naming_the_file(predictions):
+            write_predictions(predictions, self.data.task, fitted.test, self.label_range)
         if self.config.save_model:
             plain = for_transformers(model, self.data.task, self.label_range)
-            save_model(plain, self.pretrained.tokenizer, self._card([run]), self.folder / "model")
+            with naming_the_file(folder):
+                save_model(plain, self.pretrained.tokenizer, self._card([run]), folder)
 
     def _card(self, runs: list[Run]) -> str:
         return task_card(self.config.model, self.data.task, self.recipe, self._result(runs))

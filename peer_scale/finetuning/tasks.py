@@ -52,6 +52,12 @@ class Examples:
     def __len__(self) -> int:
         return len(self.texts)
 
+    @property
+    def known_labels(self) -> np.ndarray:
+        """The labels of examples that must have some."""
+        assert self.labels is not None
+        return self.labels
+
     def take(self, numbers: list[int]) -> Examples:
         """Give the examples of these numbers, in this order."""
         labels = None if self.labels is None else self.labels[numbers]

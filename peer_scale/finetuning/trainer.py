@@ -56,6 +56,7 @@ class RecipeTrainer(Trainer):
         """Make Adam over groups of parameters with their own rates."""
         if self.optimizer is None:
             model = self.model if model is None else model
+            assert model is not None
             recipe, lr = self._recipe, self.args.learning_rate
             groups = parameter_groups(model, recipe, lr, set(self.get_decay_parameter_names(model)))
             settings: dict[str, Any] = {
@@ -71,8 +72,9 @@ class RecipeTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
         """Make the recipe's schedule."""
         if self.lr_scheduler is None:
-            factor = rate_factor(self._recipe, num_training_steps)
-            self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, factor)
+            optimizer = self.optimizer if optimizer is None else optimizer
+            assert optimizer is not None
+            self.lr_scheduler = LambdaLR(optimizer, rate_factor(self._recipe, num_training_steps))
             self._created_lr_scheduler = True
         return self.lr_scheduler
 

@@ -30,7 +30,7 @@ def build_engine(task: PretrainingTask, run: RunConfig, topology: Topology) -> E
     a budget of tokens steps differ in their number, so that the ds_config's gradient_accumulation_steps count nothing.
     What `check_start` did not foresee and DeepSpeed refuses raises UserError in its words.
     """
-    _leave_out_shared_memory_op()
+    leave_out_shared_memory_op()
     if run.training.activation_checkpointing:
         apply_activation_checkpointing(task, check_fn=lambda module: isinstance(module, TransformerLayer))
     sized = with_bucket_sizes(
@@ -94,7 +94,7 @@ def _without_waits(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "bf16": bf16, "timers": {"throughput": {"enabled": False}}}
 
 
-def _leave_out_shared_memory_op() -> None:
+def leave_out_shared_memory_op() -> None:
     """Spare the user the wait for a CPU kernel that DeepSpeed would compile and only its inference all-reduce calls."""
     compatible = getattr(deepspeed.ops, "__compatible_ops__", {})
     compatible["deepspeed_shm_comm"] = False

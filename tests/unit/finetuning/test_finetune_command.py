@@ -1,18 +1,26 @@
 """The command as users call it: own data and a checkpoint of ours, going on, predictions, several ranks."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 from transformers import pipeline
 
 from checkpoint_runs import WHOLE, write_random
+from forked_ranks import ForkedRanks
 from peer_scale.commands.finetune import main
+from peer_scale.errors import UserError
 from peer_scale.finetuning.config import FinetuneConfig
+from peer_scale.finetuning.deepspeed_settings import deepspeed_settings
+from peer_scale.finetuning.disk_errors import naming_the_file
 from peer_scale.finetuning.predictions import write_predictions
 from peer_scale.finetuning.probe import probe
 from peer_scale.finetuning.recipes import recipe_for
@@ -116,6 +124,25 @@ def test_what_is_refused_in_one_line(flags, said, capfd, tmp_path, checkpoint):
     assert error.count("\n") == 1
 
 
+def test_a_file_that_cannot_be_written_is_named(done, capfd, tmp_path):
+    settings = tmp_path / "reviews" / "settings.json"
+    settings.mkdir(parents=True)
+    assert main([*done[1], "--output-dir", str(tmp_path)]) == 2
+    assert capfd.readouterr().err == f"error: {settings}: Is a directory\n"
+
+
+def test_full_disks_and_other_files_are_told_apart(tmp_path):
+    full = OSError(errno.ENOSPC, "No space left on device")  # of a write, which knows no name
+    with pytest.raises(UserError, match=r"^x/model: No space left on device$"), naming_the_file(Path("x/model")):
+        raise full
+    with pytest.raises(OSError, match="No space left"), naming_the_file():
+        raise full
+    with pytest.raises(UserError, match=r"none: No such file or directory$"), naming_the_file(Path("x/model")):
+        (tmp_path / "none").read_bytes()
+    with pytest.raises(UserError, match=r"^x/model: .*No such file"), naming_the_file(Path("x/model")):
+        save_file({"a": torch.zeros(1)}, tmp_path / "no" / "model.safetensors")
+
+
 def test_several_tasks_subsets_and_random_weights(tmp_path):
     model = write_encoder(tmp_path / "model", "bert")
     tasks = [str(write_task(tmp_path / name, name=name)) for name in ("one", "two")]
@@ -196,31 +223,50 @@ def test_predictions_are_in_the_servers_format(tmp_path):
     assert (tmp_path / "STS-B.tsv").read_text() == "index\tprediction\n0\t2.500\n1\t5.000\n2\t0.000\n"
 
 
+def test_deepspeed_is_told_the_sharding_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "zero2").mkdir()  # a run's output, maybe
+    own = {"zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}, "optimizer": {"type": "Adam"}}
+    (tmp_path / "own.json").write_text(json.dumps(own))
+    assert deepspeed_settings("zero2")["zero_optimization"]["stage"] == 2
+    told = deepspeed_settings("own.json")
+    assert told["zero_optimization"] == {"stage": 1}
+    assert "optimizer" not in told
+    with pytest.raises(UserError, match="zero3: ZeRO stage 3; fine-tuning has stages 0, 1 and 2"):
+        deepspeed_settings("zero3")
+
+
 @pytest.mark.slow
 def test_two_ranks_do_what_one_does(tmp_path):
     model, task = write_encoder(tmp_path / "model"), write_task(tmp_path / "task")
     common = ["--model", model, "--task", task, "--seeds", "1", *QUICK, "--dropout", "0", "--attention-dropout", "0"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
-    found = {}
-    for name, recipe, more in (
-        ("one", "paper", None),
-        ("ddp", "paper", ()),
-        ("zero2", "paper", ("--deepspeed_config", "zero2")),
-        ("one-electra", "electra", None),
-        ("zero2-electra", "electra", ("--deepspeed_config", "zero2")),
-    ):
-        flags = [*common, "--recipe", recipe, "--output-dir", tmp_path / f"out-{name}", *(more or ())]
-        if more is None:
-            assert main(list(map(str, flags))) == 0
-        else:
-            done = subprocess.run(
-                [*command, "-m", "peer_scale.finetune", *map(str, flags)],
-                env=environment, capture_output=True, text=True, check=False, timeout=200, cwd=tmp_path,
-            )  # fmt: skip
-            assert done.returncode == 0, done.stderr
-            assert done.stdout.count("praise  seed 1") == 1, "one rank speaks"
-        found[name] = json.loads((tmp_path / f"out-{name}" / "results.json").read_text())["tasks"]["praise"]["runs"][0]
-    for name, other in (("ddp", "one"), ("zero2", "one"), ("zero2-electra", "one-electra")):
-        np.testing.assert_allclose(found[name]["train_losses"], found[other]["train_losses"], rtol=1e-4)
-        assert found[name]["dev"] == found[other]["dev"]
+
+    def flags(name, *more):
+        return list(map(str, [*common, *more, "--output-dir", tmp_path / name]))
+
+    zero2 = ("--deepspeed_config", "zero2")
+    for name, more in (("one", ()), ("one-electra", ("--recipe", "electra"))):
+        assert main(flags(name, *more)) == 0
+    launched = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    extensions = tmp_path / "extensions"
+    done = subprocess.run(
+        [*launched, "-m", "peer_scale.finetune", *flags("two-zero2", *zero2)],
+        env=os.environ | {"PYTHONPATH": str(PROJECT), "TORCH_EXTENSIONS_DIR": str(extensions)},
+        capture_output=True, text=True, check=False, timeout=120, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("praise  seed 1") == 1, "one rank speaks"
+    assert not extensions.exists(), "nothing was compiled"
+    for name, more in (("two", ()), ("two-electra-zero2", ("--recipe", "electra", *zero2))):
+        ranks = ForkedRanks(flags(name, *more), 2, tmp_path, script="peer_scale/finetune.py")
+        assert ranks.end() == [0, 0], ranks.said
+        assert [said.count("praise  seed 1") for said in ranks.said] == [1, 0]
+
+    def run_of_results(name):
+        return json.loads((tmp_path / name / "results.json").read_text())["tasks"]["praise"]["runs"][0]
+
+    for name, other in (("two", "one"), ("two-zero2", "one"), ("two-electra-zero2", "one-electra")):
+        found, wanted = run_of_results(name), run_of_results(other)
+        np.testing.assert_allclose(found["train_losses"], wanted["train_losses"], rtol=1e-4)
+        for scores in ("dev_metrics", "test_metrics", "best_epoch"):
+            assert found[scores] == wanted[scores]

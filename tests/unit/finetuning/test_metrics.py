@@ -81,6 +81,12 @@ def test_one_class_alone_has_failed(of):
         assert not failed(task, logits_of(labels, 2), labels)
 
 
+def test_labels_of_one_class_are_scored_without_a_word(recwarn):
+    for predictions in ([1, 1, 1], [0, 1, 1]):
+        assert score(classification("mcc"), logits_of(predictions, 2), np.array([1, 1, 1]))["mcc"] == 0
+    assert not recwarn.list
+
+
 def test_no_better_than_the_majority_has_failed():
     labels = np.array([0, 0, 1, 1, 1])
     task = classification("accuracy")
