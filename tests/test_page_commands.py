@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from glue_files import FILES
 from peer_scale.corpus.wordpiece import train_wordpiece
 from rank_pool import become_rank, fork_server, free_port
 from runs import PROJECT
@@ -62,6 +63,9 @@ class Place:
         train_wordpiece(documents, 300).save(folder / "bert-vocab")
         labelled = [{"text": text, "label": label} for text, label in sentences(40, seed=1)]
         (folder / "reviews.jsonl").write_text("".join(json.dumps(line) + "\n" for line in labelled))
+        for name, content in FILES.items():
+            (folder / "GLUE" / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / "GLUE" / name).write_text(content, encoding="utf-8", newline="")
         (folder / "data/small/pretraining").mkdir(parents=True)
         (folder / "data/small/pretraining/text.jsonl").symlink_to(folder / "wiki.jsonl")
         for path in re.findall(r"data/small/tasks/\w+", (PROJECT / COMPARISON).read_text(encoding="utf-8")):
@@ -131,8 +135,10 @@ def _convert(place: Place, flags: list[str]) -> None:
 
 
 def _finetune(place: Place, flags: list[str]) -> None:
-    """GLUE is a few lines of each task, in place of the hub's."""
-    own = () if "--train-file" in flags else ("--data-dir", "GLUE")
+    """GLUE is a few lines of each task; hf/ranker is what docs/checkpoints.md makes."""
+    own = () if {"--train-file", "--data-dir"} & set(flags) else ("--data-dir", "GLUE")
+    if "hf/ranker" in flags and not (place.folder / "hf/ranker").exists():
+        place.run("peer-scale convert to-hf --load runs/small --output hf/ranker")
     place.fork(["finetune", *flags, *own, "--epochs", "1", "--seeds", "1", "--lr", "1e-3", "--batch-size", "8"])
 
 
@@ -182,7 +188,6 @@ def place(tmp_path_factory, text_file) -> Iterator[Place]:
     for copy in ("logs/peer-s1", "logs/peer-s2", "logs/electra-s1", "experiments/peer-s1"):
         shutil.copytree(place.folder / "runs/small/logs", place.folder / copy)
     place.run("peer-scale train --model peer-base --data-path wiki.jsonl --save runs/base")
-    place.run("peer-scale convert to-hf --load runs/small --output hf/peer-base")
     return place
 
 
