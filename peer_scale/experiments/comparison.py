@@ -160,12 +160,19 @@ def _against(
 ) -> str:
     tests = [test for test in comparison.tests if test.measure == measure.name and test.family == "arms"]
     apart = [arm for arm in others if any({test.a, test.b} == {best, arm} and test.significant for test in tests)]
-    rest = [arm for arm in others if arm not in apart]
+    tested = [arm for arm in others if any({test.a, test.b} == {best, arm} and test.p is not None for test in tests)]
+    same = [arm for arm in tested if arm not in apart]
+    untested = [arm for arm in others if arm not in tested]
     level = f"at the {comparison.plan.config.alpha:.0%} level (Welch's t, Holm)"
-    if not apart:
-        return f"which is no significant difference from {_listed(rest, labels)} {level}"
-    text = f"significantly different from {_listed(apart, labels)} {level}"
-    return f"{text}, not from {_listed(rest, labels)}" if rest else text
+    parts = []
+    if apart:
+        parts.append(f"significantly different from {_listed(apart, labels)} {level}")
+        parts += [f"not from {_listed(same, labels)}"] if same else []
+    elif same:
+        parts.append(f"which is no significant difference from {_listed(same, labels)} {level}")
+    if untested:
+        parts.append(f"not tested against {_listed(untested, labels)}: that takes two seeds of each that differ")
+    return ", ".join(parts)
 
 
 def _listed(arms: Sequence[str], labels: Mapping[str, str]) -> str:

@@ -130,7 +130,8 @@ class Conductor:
         elif before is not None:
             result = before
         else:
-            self.say(f"{run}: pre-training, {plan.measured_steps[-1]:,} steps")
+            steps = f"{plan.steps:,} step{'s' if plan.steps != 1 else ''}"
+            self.say(f"{run}: {f'pre-training, {steps}' if plan.arm.kind != RANDOM else 'initialising'}")
             pretrain(folder, plan, run.seed, self.programs, self.launcher)
             result = self._pretrained(run, folder, plan)
         scores, details = self._measured(run, folder, plan)

@@ -85,7 +85,7 @@ def page_of_experiment(experiment: Experiment, title: str | None = None) -> str:
     found = [
         experiments.score_table(experiment),
         experiments.change_table(experiment),
-        experiments.test_table(experiment),
+        *experiments.test_tables(experiment),
         experiments.paper_table(experiment),
         experiments.cost_table(experiment),
         *([tables.results(trained)] if trained else []),

@@ -14,7 +14,7 @@ from peer_scale.errors import UserError
 from peer_scale.reporting import naming
 from peer_scale.reporting.arms import Arm, shown
 from peer_scale.reporting.runs import METRICS, Floats, Run, read_run, run_of_curve
-from peer_scale.reporting.tables import Table, mean_and_deviation
+from peer_scale.reporting.tables import LONG, Table, mean_and_deviation
 from peer_scale.storage import read_json_object
 
 EXPERIMENT = "experiment.json"
@@ -189,7 +189,9 @@ def score_table(experiment: Experiment) -> Table | None:
 
 def _with_group(measure: Measure) -> str:
     group = group_title(measure.group)
-    metric = f", {measure.metric}" if measure.metric and measure.metric.lower() not in measure.label.lower() else ""
+    # the label of a figure of pre-training says it all, and a mean over tasks has no metric
+    is_told = measure.group == "held-out" or measure.metric in ("", "score")
+    metric = "" if is_told or measure.metric.lower() in measure.label.lower() else f", {measure.metric}"
     return f"{measure.label}{metric} ({group.lower()})" if group else f"{measure.label}{metric}"
 
 
@@ -239,13 +241,21 @@ def cost_table(experiment: Experiment) -> Table:
     )
 
 
-def test_table(experiment: Experiment) -> Table | None:
-    """Tabulate the differences between arms with their intervals and tests; None where none was tested."""
+def test_tables(experiment: Experiment) -> list[Table]:
+    """Tabulate the differences between arms with their intervals and tests; of many, those of means first."""
     if not experiment.tests:
-        return None
+        return []
+    whole = _test_table(experiment, experiment.tests, "Differences between arms", "tests")
+    means = [test for test in experiment.tests if str(test["measure"]).endswith("/average")]
+    if len(whole.rows) <= LONG or not means:
+        return [whole]
+    return [_test_table(experiment, means, "Differences between arms, means over tasks", "tests_of_means"), whole]
+
+
+def _test_table(experiment: Experiment, tests: Sequence[Mapping[str, Any]], caption: str, name: str) -> Table:
     labels = {measure.name: _with_group(measure) for measure in experiment.measures}
     rows = []
-    for test in experiment.tests:
+    for test in tests:
         interval = confidence_interval(experiment, test)
         rows.append(
             (
@@ -265,7 +275,7 @@ def test_table(experiment: Experiment) -> Table | None:
         "Welch's t over pre-training seeds; p corrected by Holm's method for the number of tests. "
         "Intervals are not corrected."
     )
-    return Table("Differences between arms", header, tuple(rows), "tests", note)
+    return Table(caption, header, tuple(rows), name, note)
 
 
 def as_float(value: Any) -> float | None:

@@ -21,6 +21,8 @@ _SEEDS = (
 _LAST = "A value is the last validation, or the mean of the last 2 % of the steps (at most 200)."
 _MOST_COLUMNS = 10
 _MOST_COLUMNS_OF_TURNED = 6
+LONG = 24
+"""More rows than these are folded up."""
 _PARTS = {
     "start": "starting",
     "load": "loading",
@@ -43,6 +45,11 @@ class Table:
     note: str = ""
     colours: tuple[str, ...] = ()  # of the rows, where these are arms
     is_turned: bool = False  # rows are columns, and `colours` theirs
+
+    @property
+    def is_long(self) -> bool:
+        """Whether it is folded up until the reader asks for it."""
+        return len(self.rows) > LONG
 
     def turned_if_wide(self) -> Table:
         """Give the table with rows and columns changed, where it has so few rows that it is easier to read then."""

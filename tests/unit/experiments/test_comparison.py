@@ -130,6 +130,18 @@ def test_what_is_missing_is_named_and_the_rest_compared(tmp_path, plan):
     assert sentence(comparison).endswith("(3 runs are missing).")
 
 
+def test_what_cannot_be_tested_is_not_called_the_same(tmp_path, plan):
+    (tmp_path / "one").mkdir()
+    write_all(tmp_path / "one", plan, without=[str(run) for run in plan.runs if run.seed > 1])
+    assert ", not tested against ELECTRA or BERT: that takes two seeds of each that differ" in sentence(
+        comparison_of(tmp_path / "one", plan)
+    )
+    write_all(tmp_path, plan, without=("electra-s2", "electra-s3"))
+    assert "different from BERT at the 5% level (Welch's t, Holm), not tested against ELECTRA: that takes" in sentence(
+        comparison_of(tmp_path, plan)
+    )
+
+
 def test_without_results_nothing_is_claimed(tmp_path, plan):
     comparison = comparison_of(tmp_path, plan)
     write_comparison(tmp_path, comparison)

@@ -47,6 +47,9 @@ def test_tables(page, content):
     assert page.tables["paper"][1][0] == "PEER, K = 3" and page.tables["paper"][1][3] == "80.00 ± 1.00"
     test = next(row for row in page.tables["tests"] if row[0].endswith("− BERT") and row[1].startswith("topics"))
     assert test[-2:] == ["0.040", "yes"]
+    means = page.tables["tests_of_means"][1:]  # what many rows have folded up is in sight for the means
+    assert len(means) == 2 * 3 and all(row[1].startswith("average") for row in means)
+    assert all(row in page.tables["tests"] for row in means)
     assert "Not there yet: peer-s5." in "".join(page.text)
 
 
