@@ -165,6 +165,8 @@ def _against_cost(experiment: Experiment) -> list[Figure]:
     for title, measures in _sets(experiment):
         averages = [measure for measure in measures if measure.name.endswith("/average")]
         drawn = averages or measures
+        if len(drawn) > 1 and drawn[0].group == "held-out":
+            continue  # an accuracy and an AUC have no mean
         for cost, axis in COSTS.items():
             traces = _on_the_way(experiment, drawn) if cost == "flops_paper" else []
             traces = traces or _at_the_end(experiment, drawn, cost)
