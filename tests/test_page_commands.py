@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from glue_files import FILES
 from peer_scale.corpus.wordpiece import train_wordpiece
@@ -31,7 +32,7 @@ RUN_ELSEWHERE = {
     "pip install": ".ci/run",
     "pre-commit install": "it changes a checkout's hooks; its checks are those of `make lint`",
     "python examples/small_comparison/prepare.py": "it downloads packages; tests/unit/examples",
-    "export PEER_SRUN_OPTIONS": "containers, which have not been tried",
+    "export": "containers, which have not been tried",
     "scontrol show hostnames": "Slurm's own",
 }
 COMPARISON = "examples/small_comparison/comparison.yaml"
@@ -126,7 +127,7 @@ def _train(place: Place, flags: list[str]) -> None:
 def _plan(place: Place, flags: list[str]) -> None:
     less = ("--nodes", "1", "--gpus-per-node", "2") if "--nodes" in flags else ()
     if "--search" in flags:
-        less += ("--model", "peer-tiny")
+        less = ("--model", "peer-tiny", "--nodes", "1", "--gpus-per-node", "1")
     place.fork(["plan", *flags, *less])
 
 
@@ -143,9 +144,16 @@ def _finetune(place: Place, flags: list[str]) -> None:
 
 
 def _experiment(place: Place, flags: list[str]) -> None:
-    """Only planned: tests/test_experiment.py runs one."""
-    less = () if "--dry-run" in flags else ("--plan", "--tokens-per-second", "1000")
-    place.fork(["experiment", *(flag for flag in flags if flag not in ("--measure-speed", "20")), *less])
+    """Only planned, on the little text: tests/test_experiment.py runs one."""
+    file, *others = flags
+    if "paper" not in file:
+        settings = yaml.safe_load((place.folder / file).read_text(encoding="utf-8"))
+        settings["common"]["data"] = {"data_path": ["wiki.jsonl"]}
+        settings["common"]["model"]["vocab_size"] = 300
+        file = "comparison.yaml"
+        (place.folder / file).write_text(yaml.safe_dump(settings), encoding="utf-8")
+    less = () if "--dry-run" in others else ("--plan", "--tokens-per-second", "1000")
+    place.fork(["experiment", file, *(flag for flag in others if flag not in ("--measure-speed", "20")), *less])
 
 
 def _launched(place: Place, words: list[str]) -> None:
