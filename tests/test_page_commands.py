@@ -32,6 +32,7 @@ RUN_ELSEWHERE = {
     "pip install": ".ci/run",
     "pre-commit install": "it changes a checkout's hooks; its checks are those of `make lint`",
     "python examples/small_comparison/prepare.py": "it downloads packages; tests/unit/examples",
+    "peer-scale plan --roofline": "a minute of computing; tests/unit/planning/test_roofline.py",
     "export": "containers, which have not been tried",
     "scontrol show hostnames": "Slurm's own",
 }
@@ -77,6 +78,8 @@ class Place:
         if any(line.startswith(beginning) for beginning in RUN_ELSEWHERE):
             return
         words = [word for word in shlex.split(line) if word != "..." and not re.match(r"[A-Z_]+=", word)]
+        if "..." in shlex.split(line) and "--model" not in words:  # the reader's own flags
+            words += ["--model", "peer-base"]
         program = words[0]
         assert program in PROGRAMS, f"{line}: say in PROGRAMS how {program} is run"
         PROGRAMS[program](self, words[1:])
@@ -115,7 +118,7 @@ def _peer_scale(place: Place, words: list[str]) -> None:
 
 
 def _train(place: Place, flags: list[str]) -> None:
-    ranks = 1
+    ranks, flags = 1, [flag.removeprefix("/data/") for flag in flags]
     for flag in ("--tensor-model-parallel-size", "--pipeline-model-parallel-size"):
         ranks *= int(flags[flags.index(flag) + 1]) if flag in flags else 1
     sizes = LEAST_MODEL if "--config" not in flags else ()
@@ -146,12 +149,10 @@ def _finetune(place: Place, flags: list[str]) -> None:
 def _experiment(place: Place, flags: list[str]) -> None:
     """Only planned, on the little text: tests/test_experiment.py runs one."""
     file, *others = flags
-    if "paper" not in file:
-        settings = yaml.safe_load((place.folder / file).read_text(encoding="utf-8"))
-        settings["common"]["data"] = {"data_path": ["wiki.jsonl"]}
-        settings["common"]["model"]["vocab_size"] = 300
-        file = "comparison.yaml"
-        (place.folder / file).write_text(yaml.safe_dump(settings), encoding="utf-8")
+    settings = yaml.safe_load((place.folder / file).read_text(encoding="utf-8"))
+    settings["common"]["data"] = {"data_path": ["wiki.jsonl"], "tokenizer": "bert-vocab"}
+    file = Path(file).name
+    (place.folder / file).write_text(yaml.safe_dump(settings), encoding="utf-8")
     less = () if "--dry-run" in others else ("--plan", "--tokens-per-second", "1000")
     place.fork(["experiment", file, *(flag for flag in others if flag not in ("--measure-speed", "20")), *less])
 
