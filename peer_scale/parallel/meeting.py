@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import socket
 import time
 from datetime import timedelta
@@ -32,7 +33,36 @@ def open_store(environment: ProcessEnvironment, timeout: timedelta) -> dist.Stor
         if environment.rank == 0 and "EADDRINUSE" in str(error):
             raise FoundAlone(port_taken("MASTER_PORT", environment.master_port, "Address already in use")) from None
         raise
-    return store
+    return fresh_part(store, *ranks, timeout) if environment.launcher == "torchrun" else store
+
+
+def fresh_part(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+    """Give a part of the store in which no earlier start of the job has written anything.
+
+    torchrun keeps one store over its restarts, with the addresses of ranks that have ended, and its count of restarts
+    differs between nodes. So every process draws a name of its own, and the first rank tells the part to those names
+    that are answered: a rank that has ended does not. Ranks other than the first raise torch's DistStoreError where it
+    does not answer in time.
+    """
+    own = secrets.token_hex(8)
+    if rank:
+        store.set(f"name of {rank}", own)
+        store.wait([f"part for {own}"], timeout)
+        part = store.get(f"part for {own}").decode()
+        store.set(f"in {part}: {rank}", "")
+        return dist.PrefixStore(part, store)
+    deadline = time.monotonic() + timeout.total_seconds()
+    missing = set(range(1, world_size))
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"name of {other}"]):
+                store.set(f"part for {store.get(f'name of {other}').decode()}", own)
+            if store.check([f"in {own}: {other}"]):
+                missing.discard(other)
+        if missing and time.monotonic() > deadline:
+            raise dist.DistStoreError(f"rank {min(missing)} did not come")
+        time.sleep(0.01)
+    return dist.PrefixStore(own, store)
 
 
 def require_address(name: str, seconds: float = _SECONDS_TO_BE_KNOWN) -> None:

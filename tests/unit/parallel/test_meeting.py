@@ -2,15 +2,17 @@
 
 import os
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
+import torch.distributed as dist
 
 from peer_scale.commands import train
 from peer_scale.errors import FoundAlone
 from peer_scale.parallel import meeting
 from peer_scale.parallel.environment import ProcessEnvironment
-from peer_scale.parallel.meeting import open_store, require_address
+from peer_scale.parallel.meeting import fresh_part, open_store, require_address
 from rank_pool import free_port
 from runs import outside_of_ranks
 
@@ -27,6 +29,20 @@ def test_a_port_in_use_is_one_line():
         ) as told:
             open_store(ProcessEnvironment(0, 2, 0, 2, "127.0.0.1", port, "environment"), SOON)
     assert "\n" not in str(told.value)
+
+
+def test_a_store_that_outlives_its_ranks_is_used_afresh():
+    """As torchrun's: what ranks have written that are no more is not read, and the first rank waits for the living."""
+    store = dist.HashStore()
+    for rank in (1, 2):  # they have ended before they read their part
+        store.set(f"name of {rank}", f"dead {rank}")
+    for start in ("first", "second"):
+        with ThreadPoolExecutor(3) as threads:
+            ranks = [threads.submit(fresh_part, store, rank, 3, SOON) for rank in (0, 1, 2)]
+            parts = [rank.result(timeout=20) for rank in ranks]
+        assert not parts[1].check(["address"])
+        parts[0].set("address", start)
+        assert [part.get("address") for part in parts] == [start.encode()] * 3
 
 
 @pytest.mark.parametrize("address", ["::1", "[::1]", "127.0.0.1", "localhost"])
