@@ -82,9 +82,7 @@ LAYOUTS = {
     "two ranks": (2, 1, ()),
     "one rank": (1, 0, ()),
     "two stages": (2, 1, ("--pipeline-model-parallel-size", 2)),
-    "two stages, ZeRO-3": (2, 0, ("--pipeline-model-parallel-size", 2)),
     "tensor parallel": (2, 1, ("--tensor-model-parallel-size", 2)),
-    "ZeRO-1, bf16": (2, 1, ("--bf16",)),
     "ZeRO-3, bf16": (2, 1, ("--bf16",)),
     "ZeRO-2, optimizer on the host": (2, 1, ("--bf16",)),
 }
