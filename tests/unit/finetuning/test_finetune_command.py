@@ -116,7 +116,9 @@ def test_runs_of_other_settings_are_not_mixed(done, capfd):
         (("--model", "m", "--output-dir", "{here}/o", "--task", "cola", "--deepspeed_config", "zero2"), "--deeps"),
     ],
 )  # fmt: skip
-def test_what_is_refused_in_one_line(flags, said, capfd, tmp_path, checkpoint):
+def test_what_is_refused_in_one_line(flags, said, capfd, tmp_path, checkpoint, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):  # another test may have set them
+        monkeypatch.delenv(name, raising=False)
     places = {"here": tmp_path, "model": checkpoint}
     assert main([flag.format(**places) for flag in flags]) == 2
     error = capfd.readouterr().err
