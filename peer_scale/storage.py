@@ -118,12 +118,14 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Read a file of ours with an object per line, without lines that are none; nothing where it is not there."""
     found = []
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = path.read_bytes().splitlines()
     except OSError:
         return []
     for line in lines:
-        with contextlib.suppress(ValueError, TypeError, RecursionError):
-            found.append(dict(json.loads(line)))
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if isinstance(record, dict):
+                found.append(record)
     return found
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -54,10 +53,11 @@ def _run(argv: Sequence[str] | None, prog: str | None) -> None:
             raise UserError(f"--{name.replace('_', '-')} is missing (see --help)")
     config = FinetuneConfig(**told)
     silence_libraries()
+    from peer_scale.finetuning.ranks import is_first_rank
     from peer_scale.finetuning.run import finetune
 
     results = finetune(config, lambda line: print(line, flush=True))
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_first_rank():
         print(_table(results))
         print(f"results: {config.output_dir / 'results.json'}")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from transformers import TrainerCallback, TrainingArguments
 from peer_scale.errors import UserError
 from peer_scale.finetuning.encoding import EncodedExamples, Padded
 from peer_scale.finetuning.metrics import score
+from peer_scale.finetuning.ranks import world_size
 from peer_scale.finetuning.recipes import Recipe
 from peer_scale.finetuning.tasks import Examples, Task
 from peer_scale.finetuning.trainer import RecipeTrainer
@@ -90,8 +90,7 @@ def fit(
 def training_arguments(recipe: Recipe, lr: float, seed: int, scratch: Path, execution: Execution) -> TrainingArguments:
     """Tell the Trainer what is its own to do: nothing is evaluated, saved or reported that is not asked for."""
     use_cpu = not torch.cuda.is_available()
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    micro, accumulation = share_of_batch(recipe.batch_size, world_size, execution.micro_batch_size)
+    micro, accumulation = share_of_batch(recipe.batch_size, world_size(), execution.micro_batch_size)
     args = TrainingArguments(
         output_dir=str(scratch),
         num_train_epochs=recipe.epochs,

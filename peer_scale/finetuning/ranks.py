@@ -18,9 +18,14 @@ def is_first_rank() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def world_size() -> int:
+    """How many processes a launcher has started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def join() -> None:
     """Meet the other ranks, if a launcher has started any."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         PartialState(cpu=not torch.cuda.is_available())
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from peer_scale.errors import UserError
 from peer_scale.settings import yaml_text
-from peer_scale.storage import read_json_object
+from peer_scale.storage import read_json_lines, read_json_object
 
 METRICS, RUN_YAML, STARTS, SUMMARY, RESULTS = (
     *("metrics.jsonl", "run.yaml", "starts.jsonl", "summary.json"),
@@ -165,7 +165,7 @@ def _folders_with(path: Path, name: str) -> Iterable[Path]:
 def read_run(folder: Path, name: str) -> Run:
     """Read one log folder; UserError where its metrics cannot be read."""
     columns, nested, rollbacks, unread = _read_metrics(folder / METRICS)
-    starts = _read_lines(folder / STARTS)
+    starts = read_json_lines(folder / STARTS)
     began = [start.get("step") for start in starts[1:]]
     after = {step for step in began if isinstance(step, int)} | rollbacks
     last = columns["step"][-1] if len(columns["step"]) else 0
@@ -284,14 +284,6 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError:
-        return []
-    return [record for line in lines if (record := _parsed(line)) is not None]
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
+from peer_scale.training.complaints import complain
 from peer_scale.training.run_folders import METRICS, PAGE
 
 _MOST_BYTES = 128 * 2**20  # of metrics, which take a few seconds to read
@@ -22,6 +22,6 @@ def write_page(log_dir: Path) -> Path | None:
         write_report([log_dir], output)
     except Exception as error:  # whatever it is, the run has ended well
         why = " ".join(f"{type(error).__name__}: {error}".split())
-        print(f"warning: {output}: the page could not be written ({why})", file=sys.stderr, flush=True)
+        complain(f"{output}: the page could not be written ({why})")
         return None
     return output
