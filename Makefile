@@ -15,7 +15,7 @@ lint:
 	$(PYTHON) -m ruff check .
 
 unit:
-	$(PYTHON) -m pytest tests/unit -m 'not heavy and not slow and not slurm and not mpi and not browser'
+	$(PYTHON) -m pytest -n 2 tests/unit -m 'not heavy and not slow and not slurm and not mpi and not browser'
 
 test:
 	$(PYTHON) -m pytest

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Install and train on each Python that pyproject.toml allows: in a fresh virtual environment, 5 steps of the main job on
-# one rank (the README's command) and 5 on two tensor-parallel ranks, whose losses must agree.
+# one rank (the README's command) and 5 on two tensor-parallel ranks, whose losses must agree (parity proper: tests/parity).
 #
 #     bash tests/every_python.sh [3.10 3.12 ...]      without arguments: every version
 #
@@ -56,7 +56,10 @@ import importlib.metadata, json, platform, sys
 
 one, two = ([json.loads(line)["loss"] for line in open(path)] for path in sys.argv[1:])
 assert len(one) == len(two) == 5, "5 steps were asked for"
-assert all(abs(a - b) <= 1e-5 * a for a, b in zip(one, two)), f"losses differ: {one} on one rank, {two} on two"
+# after the first update rounding may move a sampled token across its boundary: one of 1,024 tokens is 2e-4 of the loss
+tolerances = [1e-6, 1e-3, 1e-3, 1e-3, 1e-3]
+pairs = list(zip(one, two, tolerances))
+assert all(abs(a - b) <= most * a for a, b, most in pairs), f"losses differ: {one} on one rank, {two} on two"
 packages = ("torch", "deepspeed", "megatron-core", "transformers", "datasets", "numpy")
 versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages)
 print(f"Python {platform.python_version()}: 5 steps on 1 rank and on 2 (TP 2), loss {one[0]:.4f} to {one[-1]:.4f}; {versions}")

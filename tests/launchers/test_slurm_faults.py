@@ -1,10 +1,11 @@
 """Jobs of `slurm/base.sh` on a real cluster go on after whatever a cluster does to them, as if it had not been.
 
-All begin with the weights of another run (`--init-from`), which may be read once only. They run at the same time, each
-is held after its seventh step at the earliest until the fault has come, and their metrics must be those of a run that
-nothing has happened to, bit for bit.
+All begin with imported weights (`--init-from` of what `from-hf` wrote), which may be read once only. They run at the
+same time, each is held after its seventh step at the earliest until the fault has come, and their metrics must be those
+of a run that nothing has happened to, bit for bit.
 """
 
+import json
 import os
 import re
 import signal
@@ -13,19 +14,27 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
+from peer_scale.commands import convert
 from rank_pool import RankPools
 from runs import PROJECT, TIMES, corpus, read_metrics, train_in_pool
 from slurm_cluster import Partition, SlurmCluster, missing_requirement
 from slurm_jobs import Job, Submitter, python_cluster
+from tiny_encoders import write_encoder, write_task
 
+T = TypeVar("T")
 REASON = missing_requirement()
 
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(REASON is not None, reason=REASON or "")]
 
 STEPS, FIRST_HELD = 60, 7
+SIZES = [
+    *("--num-layers", "2", "--generator-num-layers", "1", "--hidden-size", "64"),
+    *("--ffn-hidden-size", "128", "--vocab-size", "400"),
+]
 NUM_TERMS = int(os.environ.get("PEER_TEST_SLURM_TERMS", "1"))
 PARTITIONS = (
     Partition("two", 0, 2),
@@ -74,12 +83,14 @@ class Running:
         ranks = {rank: process for process, (parent, rank) in found.items() if parent not in found}
         return [ranks[rank] for rank in sorted(ranks)]
 
-    def wait_until(self, condition: Callable[[], bool], seconds: float = 200) -> None:
+    def wait_until(self, condition: Callable[[], T], seconds: float = 200) -> T:
+        """Wait until a condition holds; gives what it gave."""
         deadline = time.monotonic() + seconds
-        while not condition():
+        while not (found := condition()):
             told = self.submitter.told(self.number) if time.monotonic() > deadline else ""
             assert not told, f"{told}\n{self.output()}"
             time.sleep(0.01)
+        return found
 
     def output(self) -> str:
         return self.submitter.output_of(self.number).read_text()
@@ -197,45 +208,50 @@ def cluster() -> Iterator[SlurmCluster]:
 
 
 def flags_for(text_file: Path, *more: object) -> list[str]:
-    sizes = "--num-layers 2 --generator-num-layers 1 --hidden-size 64 --ffn-hidden-size 128 --vocab-size 400"
     data = "--seq-length 32 --micro-batch-size 4 --fp32 --num-threads 1 --hidden-dropout 0.1 --log-interval 1000000"
-    return [*corpus(text_file), "--model", "peer-tiny", *sizes.split(), *data.split(), *map(str, more)]
+    return [*corpus(text_file), "--model", "peer-tiny", *data.split(), *map(str, more)]
 
 
 @pytest.fixture(scope="module")
-def weights(text_file: Path, rank_pools: RankPools, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def start(text_file: Path, rank_pools: RankPools, tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
+    """Flags of a start with the weights, sizes and vocabulary of an import from Hugging Face."""
     folder = tmp_path_factory.mktemp("weights")
-    more = ("--train-iters", 1, "--seed", 7, "--save", folder / "save", "--log-dir", folder / "logs")
+    more = (*SIZES, "--train-iters", 1, "--seed", 7, "--save", folder / "save", "--log-dir", folder / "logs")
     rank_pools.of(1).run(train_in_pool, flags_for(text_file, *more))
-    return folder / "save"
+    hub, imported = folder / "hub", folder / "imported"
+    pair = ("--discriminator", str(hub / "discriminator"), "--generator", str(hub / "generator"))
+    assert convert.main(["to-hf", "--load", str(folder / "save"), "--output", str(hub)]) == 0
+    assert convert.main(["from-hf", *pair, "--model", "peer-tiny", "--output", str(imported)]) == 0
+    tokenizer = imported / "step_00000000" / "tokenizer"
+    return ("--init-from", imported, "--config", imported / "model.yaml", "--tokenizer", tokenizer)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(
-    text_file: Path, weights: Path, rank_pools: RankPools, tmp_path_factory: pytest.TempPathFactory
+    text_file: Path, start: tuple[object, ...], rank_pools: RankPools, tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict]:
     log_dir = tmp_path_factory.mktemp("undisturbed")
-    more = ("--train-iters", STEPS, "--init-from", weights, "--log-dir", log_dir)
+    more = ("--train-iters", STEPS, *start, "--log-dir", log_dir)
     return rank_pools.of(2).run(train_in_pool, flags_for(text_file, *more))[0]
 
 
 @pytest.fixture(scope="module")
 def jobs(
-    cluster: SlurmCluster, text_file: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory
+    cluster: SlurmCluster, text_file: Path, start: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Future[tuple[Running, Job]]]]:
     """All cases at once: those that take longest first, the others when they have come to their fault."""
     submitter = Submitter(cluster, PROJECT, tmp_path_factory.mktemp("jobs"))
 
-    def start(name: str) -> Running:
+    def submit(name: str) -> Running:
         folder = submitter.folder / name.replace(" ", "_")
         case = CASES[name]
-        more = ("--train-iters", STEPS, "--init-from", weights, "--num-workers", case.num_workers)
+        more = ("--train-iters", STEPS, *start, "--num-workers", case.num_workers)
         folders = ("--save", folder / "save", "--save-interval", 5, "--log-dir", folder / "logs")
         options = ["--nodes=2", "--ntasks-per-node=1", *case.options]
         return Running(submitter, submitter.start(options, flags_for(text_file, *more, *folders)), folder)
 
     def go_through(name: str) -> tuple[Running, Job]:
-        job = start(name)
+        job = submit(name)
         CASES[name].fault(job)
         return job, job.end()
 
@@ -257,7 +273,7 @@ def jobs(
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_job_goes_on_as_if_nothing_had_been(
-    name: str, jobs: dict[str, Future[tuple[Running, Job]]], undisturbed: list[dict], weights: Path
+    name: str, jobs: dict[str, Future[tuple[Running, Job]]], undisturbed: list[dict], start: tuple[object, ...]
 ) -> None:
     running, job = jobs[name].result()
     metrics = read_metrics(running.folder / "logs")
@@ -272,7 +288,7 @@ def test_a_job_goes_on_as_if_nothing_had_been(
         return
     assert job.exit_code == "0:0", output
     assert [line["step"] for line in metrics] == list(range(1, STEPS + 1))
-    assert output.count(f"starting from the weights of {weights}") == 1, "it went on at its own checkpoint"
+    assert output.count(f"starting from the weights of {start[1]}") == 1, "it went on at its own checkpoint"
     resumed = [int(step) for step in re.findall(r"resuming from .* after step (\d+)", output)]
     assert resumed, output
     if name in ("rank killed", "slurmd killed"):
@@ -296,7 +312,7 @@ def test_bad_input_ends_with_its_line_and_is_not_tried_again(cluster: SlurmClust
 
 def test_an_array_trains_three_seeds(cluster: SlurmCluster, text_file: Path, tmp_path: Path) -> None:
     submitter = Submitter(cluster, PROJECT, tmp_path)
-    flags = flags_for(text_file, "--train-iters", 3, "--save", "save", "--log-dir", "logs", "--num-workers", 0)
+    flags = flags_for(text_file, *SIZES, "--train-iters", 3, "--save", "save", "--log-dir", "logs", "--num-workers", 0)
     array = submitter.start(["--array=1-3", "--output=peer-%A_%a.out"], flags)
     for seed in (1, 2, 3):
         job = submitter.end(f"{array}_{seed}", seconds=150)
@@ -304,3 +320,23 @@ def test_an_array_trains_three_seeds(cluster: SlurmCluster, text_file: Path, tmp
         assert (tmp_path / f"save/seed_{seed}/latest").read_text() == "step_00000003"
         assert f"seed: {seed}\n" in (tmp_path / f"logs/seed_{seed}/run.yaml").read_text()
     assert len({read_metrics(tmp_path / f"logs/seed_{seed}")[-1]["loss"] for seed in (1, 2, 3)}) == 3
+
+
+def test_fine_tuning_is_warned_and_keeps_the_seeds_that_are_done(cluster: SlurmCluster, tmp_path: Path) -> None:
+    model, task = write_encoder(tmp_path / "model"), write_task(tmp_path / "task", train=128)
+    flags = ["--model", str(model), "--task", str(task), "--seeds", "1", "2", "--epochs", "20", "--lr", "0.003"]
+    submitter = Submitter(cluster, PROJECT, tmp_path)
+    number = submitter.start(
+        ["--ntasks-per-node=2", "--gpus-per-node=0"], [*flags, "--output-dir", "scores"], "finetune.sh"
+    )
+    job = Running(submitter, number, tmp_path)
+    (first,) = job.wait_until(lambda: list(tmp_path.glob("scores/praise/runs/seed1-*.json")))
+    done_at = first.stat().st_mtime_ns
+    job.slurm("scancel", "--batch", "--signal=USR1", number)
+    job.wait_for_restart()
+    ended = job.end()
+    assert ended.exit_code == "0:0", ended.output
+    assert first.stat().st_mtime_ns == done_at, "this seed was not done again"
+    (result,) = json.loads((tmp_path / "scores/results.json").read_text())["tasks"].values()
+    assert [run["seed"] for run in result["runs"]] == [1, 2]
+    assert result["mean"] > 0.8, "words of praise and blame are told apart"

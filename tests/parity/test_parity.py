@@ -25,8 +25,6 @@ peer dp2 zero1 mb4
 peer dp2 zero2 tok48
 teams dp2 zero3 mb2
 peer dp2 zero2 mb4 offload recompute
-peer tp2 sp zero3 mb4
-teams tp2 zero1 mb4
 bert dp2 tp2 zero2 mb4
 peer pp2 zero1 mb8
 peer pp2 zero2 tok64
@@ -34,7 +32,6 @@ peer pp2 zero2 mb2 offload
 peer pp4 zero3 mb2
 teams tp2 pp2 sp zero1 mb4
 peer modern tp2 sp zero3 mb4
-peer t5bias tp2 zero2 mb4
 peer modern pp2 zero1 mb4
 """
 
@@ -83,6 +80,7 @@ peer dp2 zero3 mb4 offload recompute
 teams dp2 zero3 mb4 offload recompute
 
 peer tp2 zero1 mb4
+peer tp2 sp zero3 mb4
 peer tp4 sp zero2 mb4
 peer dp2 tp2 sp zero3 mb4
 electra tp2 sp zero2 mb4

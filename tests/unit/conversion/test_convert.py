@@ -18,6 +18,7 @@ from peer_scale.commands import convert
 from peer_scale.corpus.prepare import open_corpus
 from peer_scale.corpus.wordpiece import load_wordpiece
 from peer_scale.models.config import EncoderShape, ModelConfig
+from peer_scale.objectives import tqr
 from peer_scale.objectives.masked_lm import MaskedLanguageModel
 from peer_scale.objectives.task import build_model
 from peer_scale.objectives.tqr import TokenQualityRanking
@@ -319,28 +320,17 @@ def test_the_output_is_left_alone_when_it_holds_something(checkpoints, refused, 
     assert f"--output {taken / 'config.json'}: exists" in refused(checkpoints[2], "--output", taken / "config.json")
 
 
-def test_wrong_logits_are_refused_and_leave_nothing(checkpoints, tmp_path):
+def test_wrong_logits_are_refused_and_leave_nothing(checkpoints, refused, run, tmp_path, monkeypatch):
     """The score's sign turned in the map: what the tool's own verification is there to find."""
-    code = """
-import pathlib, sys
-from peer_scale.quiet import silence_libraries
-silence_libraries()
-from peer_scale.objectives import tqr
-right = tqr.rtd_head_entries
-def wrong(*head):
-    return tuple(e._replace(convert=lambda w: (w,)) if "score" in e.ours else e for e in right(*head))
-tqr.rtd_head_entries = wrong
-from peer_scale.commands import convert
-assert convert.main(sys.argv[1:]) == 2
-assert not list(pathlib.Path(sys.argv[-1]).parent.iterdir())
-sys.exit(convert.main([*sys.argv[1:], "--no-verify"]))
-"""
-    arguments = ["to-hf", "--load", str(checkpoints[2]), "--output", str(tmp_path / "hf")]
-    command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.startswith("error: verification: the logits of ElectraForPreTraining differ")
-    assert "not verified" in done.stdout
+    right = tqr.rtd_head_entries
+
+    def wrong(*head):
+        return tuple(e._replace(convert=lambda w: (w,)) if "score" in e.ours else e for e in right(*head))
+
+    monkeypatch.setattr(tqr, "rtd_head_entries", wrong)
+    assert refused(checkpoints[2]).startswith("error: verification: the logits of ElectraForPreTraining differ")
+    told = run("to-hf", "--load", checkpoints[2], "--output", tmp_path / "hf", "--no-verify")
+    assert "not verified" in told
 
 
 def test_help_shows_a_whole_example():
