@@ -34,7 +34,7 @@ def steps_begun(save):
     return [int(path.name[-8:]) for path in save.glob(".writing_step_*")] if save.exists() else []
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(25, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(15, marks=pytest.mark.slow)])
 def test_killed_at_any_moment_of_saving_it_loads_at_the_last_committed_step(kills, two_ranks, text_file, tmp_path):
     rng = random.Random(kills)
     steps = 4 * kills + 4

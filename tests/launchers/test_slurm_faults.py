@@ -203,7 +203,7 @@ SLOWEST = 3
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[SlurmCluster]:
-    with python_cluster(7, PARTITIONS, cpus_per_node=8) as running:
+    with python_cluster(7, PARTITIONS, gpus_per_node=2, cpus_per_node=8) as running:
         yield running
 
 
@@ -218,9 +218,11 @@ def start(text_file: Path, rank_pools: RankPools, tmp_path_factory: pytest.TempP
     folder = tmp_path_factory.mktemp("weights")
     more = (*SIZES, "--train-iters", 1, "--seed", 7, "--save", folder / "save", "--log-dir", folder / "logs")
     rank_pools.of(1).run(train_in_pool, flags_for(text_file, *more))
-    hub, imported = folder / "hub", folder / "imported"
-    pair = ("--discriminator", str(hub / "discriminator"), "--generator", str(hub / "generator"))
-    assert convert.main(["to-hf", "--load", str(folder / "save"), "--output", str(hub)]) == 0
+    hub, imported = {"--discriminator": "ranker", "--generator": "generator"}, folder / "imported"
+    for branch in hub.values():
+        export = ("--load", folder / "save", "--branch", branch, "--output", folder / branch)
+        assert convert.main(["to-hf", *map(str, export)]) == 0
+    pair = [word for flag, branch in hub.items() for word in (flag, str(folder / branch))]
     assert convert.main(["from-hf", *pair, "--model", "peer-tiny", "--output", str(imported)]) == 0
     tokenizer = imported / "step_00000000" / "tokenizer"
     return ("--init-from", imported, "--config", imported / "model.yaml", "--tokenizer", tokenizer)
@@ -323,12 +325,25 @@ def test_an_array_trains_three_seeds(cluster: SlurmCluster, text_file: Path, tmp
 
 
 def test_fine_tuning_is_warned_and_keeps_the_seeds_that_are_done(cluster: SlurmCluster, tmp_path: Path) -> None:
-    model, task = write_encoder(tmp_path / "model"), write_task(tmp_path / "task", train=128)
-    flags = ["--model", str(model), "--task", str(task), "--seeds", "1", "2", "--epochs", "20", "--lr", "0.003"]
+    model, task = write_encoder(tmp_path / "model"), write_task(tmp_path / "task", train=256)
+    flags = [
+        "--model",
+        str(model),
+        "--task",
+        str(task),
+        "--seeds",
+        "1",
+        "2",
+        "--epochs",
+        "30",
+        "--batch-size",
+        "16",
+        "--lr",
+        "0.003",
+    ]
     submitter = Submitter(cluster, PROJECT, tmp_path)
-    number = submitter.start(
-        ["--ntasks-per-node=2", "--gpus-per-node=0"], [*flags, "--output-dir", "scores"], "finetune.sh"
-    )
+    options = ["--gpus-per-node=2", "--cpus-per-gpu=1"]  # counted only: there is no device behind them
+    number = submitter.start(options, [*flags, "--output-dir", "scores"], "finetune.sh")
     job = Running(submitter, number, tmp_path)
     (first,) = job.wait_until(lambda: list(tmp_path.glob("scores/praise/runs/seed1-*.json")))
     done_at = first.stat().st_mtime_ns

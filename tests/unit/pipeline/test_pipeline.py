@@ -115,13 +115,12 @@ def test_validation_is_that_of_one_rank(one_rank, two_ranks, tmp_path, text_file
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
-def test_fp16_overflow_skips_the_step_on_every_stage(stage, one_rank, two_ranks, tmp_path, text_file):
+def test_fp16_overflow_skips_the_step_on_every_stage(one_rank, two_ranks, tmp_path, text_file):
     fp16 = {"enabled": True, "initial_scale_power": 18, "hysteresis": 1, "loss_scale_window": 1000}
     more = ("--train-iters", 12)
-    whole = one_rank.run(train_in_fp16, flags_for(tmp_path, text_file, *more, stage=stage, name="one", fp16=fp16))[0]
+    whole = one_rank.run(train_in_fp16, flags_for(tmp_path, text_file, *more, stage=3, name="one", fp16=fp16))[0]
     more = (*more, "--pipeline-model-parallel-size", 2)
-    staged = two_ranks.run(train_in_fp16, flags_for(tmp_path, text_file, *more, stage=stage, fp16=fp16))[0]
+    staged = two_ranks.run(train_in_fp16, flags_for(tmp_path, text_file, *more, stage=3, fp16=fp16))[0]
     scales = [line["loss_scale"] for line in staged]
     assert scales[0] > scales[-1] > 1, "the first steps overflow, then the scale stays"
     assert scales == [line["loss_scale"] for line in whole]
