@@ -168,7 +168,9 @@ def test_any_layout_loads_any_other(saving, loading, runs):
     assert losses(metrics) == pytest.approx(losses(runs.saved("one")[1]), rel=1e-4)
 
 
-@pytest.mark.parametrize("layout", OTHERS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(one, marks=pytest.mark.slow if one.endswith("offload") else []) for one in OTHERS]
+)
 def test_the_same_layout_goes_on_bit_for_bit(layout, runs):
     """In low precision this holds only if the weights that the model computes with are renewed as well."""
     save, whole = runs.saved(layout)
@@ -185,7 +187,11 @@ def test_the_same_layout_goes_on_bit_for_bit(layout, runs):
 
 @pytest.mark.parametrize(
     ("saving", "loading"),
-    [("bf16-zero1", "bf16-zero3-offload"), ("bf16-zero3-offload", "one"), ("dp2-zero3", "bf16-zero1")],
+    [
+        ("bf16-zero1", "bf16-zero3-offload"),
+        pytest.param("bf16-zero3-offload", "one", marks=pytest.mark.slow),
+        pytest.param("dp2-zero3", "bf16-zero1", marks=pytest.mark.slow),
+    ],
 )
 def test_other_precisions_see_the_same_data(saving, loading, runs):
     save, whole = runs.saved(saving)

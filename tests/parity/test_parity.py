@@ -31,14 +31,13 @@ peer pp2 zero2 tok64
 peer pp2 zero2 mb2 offload
 peer pp4 zero3 mb2
 teams tp2 pp2 sp zero1 mb4
-peer modern tp2 sp zero3 mb4
 peer modern pp2 zero1 mb4
 """
 
 SLOW = """
 peer modern dp2 zero2 mb2
 peer modern dp2 zero3 mb2 offload recompute
-peer modern tp2 sp zero2 mb4
+peer modern tp2 sp zero3 mb4
 peer modern pp2 zero3 mb4
 peer modern tp2 pp2 sp zero1 mb4
 peer t5bias dp2 zero1 mb4

@@ -125,7 +125,7 @@ def test_each_arm_is_a_run_whose_model_transformers_has(name, tmp_path):
         run = resolve(build_parser().parse_args(["--model", model, "--config", str(path)]), 1)
         assert family_of(run.model) == "modernbert"
         assert {shape.ffn_hidden_size for shape in run.model.networks.values()} == {344}
-        assert (run.masking.mask_probability, run.training.lr) == (0.85, 0.003)
+        assert (run.masking.mask_probability, run.training.lr) == (0.85, 0.0012)
 
 
 def over(below, above):
