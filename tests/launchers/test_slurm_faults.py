@@ -326,21 +326,8 @@ def test_an_array_trains_three_seeds(cluster: SlurmCluster, text_file: Path, tmp
 
 def test_fine_tuning_is_warned_and_keeps_the_seeds_that_are_done(cluster: SlurmCluster, tmp_path: Path) -> None:
     model, task = write_encoder(tmp_path / "model"), write_task(tmp_path / "task", train=256)
-    flags = [
-        "--model",
-        str(model),
-        "--task",
-        str(task),
-        "--seeds",
-        "1",
-        "2",
-        "--epochs",
-        "30",
-        "--batch-size",
-        "16",
-        "--lr",
-        "0.003",
-    ]
+    recipe = "--seeds 1 2 --epochs 30 --batch-size 16 --lr 0.003"
+    flags = ["--model", str(model), "--task", str(task), *recipe.split()]
     submitter = Submitter(cluster, PROJECT, tmp_path)
     options = ["--gpus-per-node=2", "--cpus-per-gpu=1"]  # counted only: there is no device behind them
     number = submitter.start(options, [*flags, "--output-dir", "scores"], "finetune.sh")

@@ -197,9 +197,8 @@ def test_bert_opens_as_bert_for_masked_lm(one_rank, refused, tmp_path, text_file
     assert_same_logits(reference.eval()(**batch).logits[mask], masked_lm_logits(our_model(folder), batch, mask))
 
 
-@pytest.mark.parametrize(
-    "stage", [1, pytest.param(2, marks=pytest.mark.slow)]
-)  # DeepSpeed has an optimizer of its own for bf16 under ZeRO-1
+# DeepSpeed has an optimizer of its own for bf16 under ZeRO-1
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_bf16_with_activation_checkpointing_gives_the_fp32_masters(stage, two_ranks, tmp_path, text_file):
     flags = ("--model", "electra-tiny", "--bf16", "--activation-checkpointing")
     folder = train(two_ranks, tmp_path / "bf16", text_file, stage, *flags)
