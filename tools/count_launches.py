@@ -45,6 +45,7 @@ from peer_scale.parallel.environment import ProcessEnvironment  # noqa: E402
 from peer_scale.parallel.topology import build_topology, init_process_group, single_process_topology  # noqa: E402
 from peer_scale.samples.examples import Batch  # noqa: E402
 from peer_scale.sequences import Sequences  # noqa: E402
+from peer_scale.settings.ds_config import with_bucket_sizes  # noqa: E402
 from peer_scale.settings.flags import build_parser  # noqa: E402
 from peer_scale.settings.resolve import resolve  # noqa: E402
 from peer_scale.settings.run import RunConfig  # noqa: E402
@@ -280,7 +281,9 @@ def engine_launches(run: RunConfig) -> tuple[Counter[str], Counter[str]]:
     with alone:
         run_works(task.bfloat16(), batch).backward()
     task.float().zero_grad()
-    runner = WholeModelRunner(build_engine(task, run, topology), topology)
+    num_parameters = sum(parameter.numel() for parameter in task.parameters())
+    as_on_gpus = with_bucket_sizes(run.deepspeed, num_parameters=num_parameters, data_parallel=1, on_gpu=True)
+    runner = WholeModelRunner(build_engine(task, replace(run, deepspeed=as_on_gpus), topology), topology)
     counts = []
     for number in (1, 1, 2):  # the first one makes buffers
         launches = Launches()

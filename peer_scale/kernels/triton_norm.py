@@ -7,12 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from peer_scale.kernels.triton_dropout import uniforms
+
 ROWS = 16  # backward: rows whose contributions to the parameters' gradients one program adds up
 
 
 def tile(num_columns: int) -> dict[str, int]:
     """Give a program whole rows, and threads enough to hold them in registers."""
-    block = triton.next_power_of_2(num_columns)
+    block = max(4, triton.next_power_of_2(num_columns))  # dropout draws four columns at a time
     return {"BLOCK": block, "num_warps": min(max(block // 128, 4), 16)}
 
 
@@ -87,7 +89,8 @@ def norm_forward(  # noqa: D103
     at = row.to(tl.int64) * num_columns + column
     value = tl.load(x + at, inside, 0.0).to(tl.float32) + tl.load(bias + column, inside, 0.0).to(tl.float32)
     if HAS_DROPOUT:
-        value = tl.where(tl.rand(tl.load(seed), at.to(tl.int32)) >= dropout, value / (1 - dropout), 0.0)
+        group = row * tl.cdiv(num_columns, 4) + tl.arange(0, BLOCK // 4)
+        value = tl.where(tl.reshape(uniforms(seed, group), [BLOCK]) >= dropout, value / (1 - dropout), 0.0)
     value += tl.load(residual + at, inside, 0.0).to(tl.float32)
     average = tl.sum(value) / num_columns
     centred = tl.where(inside, value - average, 0.0)
@@ -128,7 +131,8 @@ def norm_backward(  # noqa: D103
         of_sum = tl.where(here, (scaled - normal * along - level) * scale, 0.0)
         of_x = of_sum
         if HAS_DROPOUT:
-            of_x = tl.where(tl.rand(tl.load(seed), at.to(tl.int32)) >= dropout, of_sum / (1 - dropout), 0.0)
+            group = row * tl.cdiv(num_columns, 4) + tl.arange(0, BLOCK // 4)
+            of_x = tl.where(tl.reshape(uniforms(seed, group), [BLOCK]) >= dropout, of_sum / (1 - dropout), 0.0)
         tl.store(grad_residual + at, of_sum.to(grad_residual.dtype.element_ty), here)
         tl.store(grad_x + at, of_x.to(grad_x.dtype.element_ty), here)
         of_bias += of_x

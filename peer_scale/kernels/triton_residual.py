@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from peer_scale.kernels.triton_dropout import uniforms
+
 TILE = {"ROWS": 32, "COLUMNS": 64, "num_warps": 8}
 
 
@@ -57,7 +59,8 @@ def residual_forward(  # noqa: D103
     value = tl.load(x + at, inside, 0.0).to(tl.float32)
     if HAS_BIAS:
         value += tl.load(bias + column, column < num_columns, 0.0).to(tl.float32)
-    kept = tl.rand(tl.load(seed), at.to(tl.int32)) >= dropout
+    group = row * tl.cdiv(num_columns, 4) + (tl.program_id(0) * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4))[None, :]
+    kept = tl.reshape(uniforms(seed, group), [ROWS, COLUMNS]) >= dropout
     value = tl.where(kept, value / (1 - dropout), 0.0) + tl.load(residual + at, inside, 0.0).to(tl.float32)
     tl.store(out + at, value.to(out.dtype.element_ty), inside)
 
@@ -72,7 +75,8 @@ def residual_backward(  # noqa: D103
     inside = (row < num_rows) & (column < num_columns)
     at = row.to(tl.int64) * num_columns + column
     given = tl.load(grad + at, inside, 0.0).to(tl.float32)
-    kept = tl.rand(tl.load(seed), at.to(tl.int32)) >= dropout
+    group = row * tl.cdiv(num_columns, 4) + (tl.program_id(0) * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4))[None, :]
+    kept = tl.reshape(uniforms(seed, group), [ROWS, COLUMNS]) >= dropout
     result = tl.where(kept, given / (1 - dropout), 0.0)
     tl.store(grad_x + at, result.to(grad_x.dtype.element_ty), inside)
     if HAS_BIAS:

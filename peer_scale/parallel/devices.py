@@ -120,7 +120,7 @@ def take_device(environment: ProcessEnvironment, store: dist.Store | None) -> to
         raise UserError(wrong)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        _compute_exactly()
+        compute_exactly()
         keep_caches_on_this_node(os.environ)
     return device
 
@@ -147,7 +147,7 @@ def keep_caches_on_this_node(environ: MutableMapping[str, str], folder: Path | N
         environ.setdefault(variable, str(own / name))
 
 
-def _compute_exactly() -> None:
+def compute_exactly() -> None:
     """Keep fp32 products in fp32 and sums of bf16 and fp16 products in fp32, whatever an image's defaults are.
 
     The head picks tokens by comparing logits, of which some are computed twice by products of different shapes: sums

@@ -69,7 +69,7 @@ def gathered_memory(inventory: Inventory, layout: ParallelLayout, workload: Work
 
 def bucket_memory(inventory: Inventory, layout: ParallelLayout) -> int:
     """Count the bytes of ZeRO's bucket of gradients, in fp32 at most, and of the one that is filled meanwhile."""
-    return 2 * 4 * bucket_sizes(inventory.count, layout.data_parallel).reduce
+    return 2 * 4 * bucket_sizes(inventory.count, layout.data_parallel, on_gpu=True).reduce
 
 
 def layer_activations(shape: EncoderShape, workload: Workload, layout: ParallelLayout, *, on_cpu: bool = False) -> int:

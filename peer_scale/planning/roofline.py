@@ -39,9 +39,9 @@ class Launches:
 
 LAUNCHES: Final = {
     # whether torch.compile is used: by tools/count_launches.py for peer-small. A layer's backward includes DeepSpeed's
-    # copies of its 11 gradients, three launches each.
-    False: Launches(layer_forward=9, layer_backward=57, work_forward=146, work_backward=70, step=452),
-    True: Launches(layer_forward=9, layer_backward=54, work_forward=96, work_backward=70, step=452),
+    # copies of its 11 gradients under ZeRO-1 and ZeRO-2.
+    False: Launches(layer_forward=9, layer_backward=35, work_forward=146, work_backward=65, step=64),
+    True: Launches(layer_forward=9, layer_backward=32, work_forward=96, work_backward=65, step=64),
 }
 
 

@@ -148,15 +148,17 @@ def resolved_ds_config(
     if resolved.get("steps_per_print", AUTO) == AUTO:
         resolved["steps_per_print"] = NEVER
     resolved["zero_force_ds_cpu_optimizer"] = False
-    complete = with_bucket_sizes(resolved, num_parameters=1, data_parallel=1)
+    complete = with_bucket_sizes(resolved, num_parameters=1, data_parallel=1, on_gpu=False)
     _no_auto_left(complete, "")
     check_start(complete, training.precision)
     return resolved
 
 
-def with_bucket_sizes(resolved: Mapping[str, Any], *, num_parameters: int, data_parallel: int) -> dict[str, Any]:
+def with_bucket_sizes(
+    resolved: Mapping[str, Any], *, num_parameters: int, data_parallel: int, on_gpu: bool
+) -> dict[str, Any]:
     """Replace the last "auto" of what DeepSpeed gets, for a rank with so many parameters."""
-    buckets = bucket_sizes(num_parameters, data_parallel)
+    buckets = bucket_sizes(num_parameters, data_parallel, on_gpu=on_gpu)
     sizes = dict(zip(_BY_PARAMETERS, (buckets.reduce, buckets.prefetch), strict=True))
     zero = resolved["zero_optimization"]
     chosen = {key: size for key, size in sizes.items() if zero.get(key) == AUTO}

@@ -16,6 +16,7 @@ from peer_scale.parallel.topology import ModelParallelUnit, Topology
 from peer_scale.settings.ds_config import with_bucket_sizes
 from peer_scale.settings.run import RunConfig
 from peer_scale.training.compilation import compile_task
+from peer_scale.training.fewer_launches import launch_less
 from peer_scale.training.late_numbers import LateNumbers
 from peer_scale.training.optimizer import build_optimizer
 from peer_scale.training.unread_norms import leave_norms_unread
@@ -37,6 +38,7 @@ def build_engine(task: PretrainingTask, run: RunConfig, topology: Topology) -> E
         run.deepspeed,
         num_parameters=sum(parameter.numel() for parameter in task.parameters()),
         data_parallel=topology.size("dp"),
+        on_gpu=topology.device.type == "cuda",
     )
     config = _without_waits({key: value for key, value in sized.items() if key not in MONITOR_BLOCKS})
     if run.training.compile:
@@ -55,6 +57,7 @@ def build_engine(task: PretrainingTask, run: RunConfig, topology: Topology) -> E
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False
     else:
         leave_norms_unread(engine.optimizer)
+    launch_less(engine.optimizer)
     return engine
 
 

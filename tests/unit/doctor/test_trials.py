@@ -34,6 +34,19 @@ def test_places_that_wait_are_listed(wait, count):
     assert modes == ["warn", "default", "default"]
 
 
+def test_torchs_word_on_the_mode_itself_is_no_place():
+    def set_mode(mode):
+        if mode == "warn":
+            warnings.warn(
+                "Synchronization debug mode is a prototype and does not yet detect all synchronizing operations",
+                stacklevel=1,
+            )
+
+    watching = Synchronizations(set_mode)
+    steps(watching)
+    assert watching.places == set()
+
+
 def test_what_waits_before_is_nobodys_business():
     watching = Synchronizations(lambda mode: None)
     with pytest.warns(UserWarning, match="synchronizing"):

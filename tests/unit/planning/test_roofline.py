@@ -165,7 +165,8 @@ def test_better_machines_are_never_slower(better):
     )
     for name, layout in itertools.product(("peer-small", "teams-small"), layouts):
         work = workload(name)
-        assert make_plan(work, replace(ROUND, **better), layout).step_time <= make_plan(work, ROUND, layout).step_time
+        faster, usual = (make_plan(work, cluster, layout) for cluster in (replace(ROUND, **better), ROUND))
+        assert faster.step_time <= usual.step_time * (1 + 1e-12), "but for rounding"
 
 
 def test_rings_between_nodes_use_the_links_of_all_their_ranks():

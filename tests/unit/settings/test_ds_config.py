@@ -189,7 +189,7 @@ BUCKETS = [
     (335_000_000, 2, 50_000_000, 10_000_000),  # the most
     (14_000_000, 256, 3_500_000, 3_500_000),
     (2_000_000, 2, 1 << 20, 1 << 20),
-    (335_000_000, 1, 1 << 20, 1 << 20),  # nobody to send to
+    (335_000_000, 1, 50_000_000, 10_000_000),  # nobody to send to, on a GPU
 ]
 
 
@@ -197,12 +197,14 @@ BUCKETS = [
 def test_auto_buckets_follow_the_model(parameters, ranks, reduce, prefetch):
     zero = {"stage": 3, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto"}
     given = resolved({"zero_optimization": zero})
-    sizes = with_bucket_sizes(given, num_parameters=parameters, data_parallel=ranks)["zero_optimization"]
+    sizes = with_bucket_sizes(given, num_parameters=parameters, data_parallel=ranks, on_gpu=True)["zero_optimization"]
     assert sizes == {"stage": 3, "reduce_bucket_size": reduce, "stage3_prefetch_bucket_size": prefetch}
     assert given["zero_optimization"] == zero, "the given one stays as it is"
     own = resolved({"zero_optimization": {**zero, "reduce_bucket_size": 7}})
-    kept = with_bucket_sizes(own, num_parameters=parameters, data_parallel=ranks)["zero_optimization"]
+    kept = with_bucket_sizes(own, num_parameters=parameters, data_parallel=ranks, on_gpu=True)["zero_optimization"]
     assert kept["reduce_bucket_size"] == 7
+    alone = with_bucket_sizes(given, num_parameters=parameters, data_parallel=1, on_gpu=False)["zero_optimization"]
+    assert alone["reduce_bucket_size"] == alone["stage3_prefetch_bucket_size"] == 1 << 20, "in a CPU's caches"
 
 
 @pytest.mark.parametrize(
