@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from peer_scale.finetuning.layerwise import parameter_groups
@@ -47,6 +48,14 @@ class RecipeTrainer(Trainer):
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
+        """Predict in the order of the examples: the Trainer would group these by length too, and shuffle the groups."""
+        strategy, self.args.train_sampling_strategy = self.args.train_sampling_strategy, "random"
+        try:
+            return super()._get_eval_sampler(eval_dataset)
+        finally:
+            self.args.train_sampling_strategy = strategy
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Count nothing: the Trainer counts all parameters in every step, which takes longer than a small model."""

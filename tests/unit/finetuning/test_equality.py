@@ -11,11 +11,11 @@ from transformers import get_linear_schedule_with_warmup
 from transformers.trainer_utils import IntervalStrategy
 
 from peer_scale.finetuning.encoding import Padded, encode, inputs_of
-from peer_scale.finetuning.fit import Execution, training_arguments
+from peer_scale.finetuning.fit import Execution, Part, predict, training_arguments
 from peer_scale.finetuning.loading import build_classifier, open_pretrained
 from peer_scale.finetuning.own_files import read_task_folder
 from peer_scale.finetuning.recipes import recipe_for
-from peer_scale.finetuning.tasks import Task
+from peer_scale.finetuning.tasks import Examples, Task
 from peer_scale.finetuning.trainer import RecipeTrainer, summed_loss
 from tiny_encoders import write_encoder, write_task
 
@@ -116,3 +116,18 @@ def test_losses_are_not_broadcast():
     assert summed_loss(task, outputs, labels).item() == 10
     with pytest.raises(AssertionError):
         summed_loss(task, outputs[:, 0], labels)
+
+
+@pytest.mark.parametrize("group_by_length", [False, True])
+def test_predictions_are_in_the_order_of_the_examples(parts, tmp_path, group_by_length):
+    recipe, task, model, train, collate, _ = parts("paper")
+    args = training_arguments(recipe, LR, 1, tmp_path, Execution(group_by_length=group_by_length))
+    trainer = RecipeTrainer(model, args, recipe=recipe, task=task, train_dataset=train, data_collator=collate)
+    examples = Examples([("",)] * EXAMPLES, None)
+    found = predict(trainer, {"": Part(examples, train)})[""]
+    model.eval()
+    for number in range(EXAMPLES):
+        alone = {name: value for name, value in collate([train[number]]).items() if name != "labels"}
+        with torch.no_grad():
+            expected = model(**alone).logits[0]
+        torch.testing.assert_close(torch.from_numpy(found[number]), expected, rtol=1e-4, atol=1e-5)
