@@ -19,9 +19,9 @@ def train_one_by_one(flags):
 @pytest.mark.parametrize(
     ("stage", "precision", "zero", "sizes"),
     [
-        (1, "bf16", {}, ()),
-        (2, "bf16", {"overlap_comm": True}, ("--tensor-model-parallel-size", "2")),
-        (2, "fp32", {"reduce_bucket_size": 50_000}, ()),
+        (2, "bf16", {"overlap_comm": True}, ()),
+        pytest.param(1, "bf16", {}, ("--tensor-model-parallel-size", "2"), marks=pytest.mark.slow),
+        pytest.param(2, "fp32", {"reduce_bucket_size": 50_000}, (), marks=pytest.mark.slow),
     ],
 )
 def test_the_numbers_are_deepspeeds(stage, precision, zero, sizes, two_ranks, tmp_path, text_file):
