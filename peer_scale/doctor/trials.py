@@ -23,7 +23,6 @@ from peer_scale.training.trainer import Callback, Trainer
 
 FIRST_QUIET_STEP, FIRST_STRICT_STEP, LAST_QUIET_STEP = 5, 8, 10
 PROFILED_STEP = 6
-_PROTOTYPE = "does not yet detect all synchronizing operations"
 _NUM_KERNELS = 12
 
 
@@ -63,8 +62,11 @@ class Synchronizations(Callback):
             assert self._recorder is not None
             self._recorder.__exit__(None, None, None)
             # asking for the warnings is itself answered by one, which says that the mode is a prototype
-            found = [one for one in self._recorded if "synchronizing" in str(one.message).replace(_PROTOTYPE, "")]
-            self.places = {f"{Path(one.filename).name}:{one.lineno}" for one in found}
+            self.places = {
+                f"{Path(one.filename).name}:{one.lineno}"
+                for one in self._recorded
+                if "synchroniz" in str(one.message) and "prototype" not in str(one.message)
+            }
             self._set_mode("default" if self.places else "error")
         elif record.step == LAST_QUIET_STEP:
             self._set_mode("default")

@@ -39,27 +39,24 @@ def _reduce(
     """Add gradients up over the ranks, and keep of them what is this rank's (DeepSpeed's method of this name)."""
     group = optimizer.dp_process_group if process_group is None else process_group
     reduced = optimizer.allreduce_bucket(small_bucket, communication_data_type, divide=divide, process_group=group)
-    if optimizer.overlap_comm:
-        stream = optimizer.reduction_stream
-        for tensor in (reduced, *small_bucket) if reduced.is_cuda else ():
-            tensor.record_stream(stream)
+    if optimizer.overlap_comm and reduced.is_cuda:
+        for tensor in (reduced, *small_bucket):
+            tensor.record_stream(optimizer.reduction_stream)
     rank = dist.get_rank(group)
-    own = [rank in ranks if isinstance(ranks, frozenset) else rank == ranks for ranks in bucket_ranks]
-    outputs = output_bucket or [None] * len(small_bucket)
-    kept = [(buffer, output) for buffer, output, is_own in zip(small_bucket, outputs, own, strict=True) if is_own]
-    if not kept:
+    own = [
+        number
+        for number, ranks in enumerate(bucket_ranks)
+        if (rank in ranks if isinstance(ranks, frozenset) else rank == ranks)
+    ]
+    if not own:
         return
     parts = optimizer.unflatten(reduced, small_bucket)
-    torch._foreach_copy_(
-        [buffer for buffer, _ in kept], [part for part, is_own in zip(parts, own, strict=True) if is_own]
-    )
-    sums = [output for _, output in kept if output is not None]
+    torch._foreach_copy_([small_bucket[number] for number in own], [parts[number] for number in own])
+    outputs = output_bucket or [None] * len(small_bucket)
+    sums = [(number, output) for number in own if (output := outputs[number]) is not None]
     if sums:
-        whole = optimizer.unflatten(reduced.to(sums[0].dtype), small_bucket)
-        added = [
-            part for part, output, is_own in zip(whole, outputs, own, strict=True) if is_own and output is not None
-        ]
-        torch._foreach_add_(sums, added)
+        parts = optimizer.unflatten(reduced.to(sums[0][1].dtype), small_bucket)
+        torch._foreach_add_([output for _, output in sums], [parts[number] for number, _ in sums])
 
 
 def _norm(

@@ -28,8 +28,6 @@ FORMATS = [(torch.float32, 2e-5), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)]
 
 @pytest.fixture(scope="module", autouse=True)
 def exact():
-    if not torch.cuda.is_available():
-        pytest.skip("there is no GPU")
     compute_exactly()
 
 

@@ -38,7 +38,8 @@ def test_torchs_word_on_the_mode_itself_is_no_place():
     def set_mode(mode):
         if mode == "warn":
             warnings.warn(
-                "Synchronization debug mode is a prototype and does not yet detect all synchronizing operations",
+                "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing "
+                "operations",
                 stacklevel=1,
             )
 
